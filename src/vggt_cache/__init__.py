@@ -1,0 +1,33 @@
+"""Features of a frozen VGGT encoder: computed once, kept on disk, read back.
+
+The names below are the stable interface. They are imported on first use, so that processes which only
+decode images (precompute's workers) do not pay for importing torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vggt_cache.errors import VggtCacheError
+    from vggt_cache.identity import EncoderSpec, FeatureSpec, Preprocessing
+    from vggt_cache.store.cache import FeatureCache
+
+__version__ = "0.1.0"
+
+__all__ = ["EncoderSpec", "FeatureCache", "FeatureSpec", "Preprocessing", "VggtCacheError", "__version__"]
+
+_HOME = {
+    "EncoderSpec": "vggt_cache.identity",
+    "FeatureCache": "vggt_cache.store.cache",
+    "FeatureSpec": "vggt_cache.identity",
+    "Preprocessing": "vggt_cache.identity",
+    "VggtCacheError": "vggt_cache.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'vggt_cache' has no attribute {name!r}")

@@ -1,0 +1,85 @@
+"""Every refusal has a name here. The message is the one sentence that the user sees.
+
+A message says what is wrong (with the value), what that means, and what to do. The command line prints
+it without a traceback and exits with `exit_code`.
+"""
+
+from __future__ import annotations
+
+
+class VggtCacheError(Exception):
+    """Base of all errors that a user can cause or cure."""
+
+    exit_code = 1
+
+
+# ---------------------------------------------------------------- settings and input
+
+
+class SettingsError(VggtCacheError):
+    """Flags or arguments that are unknown, out of range, or contradict each other."""
+
+    exit_code = 2
+
+
+class DataError(VggtCacheError):
+    """The data root or an annotation file cannot be used."""
+
+    exit_code = 2
+
+
+class CheckpointError(VggtCacheError):
+    """The encoder's checkpoint is absent, unsafe, incomplete or of another architecture."""
+
+    exit_code = 2
+
+
+class FrameError(VggtCacheError):
+    """One image file cannot be read or decoded, or is over a limit; the run goes on without it."""
+
+
+class OutOfMemoryError(VggtCacheError):
+    """The device cannot hold even a batch of one."""
+
+
+# ---------------------------------------------------------------- the store
+
+
+class StoreError(VggtCacheError):
+    """Base of everything a store can report."""
+
+
+class CacheNotFoundError(StoreError):
+    """The cache directory does not exist."""
+
+
+class NotACacheError(StoreError):
+    """The directory exists and holds no feature cache."""
+
+
+class AmbiguousCacheError(StoreError):
+    """Several encoder specs share the directory, and the caller did not say which one is meant."""
+
+
+class SpecMismatchError(StoreError):
+    """The cache was made with another encoder, context, preprocessing or dtype than the one asked for."""
+
+
+class CacheAccessError(StoreError):
+    """The operating system refuses to read or write the cache (permission, I/O error, stale mount)."""
+
+
+class ShardFormatError(StoreError):
+    """A shard's header is not what the format allows: truncated, hostile, or of another version."""
+
+
+class CorruptRecordError(StoreError):
+    """A record's bytes do not match its checksum."""
+
+
+class CommitError(StoreError):
+    """Writing, syncing or publishing a shard failed; nothing of it was committed."""
+
+
+class DiskSpaceError(StoreError):
+    """There is not enough free space for what was asked."""

@@ -1,0 +1,179 @@
+"""What a feature *is*: the specification of its computation, and the key that follows from it.
+
+A feature's key covers everything that determines its value and nothing else: no path, no time, no batch
+size. `docs/identity.md` lists what enters and what does not. Change one entry and the key changes: the
+old feature is not found, and so never served.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from vggt_cache.errors import SettingsError, SpecMismatchError
+
+COMPUTATION_VERSION = 1
+"""Raised whenever our own code computes a different value from the same inputs."""
+
+CONTEXTS = ("frame", "causal")
+RESIZE_MODES = ("crop", "pad")
+ALPHA_MODES = ("white", "drop")
+FEATURE_DTYPES = ("bfloat16", "float16", "float32")
+COMPUTE_DTYPES = ("bfloat16", "float32")
+PATCH_SIZE = 14
+KEY_BYTES = 16
+DIGEST_BYTES = 32
+
+
+def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    if value not in allowed:
+        raise SettingsError(
+            f"{name} is {value!r}, which is none of {', '.join(map(str, allowed))}: choose one of these"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preprocessing:
+    """From image bytes to pixels, as VGGT's own loader does it (bicubic, sides a multiple of 14)."""
+
+    image_size: int = 518
+    """Target width in pixels, a multiple of 14. VGGT: 518. JanusVLN: 644."""
+    resize_mode: str = "crop"
+    """`crop`: width = image_size, rows over image_size cut centrally. `pad`: long side = image_size, white square."""
+    alpha: str = "white"
+    """RGBA images: `white` blends over white (VGGT's loader); `drop` discards alpha (JanusVLN's training)."""
+    resampling: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        if (
+            not isinstance(self.image_size, int)
+            or self.image_size < PATCH_SIZE
+            or self.image_size % PATCH_SIZE
+        ):
+            raise SettingsError(
+                f"image_size is {self.image_size!r}, which is not a positive multiple of {PATCH_SIZE}: "
+                "patches would not fill the image; use 518 (VGGT) or 644 (JanusVLN)"
+            )
+        if self.image_size > 4096:
+            raise SettingsError(
+                f"image_size is {self.image_size}, over the limit of 4096: use 518 (VGGT) or 644 (JanusVLN)"
+            )
+        _one_of("resize_mode", self.resize_mode, RESIZE_MODES)
+        _one_of("alpha", self.alpha, ALPHA_MODES)
+        _one_of("resampling", self.resampling, ("bicubic",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSpec:
+    """The encoder as far as it determines a feature: architecture, weights in use, output, numerics."""
+
+    weights_digest: str
+    """sha256 (hex) over the weights that the chosen layer needs; see `encoder.checkpoint`."""
+    embed_dim: int
+    depth: int
+    """Number of pairs (frame block + global block) in the architecture, not the number computed."""
+    num_heads: int
+    img_size: int
+    patch_size: int
+    patch_embed: str
+    layer: int
+    """Output that is stored, as a pair index counted from 0 (the default -2 of 24 pairs is 22)."""
+    compute_dtype: str
+    """dtype of matrix products and attention; LayerNorm, RoPE and the residual stream are float32."""
+
+    def __post_init__(self) -> None:
+        _one_of("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        if not 0 <= self.layer < self.depth:
+            raise SettingsError(
+                f"layer is {self.layer}, but the encoder has outputs 0 to {self.depth - 1}: choose one of these"
+            )
+
+    @property
+    def channels(self) -> int:
+        """Channels of a stored feature: frame-block output and global-block output side by side."""
+        return 2 * self.embed_dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSpec:
+    """Everything that determines a feature's value, except the frames themselves."""
+
+    encoder: EncoderSpec
+    preprocessing: Preprocessing
+    context: str = "frame"
+    """`frame`: a feature belongs to one image, seen alone. `causal`: to an ordered frame list, its last frame
+    having seen all earlier ones."""
+    feature_dtype: str = "bfloat16"
+    """dtype in which a feature is stored."""
+    computation_version: int = COMPUTATION_VERSION
+
+    def __post_init__(self) -> None:
+        _one_of("context", self.context, CONTEXTS)
+        _one_of("feature_dtype", self.feature_dtype, FEATURE_DTYPES)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 (64 hex digits) of the specification in canonical JSON."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    @property
+    def short_name(self) -> str:
+        """Name of the specification's folder in a cache directory, such as `causal-0123456789abcdef`."""
+        return f"{self.context}-{self.fingerprint[:16]}"
+
+    def to_json(self) -> str:
+        """Canonical JSON: sorted names, no spaces. Equal specifications give equal text."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> FeatureSpec:
+        """The specification written by `to_json`. Raises SpecMismatchError for any unknown or missing name."""
+        try:
+            fields: dict[str, Any] = json.loads(text)
+            spec = cls(
+                **{
+                    **fields,
+                    "encoder": EncoderSpec(**fields["encoder"]),
+                    "preprocessing": Preprocessing(**fields["preprocessing"]),
+                }
+            )
+        except (ValueError, TypeError, KeyError, RecursionError, SettingsError) as error:
+            raise SpecMismatchError(
+                f"the cache's specification cannot be understood ({error}): it was written by another version "
+                "of this project or is damaged; use that version, or precompute again into a new directory"
+            ) from error
+        if spec.to_json() != text.strip():
+            raise SpecMismatchError(
+                "the cache's specification is not in canonical form: it was edited by hand or is damaged; "
+                "precompute again into a new directory"
+            )
+        return spec
+
+
+def frame_digest(data: bytes) -> bytes:
+    """sha256 of an image file's bytes, 32 bytes. What is hashed is what is decoded: the same buffer."""
+    return hashlib.sha256(data).digest()
+
+
+def feature_key(spec: FeatureSpec, digests: Sequence[bytes]) -> bytes:
+    """The 16-byte key of a feature.
+
+    `digests`: the `frame_digest` of each frame in order. In `frame` context a feature belongs to the last
+    frame alone, so only that digest enters; in `causal` context all of them do.
+    """
+    if not digests:
+        raise ValueError("a feature needs at least one frame")
+    used = digests[-1:] if spec.context == "frame" else digests
+    if any(len(digest) != DIGEST_BYTES for digest in used):
+        raise ValueError(f"a frame digest has {DIGEST_BYTES} bytes")
+    hasher = hashlib.sha256(b"vggt-feature-cache key 1\0")
+    hasher.update(bytes.fromhex(spec.fingerprint))
+    hasher.update(len(used).to_bytes(4, "little"))
+    for digest in used:
+        hasher.update(digest)
+    return hasher.digest()[:KEY_BYTES]
