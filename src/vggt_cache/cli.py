@@ -1,0 +1,264 @@
+"""The command line: flags in, library calls, one sentence per error.
+
+Every flag can be written with underscores, as in the guide, or with dashes. Modules that import torch are
+loaded by the command that needs them, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from vggt_cache import __version__
+from vggt_cache.errors import SettingsError, VggtCacheError
+from vggt_cache.identity import ALPHA_MODES, COMPUTE_DTYPES, CONTEXTS, FEATURE_DTYPES, RESIZE_MODES
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (0 well, 1 fault found, 2 bad settings, 3 some inputs unusable)."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return int(arguments.command(arguments))
+    except VggtCacheError as error:
+        return _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone; there is nobody left to tell
+        return 1
+    except KeyboardInterrupt:
+        return _fail("stopped by SIGINT", 130)
+
+
+def _fail(sentence: str, exit_code: int) -> int:
+    print(f"[ERROR] {sentence}", file=sys.stderr, flush=True)
+    return exit_code
+
+
+# ---------------------------------------------------------------- flags
+
+
+class _Parser(argparse.ArgumentParser):
+    """Flags are never abbreviated, and a wrong one is refused in one sentence."""
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(**options, allow_abbrev=False)
+
+    def flag(self, name: str, **options: Any) -> None:
+        """`--some_name`, which may also be written `--some-name`."""
+        spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
+        self.add_argument(*spellings, **options)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"[ERROR] {message}; {self.prog} --help lists the flags\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="vggt-cache", description="Features of a frozen VGGT encoder, computed once and read back."
+    )
+    parser.add_argument("--version", action="version", version=f"vggt-feature-cache {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
+    for add in (_add_precompute, _add_verify, _add_info, _add_view, _add_prune, _add_doctor, _add_demo):
+        add(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str) -> _Parser:
+    parser: _Parser = commands.add_parser(name, help=text, description=text)
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _add_precompute(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "precompute",
+        _precompute,
+        "Compute the features of all frames that the data names, once each, and store them. With --verify and "
+        "without --vggt_model_path: only verify.",
+    )
+    parser.flag("vggt_model_path", help="VGGT checkpoint: a directory, or a hub id such as facebook/VGGT-1B")
+    parser.flag(
+        "data_root", required=True, help="folder with annotations (*.jsonl, *.json) or episode folders"
+    )
+    parser.flag("cache_dir", required=True, help="where the features are kept")
+    parser.flag(
+        "model_path", help="Qwen2.5-VL directory; its patch and pixel settings are checked against the grid"
+    )
+    parser.flag(
+        "context", choices=CONTEXTS, help="frame: each image alone (default); causal: JanusVLN's frame lists"
+    )
+    parser.flag(
+        "image_size", type=int, default=518, help="width in pixels, a multiple of 14; JanusVLN uses 644"
+    )
+    parser.flag(
+        "resize_mode", choices=RESIZE_MODES, default="crop", help="VGGT's two ways to treat the height"
+    )
+    parser.flag(
+        "alpha", choices=ALPHA_MODES, default="white", help="RGBA images: blend over white, or drop alpha"
+    )
+    parser.flag("layer", type=int, default=-2, help="which output is stored; negative counts from the end")
+    parser.flag("feature_dtype", choices=FEATURE_DTYPES, default="bfloat16", help="dtype on disk")
+    parser.flag(
+        "compute_dtype",
+        choices=("auto", *COMPUTE_DTYPES),
+        default="auto",
+        help="auto: bfloat16 on a GPU, float32 on a CPU",
+    )
+    parser.flag("device", default="auto", help="cpu, cuda or cuda:N; auto takes a GPU where there is one")
+    parser.flag(
+        "batch_size", type=int, default=8, help="frames encoded together; halved when memory runs out"
+    )
+    parser.flag("num_workers", type=int, default=4, help="processes that decode images")
+    parser.flag(
+        "max_samples", type=int, default=-1, help="only the first N images (causal: features); -1: all"
+    )
+    parser.flag(
+        "skip_existing",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="do not compute what is stored already",
+    )
+    parser.flag(
+        "verify", action="store_true", help="check afterwards that every feature is present and intact"
+    )
+    parser.flag(
+        "recompute", type=int, default=0, metavar="K", help="compute K random features again and compare"
+    )
+    parser.flag("dry_run", action="store_true", help="say what would be computed, what it takes, and stop")
+    parser.flag("force", action="store_true", help="start even if the disk looks too small")
+
+
+def _add_verify(commands: Any) -> None:
+    parser = _command(
+        commands, "verify", _verify, "Check every record, or with --data_root all that this data needs."
+    )
+    parser.add_argument("cache_dir", metavar="DIR", help="cache directory")
+    parser.flag("data_root", help="check that every feature this data needs is present and intact")
+    _add_choice_of_spec(parser)
+    parser.flag("num_workers", type=int, default=8, help="threads that read")
+
+
+def _add_info(commands: Any) -> None:
+    parser = _command(commands, "info", _info, "What a cache directory holds, by encoder specification.")
+    parser.add_argument("cache_dir", metavar="DIR", help="cache directory")
+    parser.add_argument("--json", action="store_true", help="as JSON")
+
+
+def _add_view(commands: Any) -> None:
+    parser = _command(commands, "view", _view, "Draw frames beside their features, colours by a joint PCA.")
+    parser.add_argument("cache_dir", metavar="DIR", help="cache directory")
+    parser.flag("data_root", required=True, help="the data whose frames are shown")
+    parser.add_argument("-o", "--output", default="features.png", help="PNG to write")
+    parser.flag("count", type=int, default=8, help="how many features, spread over the data")
+    _add_choice_of_spec(parser)
+
+
+def _add_prune(commands: Any) -> None:
+    parser = _command(
+        commands, "prune", _prune, "Remove what is provably unreachable. Without --yes only shows it."
+    )
+    parser.add_argument("cache_dir", metavar="DIR", help="cache directory")
+    parser.flag(
+        "damaged", action="store_true", help="also remove damaged records, so that precompute makes them anew"
+    )
+    parser.flag("yes", action="store_true", help="really remove")
+
+
+def _add_doctor(commands: Any) -> None:
+    parser = _command(commands, "doctor", _doctor, "Examine a file system: is it fit to hold a cache?")
+    parser.add_argument("directory", metavar="DIR", help="a directory on the mount in question")
+
+
+def _add_demo(commands: Any) -> None:
+    parser = _command(
+        commands, "demo", _demo, "Make a small data set and encoder, and go through the whole of it."
+    )
+    parser.add_argument("directory", metavar="DIR", help="where to make it")
+
+
+def _add_choice_of_spec(parser: _Parser) -> None:
+    parser.flag("context", choices=CONTEXTS, help="which cache is meant, where several share the directory")
+    parser.flag("fingerprint", help="the same, by the first digits of its fingerprint (see vggt-cache info)")
+
+
+# ---------------------------------------------------------------- commands
+
+
+def _precompute(arguments: argparse.Namespace) -> int:
+    given = {name: value for name, value in vars(arguments).items() if name != "command"}
+    if given["vggt_model_path"] is None:
+        if not arguments.verify or arguments.recompute or arguments.dry_run:
+            raise SettingsError(
+                "--vggt_model_path is missing, so there is no encoder to compute with: give a directory with "
+                "config.json and model.safetensors, or the hub id facebook/VGGT-1B"
+            )
+        return _verify_against_data(arguments, fingerprint=None)
+    from vggt_cache.precompute.run import precompute
+    from vggt_cache.precompute.settings import PrecomputeSettings
+
+    return precompute(PrecomputeSettings(**{**given, "context": arguments.context or "frame"}))
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    if arguments.data_root:
+        return _verify_against_data(arguments, fingerprint=arguments.fingerprint)
+    from vggt_cache.inspection import verify_store
+
+    return verify_store(
+        arguments.cache_dir, arguments.context, arguments.fingerprint, threads=arguments.num_workers
+    )
+
+
+def _verify_against_data(arguments: argparse.Namespace, fingerprint: str | None) -> int:
+    from vggt_cache.inspection import verify_against_data
+
+    return verify_against_data(
+        arguments.cache_dir,
+        arguments.data_root,
+        context=arguments.context,
+        fingerprint=fingerprint,
+        max_samples=getattr(arguments, "max_samples", -1),
+        threads=max(1, arguments.num_workers),
+    )
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from vggt_cache.inspection import show_info
+
+    return show_info(arguments.cache_dir, as_json=arguments.json)
+
+
+def _view(arguments: argparse.Namespace) -> int:
+    from vggt_cache.inspection import draw_view
+
+    return draw_view(
+        arguments.cache_dir,
+        arguments.data_root,
+        arguments.output,
+        count=arguments.count,
+        context=arguments.context,
+        fingerprint=arguments.fingerprint,
+    )
+
+
+def _prune(arguments: argparse.Namespace) -> int:
+    from vggt_cache.inspection import prune_cache
+
+    return prune_cache(arguments.cache_dir, damaged=arguments.damaged, really=arguments.yes)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from vggt_cache.doctor import examine, format_findings
+
+    findings = examine(arguments.directory)
+    print(format_findings(findings))
+    return int(any(finding.status == "fail" for finding in findings))
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from vggt_cache.demo.run import run_demo
+
+    return run_demo(arguments.directory)

@@ -1,0 +1,8 @@
+"""VGGT's aggregator, written for feature extraction: `Checkpoint.open(location).load()` gives an `Encoder`."""
+
+from vggt_cache.encoder.checkpoint import Checkpoint
+from vggt_cache.encoder.config import EncoderConfig
+from vggt_cache.encoder.model import Encoder, FrameCache
+from vggt_cache.encoder.weights import expected_shapes
+
+__all__ = ["Checkpoint", "Encoder", "EncoderConfig", "FrameCache", "expected_shapes"]

@@ -1,0 +1,154 @@
+"""The architecture of a VGGT aggregator, as `config.json` gives it.
+
+Official keys are `embed_dim`, `img_size` and `patch_size`; `depth`, `num_heads` and `patch_embed` are optional
+and default to VGGT-1B. Three kinds of other keys may occur: those that the official code takes as arguments
+and that change what is computed (accepted only with the value computed here), those that cannot change
+a feature (ignored), and unknown ones (refused: nobody can tell whether they change a feature).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from vggt_cache.errors import CheckpointError, SettingsError
+from vggt_cache.identity import PATCH_SIZE
+
+
+@dataclass(frozen=True, kw_only=True)
+class VitSize:
+    """Dimensions of a DINOv2 vision transformer; hidden width of its MLP is 4 x embed_dim."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+
+
+VIT_SIZES = {
+    "dinov2_vits14_reg": VitSize(embed_dim=384, depth=12, num_heads=6),
+    "dinov2_vitb14_reg": VitSize(embed_dim=768, depth=12, num_heads=12),
+    "dinov2_vitl14_reg": VitSize(embed_dim=1024, depth=24, num_heads=16),
+    "dinov2_vitg2_reg": VitSize(embed_dim=1536, depth=40, num_heads=24),
+}
+_SPELLING = re.compile(r"(?:dinov2_)?vit(s|b|l|g2)(?:14)?(?:_reg)?")
+"""Short forms (`vitl`, `vitl14_reg`, `dinov2_vitl14`) mean the same four; VGGT has no tower without registers."""
+_FULL_NAME = {
+    "s": "dinov2_vits14_reg",
+    "b": "dinov2_vitb14_reg",
+    "l": "dinov2_vitl14_reg",
+    "g2": "dinov2_vitg2_reg",
+}
+
+_ONLY_VALUE: dict[str, object] = {
+    "mlp_ratio": 4,
+    "num_register_tokens": 4,
+    "qkv_bias": True,
+    "proj_bias": True,
+    "ffn_bias": True,
+    "qk_norm": True,
+    "rope_freq": 100,
+    "aa_order": ["frame", "global"],
+    "aa_block_size": 1,
+}
+_WITHOUT_EFFECT = {
+    # starting values of training, and the heads, which are not loaded
+    *("init_values", "enable_camera", "enable_point", "enable_depth", "enable_track"),
+    # what saving libraries add; keys that begin with "_" also belong here
+    *("architectures", "model_type", "torch_dtype", "dtype", "transformers_version"),
+}
+_LARGEST = {"embed_dim": 8192, "img_size": 4096, "depth": 256, "num_heads": 256}
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig:
+    """Architecture of the aggregator. Raises CheckpointError for values that make no encoder."""
+
+    embed_dim: int = 1024
+    """Channels C of a token; a feature has 2C."""
+    img_size: int = 518
+    """Side in pixels of the square for which the learned position embedding was made."""
+    patch_size: int = 14
+    """Side of a patch in pixels; always 14."""
+    depth: int = 24
+    """Number of pairs (frame block + global block)."""
+    num_heads: int = 16
+    """Attention heads of the frame and global blocks."""
+    patch_embed: str = "dinov2_vitl14_reg"
+    """The patch tower: one of VIT_SIZES. Its width must be embed_dim."""
+
+    def __post_init__(self) -> None:
+        for name in ("embed_dim", "img_size", "patch_size", "depth", "num_heads"):
+            _check_count(name, getattr(self, name))
+        if self.patch_size != PATCH_SIZE:
+            raise _nonsense("patch_size", self.patch_size, f"DINOv2 patches have {PATCH_SIZE} pixels")
+        if self.img_size % PATCH_SIZE:
+            raise _nonsense("img_size", self.img_size, f"it must be a multiple of {PATCH_SIZE}")
+        if self.embed_dim % self.num_heads or self.head_dim % 4:
+            raise _nonsense(
+                "num_heads",
+                self.num_heads,
+                f"embed_dim {self.embed_dim} must give heads of a multiple of 4 channels",
+            )
+        if self.patch_embed not in VIT_SIZES:
+            raise _nonsense("patch_embed", self.patch_embed, f"it must be one of {', '.join(VIT_SIZES)}")
+        if self.vit.embed_dim != self.embed_dim:
+            raise _nonsense(
+                "embed_dim",
+                self.embed_dim,
+                f"patch_embed {self.patch_embed} has {self.vit.embed_dim} channels",
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+    @property
+    def vit(self) -> VitSize:
+        return VIT_SIZES[self.patch_embed]
+
+    def absolute_layer(self, layer: int) -> int:
+        """Pair index counted from 0 of `layer`, which may count from the end (-1 = last). Raises SettingsError."""
+        if isinstance(layer, bool) or not isinstance(layer, int) or not -self.depth <= layer < self.depth:
+            raise SettingsError(
+                f"layer is {layer!r}, but the encoder has outputs 0 to {self.depth - 1} "
+                f"(or {-self.depth} to -1, from the end): choose one of these"
+            )
+        return layer % self.depth
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object]) -> EncoderConfig:
+        """The configuration of a parsed `config.json`. Raises CheckpointError, one sentence per refusal."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        for key in values.keys() - known:
+            _check_other_key(key, values[key])
+        taken = {key: value for key, value in values.items() if key in known}
+        short = _SPELLING.fullmatch(str(taken.get("patch_embed")))
+        if short:
+            taken["patch_embed"] = _FULL_NAME[short[1]]
+        return cls(**taken)  # type: ignore[arg-type]
+
+
+def _check_count(name: str, value: object) -> None:
+    largest = _LARGEST.get(name, 4096)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
+        raise _nonsense(name, value, f"it must be a whole number from 1 to {largest}")
+
+
+def _check_other_key(key: str, value: object) -> None:
+    if key in _ONLY_VALUE:
+        if value != _ONLY_VALUE[key] or isinstance(value, bool) != isinstance(_ONLY_VALUE[key], bool):
+            raise _nonsense(key, value, f"this encoder computes {_ONLY_VALUE[key]!r} only")
+    elif key not in _WITHOUT_EFFECT and not key.startswith("_"):
+        raise CheckpointError(
+            f"the encoder's config.json has the key {key!r}, which is not known here: it may change what the "
+            "encoder computes; use an official VGGT checkpoint, or remove the key if it has no effect"
+        )
+
+
+def _nonsense(key: str, value: object, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"the encoder's configuration has {key} = {value!r}, but {reason}: no encoder can be built from it; "
+        "correct config.json, or use an official VGGT checkpoint"
+    )

@@ -1,0 +1,206 @@
+"""From an image file to the pixels that the encoder sees, bit for bit as VGGT's own loader makes them.
+
+The order of steps is part of the result: alpha, then RGB, then a bicubic resize on uint8 (anti-aliased,
+rounded to uint8), then crop or pad. Division by 255 is left to the encoder's device; the loader's padding
+value of 1.0 is 255 here. EXIF orientation is ignored and the first frame of an animation is taken, as the
+reference does.
+
+Worker processes import this module, so it needs numpy and Pillow only. Everything about a file is refused
+from its header where that is possible, before pixels are decoded.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+
+import numpy as np
+import numpy.typing as npt
+from PIL import BmpImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+
+from vggt_cache.errors import FrameError
+from vggt_cache.identity import PATCH_SIZE, Preprocessing
+
+MAX_FILE_BYTES = 64 * 2**20
+MAX_PIXELS = 64 * 2**20
+"""Of an image, both as it is in the file and as it is after resizing (before rows are cut)."""
+
+FORMATS = "PNG, JPEG, WebP and BMP"
+_LFS_POINTER = b"version https://git-lfs"
+_NO_WAITING = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+# ---------------------------------------------------------------- files
+
+
+def read_frame(path: str | os.PathLike[str]) -> bytes:
+    """All bytes of one image file, read once. Never waits on a pipe or a device.
+
+    Raises FrameError, naming the path, for a file that is missing, not a regular file, over
+    `MAX_FILE_BYTES`, or that the operating system refuses to read.
+    """
+    try:
+        _check_kind(path, os.stat(path))
+        descriptor = os.open(path, _NO_WAITING)
+        try:
+            _check_kind(path, os.fstat(descriptor))
+            return _read_all(path, descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise FrameError(f"{os.fspath(path)} {_refusal(error)}") from error
+    except ValueError as error:  # a NUL byte, or a character that no file name has
+        raise FrameError(
+            f"{os.fspath(path)!r} is no possible file name ({error}): correct the annotation"
+        ) from error
+
+
+def _check_kind(path: str | os.PathLike[str], status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
+        raise FrameError(f"{os.fspath(path)} is {kind}, not an image file: correct the annotation")
+    if status.st_size > MAX_FILE_BYTES:
+        _refuse_length(path, status.st_size)
+
+
+def _read_all(path: str | os.PathLike[str], descriptor: int) -> bytes:
+    parts: list[bytes] = []
+    length = 0
+    want = os.fstat(descriptor).st_size + 1  # one more than there should be: the end is seen in one call
+    while part := os.read(descriptor, want):
+        parts.append(part)
+        length += len(part)
+        if length > MAX_FILE_BYTES:
+            _refuse_length(path, length)
+        want = max(1, want - len(part))
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _refuse_length(path: str | os.PathLike[str], length: int) -> None:
+    raise FrameError(
+        f"{os.fspath(path)} has {length} bytes, over the limit of {MAX_FILE_BYTES} for one image: "
+        "it is no frame, or must be stored smaller"
+    )
+
+
+def _refusal(error: OSError) -> str:
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return "does not exist: check the data root and the name in the annotation"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return "may not be read by this user (permission denied): change its mode, or run as its owner"
+    return f"cannot be read ({error.strerror or error}): check the disk or mount"
+
+
+# ---------------------------------------------------------------- pixels
+
+
+def decode_frame(data: bytes, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """Pixels uint8 [H, W, 3] (RGB) of an image file's bytes; H and W are multiples of 14.
+
+    Equal to the reference loader's output times 255. Raises FrameError with a reason that names no path.
+    """
+    try:
+        image = _open(data)
+        width, height = _resized(*image.size, preprocessing)
+        resized = _to_rgb(image, preprocessing).resize((width, height), Image.Resampling.BICUBIC)
+    except (FrameError, MemoryError):
+        raise
+    except Exception as error:  # what a decoder raises for damaged bytes is not a closed list
+        detail = " ".join(str(error).split())[:200] or type(error).__name__
+        raise FrameError(f"it is damaged or cut short ({detail}): copy or make it again") from error
+    pixels = np.asarray(resized)
+    if preprocessing.resize_mode == "pad":
+        return _padded(pixels, preprocessing.image_size)
+    return _cropped(pixels, preprocessing.image_size)
+
+
+def frame_grid(width: int, height: int, preprocessing: Preprocessing) -> tuple[int, int]:
+    """Patch grid (h, w) that `decode_frame` gives for an image of `width` x `height` pixels.
+
+    Raises FrameError where `decode_frame` would refuse such a size.
+    """
+    new_width, new_height = _resized(width, height, preprocessing)
+    side = preprocessing.image_size
+    if preprocessing.resize_mode == "pad":
+        return side // PATCH_SIZE, side // PATCH_SIZE
+    return min(new_height, side) // PATCH_SIZE, new_width // PATCH_SIZE
+
+
+def _open(data: bytes) -> ImageFile.ImageFile:
+    """The image with its header read and its pixels not yet decoded.
+
+    The plugin is called directly: `Image.open` would try every format that is installed, and warn.
+    """
+    file = io.BytesIO(data)
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return PngImagePlugin.PngImageFile(file)
+    if data.startswith(b"\xff\xd8\xff"):
+        return JpegImagePlugin.JpegImageFile(file)
+    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        return WebPImagePlugin.WebPImageFile(file)
+    if data.startswith(b"BM"):
+        return BmpImagePlugin.BmpImageFile(file)
+    if not data:
+        raise FrameError("it is empty: copy or make it again")
+    if data.startswith(_LFS_POINTER):
+        raise FrameError("it is a Git LFS pointer and not the image itself: run git lfs pull")
+    raise FrameError(
+        f"it is no image in a format that is read ({FORMATS}; it begins with {data[:8].hex(' ')}): convert it"
+    )
+
+
+def _resized(width: int, height: int, preprocessing: Preprocessing) -> tuple[int, int]:
+    """(width, height) in pixels after resizing, before crop or pad.
+
+    The float operations stand in the reference's order, and `round` is half-to-even: 4:3 images lie exactly
+    on a tie, and 480 * (644 / 640) is a little more than 483.
+    """
+    if width < 1 or height < 1:
+        raise FrameError(f"it has {width} x {height} pixels: make it again")
+    if width * height > MAX_PIXELS:
+        raise FrameError(
+            f"it has {width} x {height} pixels, over the limit of {MAX_PIXELS}: it is no frame, or must be stored "
+            "smaller"
+        )
+    side = preprocessing.image_size
+    if preprocessing.resize_mode == "pad" and height > width:
+        size = round(width * (side / height) / PATCH_SIZE) * PATCH_SIZE, side
+    else:
+        size = side, round(height * (side / width) / PATCH_SIZE) * PATCH_SIZE
+    if 0 in size:
+        raise FrameError(
+            f"it has {width} x {height} pixels, so narrow that nothing is left of it at image_size {side}: cut it"
+        )
+    if size[0] * size[1] > MAX_PIXELS:
+        raise FrameError(
+            f"it has {width} x {height} pixels and would be enlarged to {size[0]} x {size[1]}, over the limit of "
+            f"{MAX_PIXELS}: cut it, or use --resize_mode pad"
+        )
+    return size
+
+
+def _to_rgb(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    """RGB of any mode. Only RGBA is ever blended; palettes and LA lose their alpha, as in the reference."""
+    image.load()
+    image.info.pop("transparency", None)  # has no part in RGB pixels; Pillow warns when it meets one
+    if image.mode == "RGBA" and preprocessing.alpha == "white":
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _cropped(pixels: npt.NDArray[np.uint8], side: int) -> npt.NDArray[np.uint8]:
+    """The middle `side` rows of an image that has more."""
+    top = max(0, pixels.shape[0] - side) // 2
+    return np.array(pixels[top : top + side])
+
+
+def _padded(pixels: npt.NDArray[np.uint8], side: int) -> npt.NDArray[np.uint8]:
+    """White around the image; of an odd rest, the smaller half is above and left."""
+    height, width, _ = pixels.shape
+    top, left = (side - height) // 2, (side - width) // 2
+    square = np.full((side, side, 3), 255, np.uint8)
+    square[top : top + height, left : left + width] = pixels
+    return square

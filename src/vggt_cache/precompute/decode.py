@@ -1,0 +1,161 @@
+"""Worker processes that turn image files into pixels while the encoder runs.
+
+A worker reads a file once and returns the digest of those bytes together with the pixels decoded from the
+same bytes. It imports neither torch nor the encoder. A worker that dies (killed by the system for its
+memory, or by a decoder bug on a hostile file) costs one file: the pool is made anew, and what was in flight
+is tried again one by one to find the file that kills.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vggt_cache.errors import FrameError
+from vggt_cache.frames import decode_frame, read_frame
+from vggt_cache.identity import PATCH_SIZE, Preprocessing, frame_digest
+from vggt_cache.precompute.digests import Stat
+
+_NO_PIXELS = np.empty((0, 0, 3), np.uint8)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecodedFrame:
+    """What a worker made of one file: digest and pixels of the same bytes, or the reason why not."""
+
+    digest: bytes = b""
+    pixels: npt.NDArray[np.uint8] = _NO_PIXELS
+    """[H, W, 3]"""
+    stat: Stat | None = None
+    """State of the file, the same before and after reading; None if it changed meanwhile."""
+    read_at_ns: int = 0
+    error: str = ""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) in patches"""
+        height, width, _ = self.pixels.shape
+        return height // PATCH_SIZE, width // PATCH_SIZE
+
+
+def decode_file(path: str, preprocessing: Preprocessing) -> DecodedFrame:
+    """Read, digest and decode one image file. Never raises for a bad file."""
+    try:
+        before, read_at_ns = file_stat(path), time.time_ns()
+        data = read_frame(path)
+        pixels = decode_frame(data, preprocessing)
+        after = file_stat(path)
+    except FrameError as error:
+        return DecodedFrame(error=str(error))
+    except MemoryError:
+        return DecodedFrame(error="there is not enough memory to decode it")
+    return DecodedFrame(
+        digest=frame_digest(data),
+        pixels=pixels,
+        stat=before if before == after else None,
+        read_at_ns=read_at_ns,
+    )
+
+
+def file_stat(path: str) -> Stat | None:
+    """size, mtime, ctime and inode of a file; None where there is none."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+class DecodePool:
+    """Decodes files ahead in `workers` processes; with 0 workers, in the caller when a result is asked for."""
+
+    def __init__(self, workers: int, preprocessing: Preprocessing) -> None:
+        self._workers = workers
+        self._preprocessing = preprocessing
+        self._executor: ProcessPoolExecutor | None = self._start() if workers else None
+
+    def __enter__(self) -> DecodePool:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def submit(self, paths: Iterable[str]) -> list[PendingFrame]:
+        """Start decoding; the results are asked for with `result`, in any order."""
+        return [PendingFrame(path, self._schedule(path)) for path in paths]
+
+    def result(self, pending: PendingFrame) -> DecodedFrame:
+        """Wait for one file."""
+        if pending.future is None:
+            return decode_file(pending.path, self._preprocessing)
+        try:
+            return pending.future.result()
+        except BrokenProcessPool:
+            return self._decode_alone(pending.path)
+
+    def close(self) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+            self._executor = None
+
+    def _start(self) -> ProcessPoolExecutor:
+        # spawn: a fork would copy the threads' locks and the CUDA context of this process.
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(self._workers, mp_context=context, initializer=_prepare_worker)
+
+    def _schedule(self, path: str) -> Future[DecodedFrame] | None:
+        if self._executor is None:
+            return None
+        try:
+            return self._executor.submit(decode_file, path, self._preprocessing)
+        except BrokenProcessPool:
+            self._restart()
+            return self._executor.submit(decode_file, path, self._preprocessing)
+
+    def _decode_alone(self, path: str) -> DecodedFrame:
+        """Decode with nothing else in flight, so that a second death names the file that causes it."""
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=context, initializer=_prepare_worker) as lone:
+            try:
+                return lone.submit(decode_file, path, self._preprocessing).result()
+            except BrokenProcessPool:
+                return DecodedFrame(
+                    error="the process that decoded it died: the file is damaged or needs too much memory"
+                )
+
+    def _restart(self) -> None:
+        if self._executor is not None:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+        self._executor = self._start()
+
+
+@dataclass(frozen=True, slots=True)
+class PendingFrame:
+    """A file that a worker has been asked to decode."""
+
+    path: str
+    future: Future[DecodedFrame] | None
+
+
+def _prepare_worker() -> None:
+    """A worker outlives neither its parent nor a signal meant for the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

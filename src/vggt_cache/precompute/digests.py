@@ -1,0 +1,135 @@
+"""Digests that are known already, so that planning an unchanged data set reads metadata and no image.
+
+A row says: the file with this path, size, mtime, ctime and inode had this sha256. Rows only save work: a
+feature's key is always computed from the bytes that are decoded, and `get` and `--verify` read the bytes
+anew. A wrong row could at worst make precompute skip or repeat a frame, never serve a wrong feature.
+
+A file `digests/<ms>-<random>.rows` belongs to one process, which appends chunks:
+    magic 8 bytes | row count u64 | xxh3-64 of the rows u64 | rows, 48 bytes each: signature 16, digest 32
+A chunk torn by a crash fails its checksum; it and what follows it in that file are ignored.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+_MAGIC = b"VGFCdig1"
+_HEADER = struct.Struct("<8sQQ")
+_ROW = np.dtype([("hi", "<u8"), ("lo", "<u8"), ("digest", "u1", 32)])
+_COARSE_CLOCK_NS = 2_000_000_000
+_FINE_CLOCK_NS = 50_000_000
+
+Stat = tuple[int, int, int, int]
+"""size in bytes, mtime in ns, ctime in ns, inode"""
+
+
+def signature(name: str, stat: Stat) -> bytes:
+    """16 bytes that stand for one state of one file."""
+    return xxhash.xxh3_128_digest(
+        name.encode("utf-8", "surrogateescape") + b"\0" + struct.pack("<qqqQ", *stat)
+    )
+
+
+def settled(stat: Stat, read_at_ns: int) -> bool:
+    """Whether the file could not have changed again within the same tick of its file system's clock.
+
+    File systems that keep whole seconds are recognised by their time stamps.
+    """
+    _, mtime_ns, ctime_ns, _ = stat
+    whole_seconds = mtime_ns % 1_000_000_000 == 0 and ctime_ns % 1_000_000_000 == 0
+    return read_at_ns - max(mtime_ns, ctime_ns) > (_COARSE_CLOCK_NS if whole_seconds else _FINE_CLOCK_NS)
+
+
+class DigestTable:
+    """All rows that the processes of this cache directory have written."""
+
+    def __init__(self, cache_dir: str) -> None:
+        self._dir = Path(cache_dir) / "digests"
+        self._own_name = f"{time.time_ns() // 1_000_000:012x}-{os.urandom(8).hex()}.rows"
+        self._read_to: dict[str, int] = {}
+        self._rows = np.empty(0, _ROW)
+        self.reload()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def reload(self) -> None:
+        """Take in what other processes have appended since the last look."""
+        fresh = [rows for name in self._names() for rows in self._new_chunks(name)]
+        if fresh:
+            rows = np.concatenate([self._rows, *fresh])
+            self._rows = rows[np.argsort(rows["hi"], kind="stable")]
+
+    def lookup(
+        self, signatures: npt.NDArray[np.uint64]
+    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint8]]:
+        """For `signatures` [n, 2] (hi, lo): which are known [n], and their digests [n, 32]."""
+        known = np.zeros(len(signatures), np.bool_)
+        digests = np.zeros((len(signatures), 32), np.uint8)
+        if len(self._rows) and len(signatures):
+            at = np.searchsorted(self._rows["hi"], signatures[:, 0]).clip(max=len(self._rows) - 1)
+            rows = self._rows[at]
+            known = (rows["hi"] == signatures[:, 0]) & (rows["lo"] == signatures[:, 1])
+            digests[known] = rows["digest"][known]
+        return known, digests
+
+    def append(self, rows: Iterable[tuple[bytes, bytes]]) -> None:
+        """Write (signature, digest) rows as one chunk. Failing to write costs a later run some reading, no more."""
+        payload = b"".join(sign + digest for sign, digest in rows)
+        if not payload:
+            return
+        chunk = (
+            _HEADER.pack(_MAGIC, len(payload) // _ROW.itemsize, xxhash.xxh3_64_intdigest(payload)) + payload
+        )
+        try:
+            self._dir.mkdir(parents=True, exist_ok=True)
+            with open(self._dir / self._own_name, "ab") as file:
+                file.write(chunk)
+        except OSError:
+            return
+
+    def _names(self) -> list[str]:
+        try:
+            return sorted(name for name in os.listdir(self._dir) if name.endswith(".rows"))
+        except OSError:
+            return []
+
+    def _new_chunks(self, name: str) -> list[npt.NDArray[np.void]]:
+        chunks = []
+        try:
+            with open(self._dir / name, "rb") as file:
+                file.seek(self._read_to.get(name, 0))
+                while (rows := _read_chunk(file.read(_HEADER.size), file)) is not None:
+                    chunks.append(rows)
+                    self._read_to[name] = file.tell()
+        except OSError:
+            pass
+        return chunks
+
+
+def _read_chunk(header: bytes, file: object) -> npt.NDArray[np.void] | None:
+    if len(header) != _HEADER.size:
+        return None
+    magic, count, checksum = _HEADER.unpack(header)
+    if magic != _MAGIC or count > 1 << 32:
+        return None
+    remaining = os.fstat(file.fileno()).st_size - file.tell()  # type: ignore[attr-defined]
+    if count * _ROW.itemsize > remaining:
+        return None
+    payload: bytes = file.read(count * _ROW.itemsize)  # type: ignore[attr-defined]
+    if len(payload) != count * _ROW.itemsize or xxhash.xxh3_64_intdigest(payload) != checksum:
+        return None
+    return np.frombuffer(payload, _ROW)
+
+
+def signature_array(signatures: Iterable[bytes]) -> npt.NDArray[np.uint64]:
+    """Signatures as [n, 2] (hi, lo), the form that `lookup` takes."""
+    return np.frombuffer(b"".join(signatures), "<u8").reshape(-1, 2)

@@ -1,0 +1,97 @@
+"""From decoded frames to features, in batches that fit the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from vggt_cache.encoder import Encoder
+from vggt_cache.encoder.causal import encode_lists
+from vggt_cache.errors import OutOfMemoryError
+
+Pixels = npt.NDArray[np.uint8]
+Encoded = tuple[Sequence[int], torch.Tensor]
+"""Positions in the request, and their features [len, h, w, C] on the encoder's device."""
+
+
+class BatchEncoder:
+    """Runs the encoder over any number of frames or lists. Out of memory halves `batch_size`, for good."""
+
+    def __init__(self, encoder: Encoder, batch_size: int, on_halved: Callable[[int], None]) -> None:
+        self.encoder = encoder
+        self.batch_size = batch_size
+        self._on_halved = on_halved
+
+    def frames(self, pixels: Sequence[Pixels]) -> Iterator[Encoded]:
+        """Features of single images, each seen alone. Images of one shape share batches."""
+        shapes: dict[tuple[int, ...], list[int]] = {}
+        for position, image in enumerate(pixels):
+            shapes.setdefault(image.shape, []).append(position)
+        for positions in shapes.values():
+            yield from self._until_done(positions, lambda rest: self._frame_batches(pixels, rest))
+
+    def lists(self, lists: Sequence[Sequence[int]], pixels: Mapping[int, Pixels]) -> Iterator[Encoded]:
+        """Features of ordered frame lists, prefixes shared. All frames of a list must have one shape."""
+        yield from self._until_done(range(len(lists)), lambda rest: self._list_batches(lists, pixels, rest))
+
+    def _frame_batches(self, pixels: Sequence[Pixels], positions: Sequence[int]) -> Iterator[Encoded]:
+        for part in even_parts(positions, self.batch_size):
+            batch = torch.from_numpy(np.stack([pixels[position] for position in part]))
+            yield part, self.encoder.frame_features(self._to_device(batch))
+
+    def _list_batches(
+        self, lists: Sequence[Sequence[int]], pixels: Mapping[int, Pixels], positions: Sequence[int]
+    ) -> Iterator[Encoded]:
+        wanted = [lists[position] for position in positions]
+        for index, feature in encode_lists(
+            self.encoder, wanted, lambda frame: torch.from_numpy(pixels[frame]), batch_size=self.batch_size
+        ):
+            yield [positions[index]], feature[None]
+
+    def _until_done(
+        self, positions: Sequence[int], batches: Callable[[Sequence[int]], Iterator[Encoded]]
+    ) -> Iterator[Encoded]:
+        """Go through `batches`; when the device is full, halve the batch and go on with what is left."""
+        left = list(positions)
+        while left:
+            try:
+                for part, features in batches(left):
+                    done = set(part)
+                    left = [position for position in left if position not in done]
+                    yield part, features
+                return
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            self._halve()
+
+    def _halve(self) -> None:
+        if self.batch_size == 1:
+            raise OutOfMemoryError(
+                f"{self.encoder.device} is out of memory with a batch of one frame: other processes may hold its "
+                "memory (see nvidia-smi); free it, use a smaller --image_size, or another --device"
+            )
+        self.batch_size = max(1, self.batch_size // 2)
+        if self.encoder.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self._on_halved(self.batch_size)
+
+    def _to_device(self, batch: torch.Tensor) -> torch.Tensor:
+        if self.encoder.device.type != "cuda":
+            return batch
+        return batch.pin_memory().to(self.encoder.device, non_blocking=True)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """CUDA's own error type, or the message of the CPU allocator, which has none."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def even_parts(positions: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """Consecutive parts of at most `size`, as equal as possible: no straggling batch of one."""
+    count = -(-len(positions) // size)
+    for part in range(count):
+        yield positions[len(positions) * part // count : len(positions) * (part + 1) // count]

@@ -1,0 +1,236 @@
+"""What has to be computed: from the data's samples to features and to blocks of work.
+
+Planning opens annotation files and asks the file system for the metadata of images; it opens no image.
+Everything per sample is held in flat arrays, so that millions of samples fit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from vggt_cache.identity import DIGEST_BYTES, FeatureSpec, feature_key
+from vggt_cache.precompute.digests import DigestTable, signature, signature_array
+from vggt_cache.samples import FrameTable, Problem, Sources, find_sources, iter_samples
+
+FRAMES_PER_BLOCK = 64
+LISTS_PER_BLOCK = 32
+
+Indexes = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A piece of work that one process claims. `features` are indexes into the plan, the wanted ones only."""
+
+    block_id: str
+    features: Indexes
+
+
+class Plan:
+    """The features that a data set needs, in the order of their first appearance.
+
+    A feature belongs to a frame list: in `frame` context the list is one image.
+    """
+
+    def __init__(self, sources: Sources, context: str, max_samples: int = -1) -> None:
+        self.sources = sources
+        self.context = context
+        self.sample_count = 0
+        self.text_only_count = 0
+        self._max_samples = max_samples
+        self.frames = FrameTable()
+        self._sample_frames = np.empty(0, np.int64)
+        self._sample_offsets = np.zeros(1, np.int64)
+        self._lists = np.empty(0, np.int64)
+        self._offsets = np.zeros(1, np.int64)
+
+    def read_samples(self, on_problem: Callable[[Problem], None]) -> None:
+        """Read all annotations and the metadata of all images. Takes seconds for 100,000 samples."""
+        references, offsets = array("q"), array("q", [0])
+        for sample in iter_samples(self.sources, on_problem=on_problem):
+            self.sample_count += 1
+            if sample.frames:
+                references.extend(self.frames.add(sample))
+                offsets.append(len(references))
+            else:
+                self.text_only_count += 1
+        self.frames.resolve()
+        frame_of = np.fromiter(self.frames.frame_ids(), np.int64)
+        self._sample_frames = (
+            frame_of[np.frombuffer(references, np.int64)] if len(references) else self._sample_frames
+        )
+        self._sample_offsets = np.frombuffer(offsets, np.int64)
+        if self.context == "frame":
+            self._lists, self._offsets = _distinct_images(self._sample_frames)
+        else:
+            self._lists, self._offsets = _distinct_lists(self._sample_frames, self._sample_offsets)
+
+    def __len__(self) -> int:
+        """Number of features wanted: all, or the first `max_samples`."""
+        found = len(self._offsets) - 1
+        return found if self._max_samples < 0 else min(found, self._max_samples)
+
+    def frames_of(self, feature: int) -> Indexes:
+        """The ordered frame ids of one feature."""
+        return self._lists[self._offsets[feature] : self._offsets[feature + 1]]
+
+    def paths_of(self, feature: int) -> list[str]:
+        return [self.frames.paths[frame] for frame in self.frames_of(feature)]
+
+    def label(self, feature: int) -> str:
+        """How a feature is called in messages: its frame, or the last of its frames and how many came before."""
+        paths = self.paths_of(feature)
+        return paths[0] if self.context == "frame" else f"{paths[-1]} (after {len(paths) - 1} earlier frames)"
+
+    @property
+    def passes_per_epoch(self) -> int:
+        """Frame passes through the encoder that training without a cache makes in one epoch."""
+        return len(self._sample_frames) if self.context == "causal" else len(self._sample_offsets) - 1
+
+    def passes(self, features: Indexes | None = None) -> tuple[int, int]:
+        """Frame passes for these features (default: all wanted) without and with sharing of common prefixes."""
+        chosen = np.arange(len(self)) if features is None else features
+        if self.context == "frame":
+            return len(chosen), len(chosen)
+        starts, lengths = self._offsets[chosen], np.diff(self._offsets)[chosen]
+        return int(lengths.sum()), _distinct_prefixes(self._lists, starts, lengths)
+
+    @cached_property
+    def blocks(self) -> list[Block]:
+        """All work. A block's id depends on the data alone, so that processes with other limits agree on it."""
+        names = self._name_hashes()
+        blocks = []
+        for features in self._feature_groups():
+            hasher = hashlib.blake2b(digest_size=16)
+            for feature in features:
+                hasher.update(names[self.frames_of(feature)].tobytes() + b"|")
+            wanted = features[features < len(self)]
+            if len(wanted):
+                blocks.append(Block(block_id=hasher.hexdigest(), features=wanted))
+        return blocks
+
+    def signatures(self) -> npt.NDArray[np.uint64]:
+        """For each frame, the signature of its file's present state [frames, 2]; zeros where it is missing."""
+        stats = (self.frames.signature(frame) for frame in range(len(self.frames.paths)))
+        return signature_array(
+            signature(path, stat) if stat else b"\0" * 16
+            for path, stat in zip(self.frames.paths, stats, strict=True)
+        )
+
+    def _feature_groups(self) -> Iterator[Indexes]:
+        """Neighbouring images; or all lists that start with the same frame, since only these share prefixes."""
+        count = len(self._offsets) - 1
+        if self.context == "frame":
+            yield from (
+                np.arange(at, min(at + FRAMES_PER_BLOCK, count)) for at in range(0, count, FRAMES_PER_BLOCK)
+            )
+            return
+        trees: dict[int, list[int]] = {}
+        for feature, first in enumerate(self._lists[self._offsets[:-1]]):
+            trees.setdefault(int(first), []).append(feature)
+        group: list[int] = []
+        for tree in trees.values():
+            group += tree
+            if len(group) >= LISTS_PER_BLOCK:
+                yield np.array(group)
+                group = []
+        if group:
+            yield np.array(group)
+
+    def _name_hashes(self) -> npt.NDArray[np.void]:
+        """16 bytes for each frame's path below the data root: nodes may mount the root in different places."""
+        root = self.sources.root.rstrip("/") + "/"
+        names = (path.removeprefix(root).encode("utf-8", "surrogateescape") for path in self.frames.paths)
+        hashes = b"".join(hashlib.blake2b(name, digest_size=16).digest() for name in names)
+        return np.frombuffer(hashes, np.dtype("V16"))
+
+
+class KnownKeys:
+    """Keys of those features whose frames' digests are known without opening an image."""
+
+    def __init__(self, plan: Plan, spec: FeatureSpec, table: DigestTable) -> None:
+        self._plan = plan
+        self._spec = spec
+        self._table = table
+        self._signatures = plan.signatures()
+        self._known = np.zeros(len(self._signatures), np.bool_)
+        self._digests = np.zeros((len(self._signatures), DIGEST_BYTES), np.uint8)
+        self._refresh_digests()
+
+    def reload(self) -> None:
+        """Take in digests that other processes have found meanwhile."""
+        before = len(self._table)
+        self._table.reload()
+        if len(self._table) != before:
+            self._refresh_digests()
+
+    def learn(self, frame: int, digest: bytes) -> None:
+        """This process has read the frame itself."""
+        self._known[frame] = True
+        self._digests[frame] = np.frombuffer(digest, np.uint8)
+
+    def key(self, feature: int) -> bytes | None:
+        """The feature's key, or None while a frame of it has not been read in its present state."""
+        frames = self._plan.frames_of(feature)
+        if not self._known[frames].all():
+            return None
+        return feature_key(self._spec, [self._digests[frame].tobytes() for frame in frames])
+
+    def signature(self, frame: int) -> bytes:
+        return bytes(self._signatures[frame].tobytes())
+
+    def _refresh_digests(self) -> None:
+        known, digests = self._table.lookup(self._signatures)
+        fresh = known & self._signatures.any(axis=1) & ~self._known  # what was read here stands
+        self._known |= fresh
+        self._digests[fresh] = digests[fresh]
+
+
+def make_plan(data_root: str, context: str, max_samples: int, on_problem: Callable[[Problem], None]) -> Plan:
+    """Find and read everything below `data_root`. Raises DataError."""
+    plan = Plan(find_sources(data_root), context, max_samples)
+    plan.read_samples(on_problem)
+    return plan
+
+
+def _distinct_images(frames: Indexes) -> tuple[Indexes, Indexes]:
+    values, first = np.unique(frames, return_index=True)
+    return values[np.argsort(first)], np.arange(len(values) + 1)
+
+
+def _distinct_lists(frames: Indexes, offsets: Indexes) -> tuple[Indexes, Indexes]:
+    """Each different list once, in the order of first appearance."""
+    seen: set[bytes] = set()
+    kept = array("q")
+    for index in range(len(offsets) - 1):
+        content = frames[offsets[index] : offsets[index + 1]].tobytes()
+        name = hashlib.blake2b(content, digest_size=16).digest()
+        if name not in seen:
+            seen.add(name)
+            kept.append(index)
+    chosen = np.frombuffer(kept, np.int64) if len(kept) else np.empty(0, np.int64)
+    lengths = np.diff(offsets)[chosen]
+    ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+    within = np.arange(ends[-1]) - np.repeat(ends[:-1], lengths)
+    return frames[np.repeat(offsets[:-1][chosen], lengths) + within], ends
+
+
+def _distinct_prefixes(frames: Indexes, starts: Indexes, lengths: Indexes) -> int:
+    """Nodes of the prefix tree of all lists: one encoder pass each."""
+    node = np.zeros(len(starts), np.int64)
+    alive = np.arange(len(starts))
+    total = 0
+    for depth in range(int(lengths.max(initial=0))):
+        alive = alive[lengths[alive] > depth]
+        step = np.stack([node[alive], frames[starts[alive] + depth]], axis=1)
+        unique, inverse = np.unique(step, axis=0, return_inverse=True)
+        node[alive] = inverse.reshape(-1) + total
+        total += len(unique)
+    return total

@@ -1,0 +1,71 @@
+"""SIGINT and SIGTERM: finish what is in hand, commit it, say how to go on.
+
+Inside `StopRequest.deferred` (while blocks are computed) a signal only sets a flag that the loop looks at;
+anywhere else there is nothing to save, and it ends the run at once. A second signal always does.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from vggt_cache.errors import VggtCacheError
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StoppedError(VggtCacheError):
+    """The user or the system asked the process to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
+class StopRequest:
+    """Whether, and by which signal, this process has been asked to end."""
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+        self._asked = threading.Event()
+        self._deferring = False
+
+    @property
+    def requested(self) -> bool:
+        return self.signal_number != 0
+
+    def wait(self, seconds: float) -> None:
+        """Sleep, or return at once when asked to stop."""
+        self._asked.wait(seconds)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the signals as long as this lasts. Only a process's main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Signals set the flag instead of ending the run."""
+        self._deferring = True
+        try:
+            yield
+        finally:
+            self._deferring = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        again = self.requested
+        self.signal_number = number
+        self._asked.set()
+        if again or not self._deferring:
+            raise StoppedError(number)

@@ -1,0 +1,31 @@
+"""Training data as users bring it: one reader, shared by precompute and training.
+
+    find_sources(data_root) ──> Sources ──> iter_samples ──> Sample(ordered frame names, record)
+                                                                │
+                                                         FrameTable ──> paths and states of the image files
+
+Precompute and training see the same ordered frame lists because both read them here. Nothing in this
+package opens an image. `docs/data.md` describes the layouts.
+"""
+
+from vggt_cache.samples.episodes import EpisodeText, read_episode_text
+from vggt_cache.samples.frame_table import FrameTable
+from vggt_cache.samples.history import history_indexes
+from vggt_cache.samples.paths import FileState, locate_frame
+from vggt_cache.samples.reader import iter_samples
+from vggt_cache.samples.sample import Problem, Sample
+from vggt_cache.samples.sources import Sources, find_sources
+
+__all__ = [
+    "EpisodeText",
+    "FileState",
+    "FrameTable",
+    "Problem",
+    "Sample",
+    "Sources",
+    "find_sources",
+    "history_indexes",
+    "iter_samples",
+    "locate_frame",
+    "read_episode_text",
+]

@@ -1,0 +1,205 @@
+"""JSON Lines files and JSON lists, read as streams of records: memory does not grow with the file.
+
+Nothing is trusted: text that is not UTF-8, values that are not JSON (`NaN`), nesting without end and
+objects without end are each told with their place, and reading goes on behind them where that is possible.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Any
+
+MAX_RECORD_BYTES = 16 * 2**20
+"""Of one sample. Bounds the memory that a file without line ends, or without closing brackets, can take."""
+_CHUNK_BYTES = 2**20
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of a JSON Lines file, or one item of a JSON list: a record, or the reason why there is none."""
+
+    number: int
+    record: dict[str, Any] | None
+    reason: str = ""
+
+
+# ---------------------------------------------------------------- JSON Lines
+
+
+def iter_json_lines(file: IO[bytes]) -> Iterator[Entry]:
+    """One record a line; `number` is the line's, from 1. Blank lines are passed over."""
+    values = _Values()
+    number = 0
+    while line := file.readline(MAX_RECORD_BYTES + 1):
+        number += 1
+        if len(line) > MAX_RECORD_BYTES:
+            _skip_line(file, line)
+            yield Entry(
+                number, None, f"is longer than {MAX_RECORD_BYTES} bytes: no sample is; check the file"
+            )
+            continue
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if not line.isspace() and line:
+            yield _parsed_line(values, number, line)
+
+
+def _parsed_line(values: _Values, number: int, line: bytes) -> Entry:
+    try:
+        return values.whole(number, line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        reason = f"is not UTF-8 text (byte {error.start + 1} of the line): convert the file to UTF-8"
+        return Entry(number, None, reason)
+
+
+def _skip_line(file: IO[bytes], part: bytes) -> None:
+    while part and not part.endswith(b"\n"):
+        part = file.readline(_CHUNK_BYTES)
+
+
+# ---------------------------------------------------------------- JSON lists
+
+
+def iter_json_list(file: IO[bytes]) -> Iterator[Entry]:
+    """The items of a list; `number` counts them from 1. Behind a syntax error nothing can be read: it ends there."""
+    window, values = _Window(file), _Values()
+    if window.next_character() != "[":
+        yield Entry(0, None, "is not a JSON list: expected [ at its beginning")
+        return
+    window.at += 1
+    number = 0
+    if window.next_character() == "]":
+        return
+    while True:
+        number += 1
+        entry, goes_on = window.take(values, number)
+        yield entry
+        if not goes_on:
+            return
+        separator = window.next_character()
+        if separator == "]":
+            return
+        if separator != ",":
+            yield Entry(number + 1, None, f"and all after it cannot be read: {_instead_of_comma(separator)}")
+            return
+        window.at += 1
+
+
+def _instead_of_comma(found: str) -> str:
+    if not found:
+        return "the file ends before its list does; make it again"
+    return f"expected a comma or ] before it, not {found!a}; correct the file"
+
+
+class _Window:
+    """The part of a file's text that is being parsed: from `at` to the end of what has been read."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.at = 0
+        self._file = file
+        self._text = ""
+        self._ended = False
+        # Bytes that are no text become lone surrogates, so that only the items that hold them are lost.
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+
+    def next_character(self) -> str:
+        """Go to the next character that is not white space; "" at the end of the file."""
+        while True:
+            match = _SPACE.match(self._text, self.at)
+            self.at = match.end() if match else self.at
+            if self.at < len(self._text) or self._ended:
+                return self._text[self.at : self.at + 1]
+            self._read_on()
+
+    def take(self, values: _Values, number: int) -> tuple[Entry, bool]:
+        """Parse one item and go behind it; also whether there is a behind."""
+        self.next_character()
+        while True:
+            length = len(self._text) - self.at
+            try:
+                entry, end = values.first(number, self._text, self.at)
+            except RecursionError:
+                return _lost(number, "it is nested too deeply"), False
+            except ValueError as error:
+                if self._ended:
+                    return _lost(number, f"the file is cut short or not JSON ({error})"), False
+                if length > MAX_RECORD_BYTES:
+                    return _lost(number, f"it is not JSON or over {MAX_RECORD_BYTES} bytes ({error})"), False
+            else:
+                if end < len(self._text) or self._ended:  # else a number might go on behind what was read
+                    self.at = end
+                    return entry, True
+            self._read_on()
+
+    def _read_on(self) -> None:
+        """Read at least as much again as is waiting, so that a long item is not parsed once per chunk."""
+        waiting = self._text[self.at :]
+        wanted = max(_CHUNK_BYTES, len(waiting))
+        data = self._file.read(wanted)
+        self._ended = len(data) < wanted
+        self._text = waiting + self._decoder.decode(data, self._ended)
+        self.at = 0
+
+
+def _lost(number: int, why: str) -> Entry:
+    return Entry(number, None, f"and all after it cannot be read: {why}; correct the file or make it again")
+
+
+# ---------------------------------------------------------------- values
+
+
+class _Values:
+    """Python's JSON decoder, except that it tells `NaN` and `Infinity` (which are no JSON) from values."""
+
+    def __init__(self) -> None:
+        self._constants: list[str] = []
+        self._decoder = json.JSONDecoder(parse_constant=self._constants.append)
+
+    def whole(self, number: int, text: str) -> Entry:
+        """The one value that a text consists of."""
+        self._constants.clear()
+        try:
+            return self._entry(number, self._decoder.decode(text))
+        except RecursionError:
+            return Entry(number, None, "is nested too deeply: no sample is; correct or remove it")
+        except json.JSONDecodeError as error:
+            place = f"{error.msg}, character {error.pos + 1}"
+            return Entry(number, None, f"is not valid JSON ({place}): correct or remove it")
+        except ValueError as error:  # an integer of thousands of digits
+            return Entry(number, None, f"is not usable JSON ({error}): correct or remove it")
+
+    def first(self, number: int, text: str, at: int) -> tuple[Entry, int]:
+        """The value that begins at `at`, and where it ends. Raises ValueError, RecursionError."""
+        self._constants.clear()
+        value, end = self._decoder.raw_decode(text, at)
+        item = text[at:end]
+        if not item.isascii() and _holds_other_bytes(item):
+            return Entry(number, None, "is not UTF-8 text: convert the file to UTF-8"), end
+        return self._entry(number, value), end
+
+    def _entry(self, number: int, value: object) -> Entry:
+        if self._constants:
+            return Entry(
+                number, None, f"holds {self._constants[0]}, which is no JSON value: correct or remove it"
+            )
+        if not isinstance(value, dict):
+            return Entry(number, None, f"is a JSON {_kind(value)}, not an object: correct or remove it")
+        return Entry(number, value)
+
+
+def _holds_other_bytes(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _kind(value: object) -> str:
+    kinds = {list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
+    return kinds.get(type(value), "null")

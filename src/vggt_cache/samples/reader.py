@@ -1,0 +1,86 @@
+"""All samples of a data root, one after the other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from vggt_cache.samples.annotations import Entry, iter_json_lines, iter_json_list
+from vggt_cache.samples.episodes import iter_episode
+from vggt_cache.samples.paths import tidy
+from vggt_cache.samples.sample import (
+    Problem,
+    Sample,
+    UnusableSampleError,
+    checked_name,
+    frame_names,
+    layout_of,
+)
+from vggt_cache.samples.sources import Sources
+
+
+def iter_samples(sources: Sources, *, on_problem: Callable[[Problem], None]) -> Iterator[Sample]:
+    """Samples in a fixed order: JSON Lines files, JSON lists, episode folders, each sorted by path.
+
+    What cannot be used is told to `on_problem`, and the rest is read. Samples without frames come too.
+    Memory does not grow with the number of samples.
+    """
+    for problem in sources.problems:
+        on_problem(problem)
+    for path in (*sources.jsonl_files, *sources.json_files):
+        yield from _iter_file(path, sources.root, on_problem)
+    for folder in sources.episode_dirs:
+        yield from iter_episode(folder, on_problem)
+
+
+def _iter_file(path: str, root: str, on_problem: Callable[[Problem], None]) -> Iterator[Sample]:
+    bases = _Bases(root, path)
+    number = 0
+    try:
+        with open(path, "rb") as file:
+            entries = iter_json_lines(file) if path.lower().endswith(".jsonl") else iter_json_list(file)
+            for entry in entries:
+                number = entry.number
+                try:
+                    yield _sample(entry, path, bases)
+                except UnusableSampleError as error:
+                    on_problem(Problem(path=path, line=number, reason=str(error)))
+    except OSError as error:
+        reason = f"cannot be read ({error.strerror or error}), nor what follows: check its mode and its mount"
+        on_problem(Problem(path=path, line=number + 1, reason=reason))
+
+
+def _sample(entry: Entry, path: str, bases: _Bases) -> Sample:
+    if entry.record is None:
+        raise UnusableSampleError(entry.reason)
+    return Sample(
+        frames=frame_names(entry.record),
+        bases=bases.of(entry.record),
+        source=f"{path}:{entry.number}",
+        record=entry.record,
+        layout=layout_of(entry.record),
+    )
+
+
+class _Bases:
+    """Where the relative names of one annotation file are looked for: below the data root, then beside the file."""
+
+    def __init__(self, root: str, path: str) -> None:
+        self._root = root
+        self._beside = os.path.dirname(path)
+        self._last: tuple[object, tuple[str, ...]] = (None, self._pair(root))
+
+    def of(self, record: dict[str, Any]) -> tuple[str, ...]:
+        data_path = record.get("data_path")
+        if data_path != self._last[0]:  # neighbours mostly share it, and then share the tuple
+            folder = (
+                self._root
+                if not data_path
+                else os.path.join(self._root, checked_name(data_path, "data_path"))
+            )
+            self._last = data_path, self._pair(tidy(folder))
+        return self._last[1]
+
+    def _pair(self, first: str) -> tuple[str, ...]:
+        return (first,) if first == self._beside else (first, self._beside)

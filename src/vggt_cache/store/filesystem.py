@@ -1,0 +1,149 @@
+"""The one seam between the store and the operating system.
+
+Every operation that the store performs on files goes through a `FileSystem`, so that tests can put a faulty
+or simulated one in its place. Names are opened relative to a directory handle and are never followed when
+they are links; reads carry their own offset, so a descriptor shared by fork cannot lead a reader astray.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
+
+Buffer = bytes | bytearray | memoryview
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY
+_NO_LINK = os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO must not block us, and is then refused as not regular
+
+
+class FileSystem:
+    """The operating system's calls, one method each. All raise OSError; none loops, retries or cleans up."""
+
+    def open_directory(self, path: str, *, dir_fd: int | None = None, follow: bool = True) -> int:
+        flags = _READ | os.O_DIRECTORY | (0 if follow else os.O_NOFOLLOW)
+        return os.open(path, flags, dir_fd=dir_fd)
+
+    def open_file(self, name: str, *, dir_fd: int) -> int:
+        return os.open(name, _READ | _NO_LINK, dir_fd=dir_fd)
+
+    def create_file(self, name: str, *, dir_fd: int) -> int:
+        """A new file; its mode is what the user's umask leaves of rw-rw-rw-."""
+        return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=dir_fd)
+
+    def scratch_file(self) -> int:
+        """A nameless file outside the store, gone when it is closed."""
+        with tempfile.TemporaryFile(prefix="vggt-cache-") as file:
+            return os.dup(file.fileno())
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def pread(self, fd: int, length: int, offset: int) -> bytes:
+        return os.pread(fd, length, offset)
+
+    def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        return os.preadv(fd, buffers, offset)
+
+    def pwrite(self, fd: int, data: Buffer, offset: int) -> int:
+        return os.pwrite(fd, data, offset)
+
+    def fsync(self, fd: int) -> None:
+        os.fsync(fd)
+
+    def fsync_directory(self, dir_fd: int) -> None:
+        os.fsync(dir_fd)
+
+    def set_mode(self, fd: int, mode: int) -> None:
+        os.fchmod(fd, mode)
+
+    def try_lock(self, fd: int) -> bool:
+        """Whether this descriptor now holds the file's advisory lock."""
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def fstat(self, fd: int) -> os.stat_result:
+        return os.fstat(fd)
+
+    def stat(self, name: str, *, dir_fd: int) -> os.stat_result:
+        return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+
+    def list_names(self, dir_fd: int) -> list[str]:
+        # A directory handle has one read position, which forked processes share: each listing opens its own.
+        own = os.open(".", _READ | os.O_DIRECTORY, dir_fd=dir_fd)
+        try:
+            return os.listdir(own)
+        finally:
+            os.close(own)
+
+    def make_directory(self, path: str, *, dir_fd: int | None = None) -> None:
+        os.mkdir(path, 0o777, dir_fd=dir_fd)
+
+    def link(self, source: str, target: str, *, dir_fd: int) -> None:
+        os.link(source, target, src_dir_fd=dir_fd, dst_dir_fd=dir_fd, follow_symlinks=False)
+
+    def rename(self, source: str, target: str, *, dir_fd: int) -> None:
+        os.rename(source, target, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+
+    def unlink(self, name: str, *, dir_fd: int) -> None:
+        os.unlink(name, dir_fd=dir_fd)
+
+    def clock_s(self) -> float:
+        """Seconds since 1970."""
+        return time.time()
+
+
+OPERATING_SYSTEM = FileSystem()
+
+
+def persist(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """The call's result; the call is repeated for as long as a signal interrupts it."""
+    while True:
+        try:
+            return call(*args, **kwargs)
+        except InterruptedError:
+            continue
+
+
+def write_fully(fs: FileSystem, fd: int, data: Buffer, offset: int) -> None:
+    """Write all of `data` at `offset`, however little the system takes at a time."""
+    rest = memoryview(data).cast("B")
+    while rest:
+        count = persist(fs.pwrite, fd, rest, offset)
+        if count <= 0:
+            raise OSError(errno.EIO, "the system accepts no more bytes")
+        rest, offset = rest[count:], offset + count
+
+
+def read_fully(fs: FileSystem, fd: int, target: memoryview, offset: int) -> int:
+    """Fill `target` from `offset`; returns the bytes read, fewer than asked only at the end of the file."""
+    done = 0
+    while done < len(target):
+        count = persist(fs.preadv, fd, [target[done:]], offset + done)
+        if count == 0:
+            break
+        done += count
+    return done
+
+
+def sync_directory(fs: FileSystem, dir_fd: int) -> None:
+    """fsync a directory; file systems that do not have the notion (EINVAL) are believed to need none."""
+    try:
+        fs.fsync_directory(dir_fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+
+
+def is_regular(status: os.stat_result) -> bool:
+    return stat.S_ISREG(status.st_mode)

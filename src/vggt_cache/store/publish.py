@@ -1,0 +1,147 @@
+"""How a file comes to be: complete and synced under a temporary name first, then under its own.
+
+1. create `.tmp-<random>` in the directory where the file will live, and write it
+2. fsync it, close it
+3. link it to its final name (or rename, where the name may be replaced), drop the temporary name
+4. fsync the directory
+
+A failure at any step withdraws all earlier ones. A failed fsync is never repeated: the system may by then
+have forgotten the bytes, and a second fsync would report success.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import stat
+from contextlib import suppress
+
+from vggt_cache.store.filesystem import Buffer, FileSystem, persist, sync_directory, write_fully
+
+TEMP_NAME = re.compile(r"\.tmp-[0-9a-f]{16}")
+
+_NO_LINKS_HERE = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
+_NO_MODES_HERE = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP}
+_WRITE_BITS = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
+
+
+class PendingFile:
+    """A file that nobody can see yet. All methods raise OSError; after one has, call `discard`."""
+
+    def __init__(self, fs: FileSystem, dir_fd: int) -> None:
+        """Create the temporary file in the directory `dir_fd`, which stays the caller's to close."""
+        self._fs = fs
+        self._dir_fd = dir_fd
+        self._name = f".tmp-{secrets.token_hex(8)}"
+        self._process = os.getpid()
+        self._published: str | None = None
+        self._fd: int | None = persist(fs.create_file, self._name, dir_fd=dir_fd)
+        try:
+            status = fs.fstat(self._fd)
+            self._identity = (status.st_dev, status.st_ino)
+            self._mode = stat.S_IMODE(status.st_mode)
+            self._hold_lock()
+        except BaseException:
+            self.discard()
+            raise
+
+    def _hold_lock(self) -> None:
+        # Tells `prune`, where locks work, that this file has a living writer. Nothing else rests on it.
+        with suppress(OSError):
+            self._fs.try_lock(self._open_fd())
+
+    def write(self, data: Buffer, offset: int) -> None:
+        write_fully(self._fs, self._open_fd(), data, offset)
+
+    def seal(self, *, read_only: bool) -> None:
+        """Bring the bytes to the disk and close the file."""
+        fd = self._open_fd()
+        if read_only:
+            self._drop_write_bits(fd)
+        self._fs.fsync(fd)
+        self._fd = None  # whatever close says, the descriptor is gone
+        self._fs.close(fd)
+
+    def publish_new(self, name: str) -> None:
+        """Give the sealed file its name, which no other file may have, and make that durable."""
+        self._link_or_rename(name)
+        self._published = name
+        self._drop_temporary_name()
+        sync_directory(self._fs, self._dir_fd)
+        self._published = None
+
+    def publish_over(self, name: str) -> None:
+        """Give the sealed file its name in place of the file that had it, and make that durable."""
+        try:
+            persist(self._fs.rename, self._name, name, dir_fd=self._dir_fd)
+        except OSError:
+            if not self._is_this_file(name):
+                raise
+        sync_directory(self._fs, self._dir_fd)
+
+    def discard(self) -> None:
+        """Undo what was done, as far as the system lets us. Does not raise OSError."""
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            with suppress(OSError):
+                self._fs.close(fd)
+        if os.getpid() != self._process:
+            return  # a forked copy: the file is the parent's
+        if self._published is not None and self._is_this_file(self._published):
+            self._unlink_quietly(self._published)
+        self._unlink_quietly(self._name)
+
+    # ------------------------------------------------------------ steps
+
+    def _open_fd(self) -> int:
+        if self._fd is None:
+            raise OSError(errno.EBADF, "the file is closed already")
+        return self._fd
+
+    def _drop_write_bits(self, fd: int) -> None:
+        try:
+            self._fs.set_mode(fd, self._mode & ~_WRITE_BITS)
+        except OSError as error:
+            if error.errno not in _NO_MODES_HERE:
+                raise
+
+    def _link_or_rename(self, name: str) -> None:
+        try:
+            persist(self._fs.link, self._name, name, dir_fd=self._dir_fd)
+        except OSError as error:
+            if self._is_this_file(name):
+                return  # done, although reported as failed: a repeated request of a network file system
+            if error.errno not in _NO_LINKS_HERE:
+                raise
+            self._rename_to_free_name(name)
+
+    def _rename_to_free_name(self, name: str) -> None:
+        # Names carry 64 random bits, so nobody takes this one between the look and the rename.
+        try:
+            self._fs.stat(name, dir_fd=self._dir_fd)
+        except FileNotFoundError:
+            pass
+        else:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
+        try:
+            persist(self._fs.rename, self._name, name, dir_fd=self._dir_fd)
+        except OSError:
+            if not self._is_this_file(name):
+                raise
+
+    def _drop_temporary_name(self) -> None:
+        # A second name of a complete file harms nobody; `prune` removes it should this fail.
+        self._unlink_quietly(self._name)
+
+    def _is_this_file(self, name: str) -> bool:
+        try:
+            status = self._fs.stat(name, dir_fd=self._dir_fd)
+        except OSError:
+            return False
+        return (status.st_dev, status.st_ino) == self._identity
+
+    def _unlink_quietly(self, name: str) -> None:
+        with suppress(OSError):
+            persist(self._fs.unlink, name, dir_fd=self._dir_fd)

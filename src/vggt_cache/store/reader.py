@@ -1,0 +1,288 @@
+"""Reading shards: names, headers and records, with a bounded number of open files."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+from vggt_cache.errors import CacheAccessError, CorruptRecordError
+from vggt_cache.identity import FeatureSpec
+from vggt_cache.store.faults import access_error, accessing
+from vggt_cache.store.filesystem import FileSystem, is_regular, persist, read_fully, sync_directory
+from vggt_cache.store.forks import renew_after_fork
+from vggt_cache.store.format import (
+    LENGTH_BYTES,
+    ForeignShardError,
+    Record,
+    ShardHeader,
+    header_length,
+    parse_header,
+    payload_bytes,
+    record_checksum,
+)
+
+SHARDS_FOLDER = "shards"
+SHARD_NAME = re.compile(r"[0-9a-f]{12}-[0-9a-f]{16}\.safetensors")
+_FIRST_READ_BYTES = 64 * 1024
+"""Covers the whole header of a shard of the default size."""
+
+
+class ShardVanishedError(CacheAccessError):
+    """A shard of the snapshot is no longer there: removed by `prune` or by hand."""
+
+
+class ShardReader:
+    """The shards of one store. Safe to use from several threads and after fork."""
+
+    def __init__(self, store_dir: str, spec: FeatureSpec, *, fs: FileSystem, max_open: int = 64) -> None:
+        """`max_open`: how many shards are kept open. Raises CacheAccessError."""
+        self._path = os.path.join(store_dir, SHARDS_FOLDER)
+        self._spec = spec
+        self._fs = fs
+        self._dir_fd: int | None = None
+        self._handles: list[int] = []
+        self._pool = _OpenShards(self._open, fs.close, max_open)
+        self._directory()
+
+    def close(self) -> None:
+        self._pool.close()
+        handles, self._handles, self._dir_fd = self._handles, [], None
+        for handle in handles:
+            with suppress(OSError):
+                self._fs.close(handle)
+
+    # ------------------------------------------------------------ names and headers
+
+    def names(self) -> list[str]:
+        """Names of all committed shards, in order. Raises CacheAccessError."""
+        dir_fd = self._directory()
+        if dir_fd is None:
+            return []
+        try:
+            found = persist(self._fs.list_names, dir_fd)
+        except OSError:
+            found = self._names_by_path()  # the handle may be stale where the path is not
+        return sorted(filter(SHARD_NAME.fullmatch, found))
+
+    def _names_by_path(self) -> list[str]:
+        with accessing(self._path):
+            dir_fd = self._fs.open_directory(self._path, follow=False)
+            # Other threads may be using the old handle, so it stays open until the end.
+            self._handles.append(dir_fd)
+            self._dir_fd = dir_fd
+            return persist(self._fs.list_names, dir_fd)
+
+    def sync_names(self) -> None:
+        """Make all names of the folder durable, also those that another process gave. Raises OSError."""
+        dir_fd = self._directory()
+        if dir_fd is not None:
+            sync_directory(self._fs, dir_fd)
+
+    def status(self, name: str) -> os.stat_result | None:
+        """The shard's file status; None where there is no such file. Raises CacheAccessError."""
+        dir_fd = self._directory()
+        if dir_fd is None:
+            return None
+        try:
+            return self._fs.stat(name, dir_fd=dir_fd)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise access_error(os.path.join(self._path, name), error) from error
+
+    def header(self, name: str) -> ShardHeader:
+        """Parse a shard's header. Raises ShardFormatError, ShardVanishedError or CacheAccessError."""
+        fd, _ = self._open(name)
+        try:
+            with accessing(os.path.join(self._path, name)):
+                header = parse_header(read_header_bytes(self._fs, fd, name), name)
+        finally:
+            self._fs.close(fd)
+        if header.spec != self._spec:
+            raise ForeignShardError(
+                f"shard {name} belongs to another store ({header.spec.short_name}): move it there"
+            )
+        return header
+
+    # ------------------------------------------------------------ records
+
+    def read(self, shard: str, record: Record, make_target: Callable[[], memoryview]) -> None:
+        """Read a record into the memory that `make_target` provides, and check it.
+
+        `make_target` is called only when the file is long enough to hold the record. Raises
+        CorruptRecordError, ShardVanishedError, ShardFormatError or CacheAccessError.
+        """
+        length = payload_bytes(self._spec, record.h, record.w)
+        with self._pool.borrow(shard) as (fd, file_bytes):
+            if record.offset + length > file_bytes:
+                raise self._corrupt(shard, record, "lies beyond the end of its file, which is truncated")
+            target = make_target()
+            with accessing(os.path.join(self._path, shard)):
+                count = read_fully(self._fs, fd, target, record.offset)
+        if count < length:
+            raise self._corrupt(shard, record, "ends early: the file was truncated while it was read")
+        if record_checksum(self._spec, record.key, record.h, record.w, target) != record.checksum:
+            raise self._corrupt(shard, record, "does not match its checksum")
+
+    def _corrupt(self, shard: str, record: Record, what: str) -> CorruptRecordError:
+        cache_dir = os.path.dirname(os.path.dirname(self._path))
+        return CorruptRecordError(
+            f"record {record.key.hex()} in shard {shard} {what}, so it was damaged after it was written: run "
+            f"`vggt-cache prune {cache_dir} --damaged --yes`, then precompute again"
+        )
+
+    # ------------------------------------------------------------ handles
+
+    def _directory(self) -> int | None:
+        """The handle of the shards' folder; None as long as there is none."""
+        if self._dir_fd is None:
+            try:
+                self._dir_fd = self._fs.open_directory(self._path, follow=False)
+                self._handles.append(self._dir_fd)
+            except FileNotFoundError:
+                return None
+            except OSError as error:
+                raise access_error(self._path, error) from error
+        return self._dir_fd
+
+    def _open(self, name: str) -> tuple[int, int]:
+        path = os.path.join(self._path, name)
+        dir_fd = self._directory()
+        if dir_fd is None:
+            raise _vanished(path)
+        try:
+            return open_regular(self._fs, name, dir_fd)
+        except FileNotFoundError as error:
+            raise _vanished(path) from error
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE) and self._pool.release_idle():
+                return self._open(name)
+            raise access_error(path, error) from error
+
+
+def _vanished(path: str) -> ShardVanishedError:
+    return ShardVanishedError(
+        f"{path} is no longer there, although this process has seen it: it was removed, by `vggt-cache prune` "
+        "or by hand; open the cache again, or call refresh()"
+    )
+
+
+def open_regular(fs: FileSystem, name: str, dir_fd: int) -> tuple[int, int]:
+    """Descriptor and size in bytes of a plain file. Raises ForeignShardError for anything else, or OSError."""
+    refusal = ForeignShardError(
+        f"shard {name} cannot be read: it is not a plain file; put the file itself there"
+    )
+    try:
+        fd = persist(fs.open_file, name, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a socket
+            raise refusal from error
+        raise
+    try:
+        status = fs.fstat(fd)
+        if not is_regular(status):
+            raise refusal
+    except BaseException:
+        fs.close(fd)
+        raise
+    return fd, status.st_size
+
+
+def read_header_bytes(fs: FileSystem, fd: int, name: str) -> bytes:
+    """Length field and header. Raises ShardFormatError for an impossible length, or OSError."""
+    data = _pread_fully(fs, fd, _FIRST_READ_BYTES, 0)
+    missing = LENGTH_BYTES + header_length(data, name) - len(data)
+    return data + _pread_fully(fs, fd, missing, len(data)) if missing > 0 else data
+
+
+def _pread_fully(fs: FileSystem, fd: int, length: int, offset: int) -> bytes:
+    buffer = bytearray(length)
+    return bytes(memoryview(buffer)[: read_fully(fs, fd, memoryview(buffer), offset)])
+
+
+# ---------------------------------------------------------------- open files
+
+
+class _Shared:
+    """An open shard and the number of reads that are using it."""
+
+    __slots__ = ("fd", "file_bytes", "users")
+
+    def __init__(self, fd: int, file_bytes: int) -> None:
+        self.fd, self.file_bytes, self.users = fd, file_bytes, 0
+
+
+class _OpenShards:
+    """Open shards, least recently used first. One in use is never closed, or its number could be another's."""
+
+    def __init__(
+        self, open_one: Callable[[str], tuple[int, int]], close: Callable[[int], None], limit: int
+    ) -> None:
+        self._open_one = open_one
+        self._close = close
+        self._limit = limit
+        self._forget()
+        renew_after_fork(self)
+
+    def _forget(self) -> None:
+        self._lock = threading.Lock()
+        self._shards: OrderedDict[str, _Shared] = OrderedDict()
+
+    @contextmanager
+    def borrow(self, name: str) -> Iterator[tuple[int, int]]:
+        shared = self._take(name)
+        try:
+            yield shared.fd, shared.file_bytes
+        finally:
+            with self._lock:
+                shared.users -= 1
+
+    def _take(self, name: str) -> _Shared:
+        with self._lock:
+            shared = self._shards.get(name)
+            if shared is not None:
+                self._shards.move_to_end(name)
+                shared.users += 1
+                return shared
+        opened = _Shared(*self._open_one(name))
+        with self._lock:
+            shared = self._shards.setdefault(name, opened)
+            shared.users += 1
+            idle = self._pop_idle(len(self._shards) - self._limit)
+        if shared is not opened:  # another thread was quicker
+            idle.append(opened)
+        for item in idle:
+            self._close(item.fd)
+        return shared
+
+    def _pop_idle(self, count: int) -> list[_Shared]:
+        names = [name for name, shared in self._shards.items() if not shared.users][: max(0, count)]
+        return [self._shards.pop(name) for name in names]
+
+    def release_idle(self) -> bool:
+        """Close what is not in use, because descriptors ran out; from now on keep fewer. False: nothing to close."""
+        with self._lock:
+            self._limit = max(1, min(self._limit, len(self._shards) // 2))
+            idle = self._pop_idle(len(self._shards))
+        for shared in idle:
+            self._close(shared.fd)
+        return bool(idle)
+
+    def close(self) -> None:
+        with self._lock:
+            shards, self._shards = list(self._shards.values()), OrderedDict()
+        for shared in shards:
+            self._close(shared.fd)
+
+    def start_anew_in_child(self) -> None:
+        """After fork: a lock may be held, and a shard in use, by a thread that does not exist here."""
+        shards = list(self._shards.values())
+        self._forget()
+        for shared in shards:
+            with suppress(OSError):
+                self._close(shared.fd)

@@ -1,0 +1,41 @@
+"""Features as torch tensors and as bytes, without a copy between the two."""
+
+from __future__ import annotations
+
+import torch
+
+from vggt_cache.errors import SettingsError
+from vggt_cache.identity import FeatureSpec
+
+TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def empty_feature(spec: FeatureSpec, h: int, w: int) -> torch.Tensor:
+    """Uninitialised memory for a feature [h, w, C] on the CPU."""
+    return torch.empty((h, w, spec.encoder.channels), dtype=TORCH_DTYPES[spec.feature_dtype])
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+
+
+def readable_bytes(feature: torch.Tensor, spec: FeatureSpec) -> tuple[int, int, memoryview]:
+    """h, w and the bytes, row-major, of a feature to be stored. Raises SettingsError if the specification has another form."""
+    dtype, channels = TORCH_DTYPES[spec.feature_dtype], spec.encoder.channels
+    if feature.ndim != 3 or feature.shape[2] != channels or feature.dtype != dtype or feature.is_cuda:
+        raise SettingsError(
+            f"a tensor of shape {list(feature.shape)} and {feature.dtype} on {feature.device} is no feature of this "
+            f"store: it keeps [h, w, {channels}] of {dtype}, taken from the CPU"
+        )
+    return feature.shape[0], feature.shape[1], bytes_of(feature.contiguous())
+
+
+def check_target(out: torch.Tensor, spec: FeatureSpec, h: int, w: int) -> None:
+    """Whether a feature of h x w patches can be read into `out`. Raises SettingsError."""
+    shape, dtype = (h, w, spec.encoder.channels), TORCH_DTYPES[spec.feature_dtype]
+    if tuple(out.shape) != shape or out.dtype != dtype or out.device.type != "cpu" or not out.is_contiguous():
+        raise SettingsError(
+            f"out has shape {list(out.shape)} and {out.dtype} on {out.device}, and the feature needs a contiguous "
+            f"{list(shape)} of {dtype} on the CPU: give such a tensor, or none"
+        )

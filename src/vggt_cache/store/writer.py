@@ -1,0 +1,186 @@
+"""Writing a shard: records go to the disk as they come, the header last, then the commit."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import TYPE_CHECKING, TypeVar
+
+from vggt_cache.errors import SettingsError, SpecMismatchError
+from vggt_cache.identity import KEY_BYTES, FeatureSpec
+from vggt_cache.store.faults import commit_error
+from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem, persist
+from vggt_cache.store.format import (
+    MAX_RECORDS,
+    MAX_SIDE,
+    Record,
+    build_header,
+    payload_bytes,
+    record_checksum,
+    reserved_header_bytes,
+)
+from vggt_cache.store.publish import PendingFile
+from vggt_cache.store.reader import SHARD_NAME, SHARDS_FOLDER
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+DEFAULT_MAX_RECORDS = 256
+_LAST_INSTANT_MS = 2**48 - 1
+
+
+class ShardWriter:
+    """One shard being written. Nothing of it can be read before `commit` has returned its name.
+
+    For one thread of one process. Leaving it as a context manager without `commit` aborts. After a CommitError
+    the shard is gone; start a new one.
+    """
+
+    def __init__(
+        self,
+        store_dir: str | os.PathLike[str],
+        spec: FeatureSpec,
+        *,
+        max_records: int = DEFAULT_MAX_RECORDS,
+        fs: FileSystem = OPERATING_SYSTEM,
+    ) -> None:
+        """`store_dir` is what `create_store` returned for `spec`. Raises CommitError."""
+        if not 1 <= max_records <= MAX_RECORDS:
+            raise SettingsError(f"max_records is {max_records}: a shard holds 1 to {MAX_RECORDS} records")
+        if os.path.basename(os.path.normpath(store_dir)) != spec.short_name:
+            raise SpecMismatchError(
+                f"{os.fspath(store_dir)} is not the store of this specification, which is {spec.short_name}: "
+                "use the path that create_store returns"
+            )
+        self._fs = fs
+        self._spec = spec
+        self._max_records = max_records
+        self._shards_dir = os.path.join(store_dir, SHARDS_FOLDER)
+        self._data_start = self._end = reserved_header_bytes(spec, max_records)
+        self._records: dict[bytes, Record] = {}
+        self.opened_s = fs.clock_s()
+        """When this shard was begun, seconds since 1970."""
+        try:
+            self._dir_fd = fs.open_directory(self._shards_dir, follow=False)
+        except OSError as error:
+            raise commit_error(self._shards_dir, error) from error
+        try:
+            self._file: PendingFile | None = PendingFile(fs, self._dir_fd)
+        except BaseException as error:
+            fs.close(self._dir_fd)
+            if isinstance(error, OSError):
+                raise commit_error(self._shards_dir, error) from error
+            raise
+
+    @property
+    def record_count(self) -> int:
+        return len(self._records)
+
+    @property
+    def bytes_written(self) -> int:
+        """Payload bytes so far."""
+        return self._end - self._data_start
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the header has no place for another record."""
+        return len(self._records) >= self._max_records
+
+    def append(self, key: bytes, feature: torch.Tensor) -> None:
+        """Write one feature [h, w, C], on the CPU, in the specification's dtype, under its 16-byte key.
+
+        Raises SettingsError for anything else or a key that this shard has already, and CommitError, which
+        ends the shard, where the system does not take the bytes.
+        """
+        from vggt_cache.store.tensors import readable_bytes
+
+        h, w, payload = readable_bytes(feature, self._spec)
+        self.append_payload(key, h, w, payload)
+
+    def append_payload(self, key: bytes, h: int, w: int, payload: memoryview) -> None:
+        """The same from the feature's bytes, row-major and little-endian."""
+        self._check_record(key, h, w, payload)
+        record = Record(key, self._end, h, w, record_checksum(self._spec, key, h, w, payload))
+        self._attempt(lambda file: file.write(payload, record.offset))
+        self._records[key] = record
+        self._end += len(payload)
+
+    def commit(self) -> str:
+        """Bring the shard to the disk and give it its final name, which is returned.
+
+        When this has returned, the shard survives a kill at any point, and a power loss where the disk honours
+        fsync. Raises CommitError; then nothing of it is visible. Raises SettingsError for an empty shard.
+        """
+        if not self._records:
+            self.abort()
+            raise SettingsError("this shard has no records, so there is nothing to commit: call abort")
+        name = self._attempt(self._commit)
+        self._fs.close(self._dir_fd)
+        self._file = None
+        return name
+
+    def abort(self) -> None:
+        """Forget the shard: its temporary file is removed. Does nothing after `commit` or `abort`."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.discard()
+            self._fs.close(self._dir_fd)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    # ------------------------------------------------------------ steps
+
+    def _attempt(self, step: Callable[[PendingFile], T]) -> T:
+        """Do one step of writing; whatever goes wrong in it ends the shard."""
+        if self._file is None:
+            raise SettingsError("this shard was committed or aborted: start a new ShardWriter")
+        try:
+            return step(self._file)
+        except BaseException as error:
+            self.abort()
+            if isinstance(error, OSError):
+                raise commit_error(self._shards_dir, error) from error
+            raise
+
+    def _commit(self, file: PendingFile) -> str:
+        file.write(build_header(self._spec, list(self._records.values()), self._data_start), 0)
+        file.seal(read_only=True)
+        name = next_shard_name(persist(self._fs.list_names, self._dir_fd), self._fs.clock_s())
+        file.publish_new(name)
+        return name
+
+    def _check_record(self, key: bytes, h: int, w: int, payload: memoryview) -> None:
+        if not isinstance(key, bytes) or len(key) != KEY_BYTES:
+            raise SettingsError(f"{key!r} is no key: a key has {KEY_BYTES} bytes")
+        if key in self._records:
+            raise SettingsError(f"key {key.hex()} is in this shard already: a shard holds a feature once")
+        if self.is_full:
+            raise SettingsError(
+                f"this shard has {len(self._records)} records, which is all it can hold: commit it"
+            )
+        if not (1 <= h <= MAX_SIDE and 1 <= w <= MAX_SIDE) or payload.nbytes != payload_bytes(
+            self._spec, h, w
+        ):
+            raise SettingsError(
+                f"{payload.nbytes} bytes are no feature of {h} x {w} patches in this specification"
+            )
+
+
+def next_shard_name(names: Iterable[str], now_s: float) -> str:
+    """A name that sorts behind all of `names`, whatever the clock says.
+
+    Where two shards hold the same key the later name wins, so a recomputed feature must not lose because it
+    was made on a machine whose clock is slow.
+    """
+    latest_ms = max((int(name[:12], 16) for name in names if SHARD_NAME.fullmatch(name)), default=-1)
+    instant_ms = min(max(int(now_s * 1000), latest_ms + 1, 0), _LAST_INSTANT_MS)
+    return f"{instant_ms:012x}-{secrets.token_hex(8)}.safetensors"

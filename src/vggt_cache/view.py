@@ -1,0 +1,207 @@
+"""The picture that shows at a glance whether features are right: frames beside their features as colours.
+
+All features share one basis: the three directions of largest variance (PCA) over the patches of all of
+them, as red, green and blue. Equal surfaces then have equal colours in all pictures; features of another
+frame, a transposed grid or noise are seen at once.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+
+from vggt_cache.errors import SettingsError, StoreError
+
+Pixels = npt.NDArray[np.uint8]
+Feature = npt.NDArray[np.float32]
+Row = tuple[Pixels, Feature, str]
+"""A frame's pixels [H, W, 3], its feature [h, w, C], and a caption."""
+
+MAX_PICTURE_PIXELS = 100_000_000
+
+_PERCENTILES = (1.0, 99.0)
+_NOISE = 1e-10
+"""Share of the largest variance under which a component is rounding, not signal."""
+_FLOAT32_NOISE = 1e-14
+"""Share of the mean square under which a variance is what float32 makes of a constant."""
+_GREY = 0.5
+_BASIS_PATCHES = 8192
+"""Bounds the time and memory of the PCA; a basis from so many patches is steady."""
+_MARGIN_PIXELS = 8
+_CAPTION_PIXELS = 16
+_ROWS_PER_COLUMN = 4
+
+
+def draw_features(rows: Sequence[Row], out_path: str | os.PathLike[str]) -> None:
+    """Write a PNG with each frame, its feature enlarged to the frame's size, and its caption.
+
+    Equal rows give equal bytes on one machine. Raises SettingsError for arguments that make no picture, and
+    StoreError for features that hold NaN or infinity.
+    """
+    _check(rows)
+    colours = joint_colours([feature for _, feature, _ in rows])
+    picture = _picture(
+        [(pixels, colour, text) for (pixels, _, text), colour in zip(rows, colours, strict=True)]
+    )
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    try:
+        with open(out_path, "wb") as file:
+            file.write(buffer.getvalue())
+    except OSError as error:
+        raise SettingsError(
+            f"the picture cannot be written to {os.fspath(out_path)} ({error.strerror or error}): "
+            "give a file name in a folder that you can write to"
+        ) from error
+
+
+def joint_colours(features: Sequence[Feature]) -> list[Pixels]:
+    """Features [h, w, C] as colours uint8 [h, w, 3] by one PCA over the patches of all of them.
+
+    A component's sign is such that its largest entry is positive. Its 1st to 99th percentile spans the range
+    of its colour, so that a few outlying patches do not darken the rest. Components without variance are grey.
+    """
+    patches = _spread_patches(features)
+    mean = patches.mean(axis=0)
+    directions = _principal_directions(patches - mean, _FLOAT32_NOISE * float(np.mean(patches**2)))
+    scores = [(feature.astype(np.float64) - mean) @ directions for feature in features]  # [h, w, 3] each
+    low, high = np.percentile(np.concatenate([one.reshape(-1, 3) for one in scores]), _PERCENTILES, axis=0)
+    flat = high <= low
+    span = np.where(flat, 1.0, high - low)
+    shades = (np.where(flat, _GREY, (one - low) / span) for one in scores)
+    return [np.rint(shade.clip(0.0, 1.0) * 255).astype(np.uint8) for shade in shades]
+
+
+def _spread_patches(features: Sequence[Feature]) -> npt.NDArray[np.float64]:
+    """Patches [n, C] for the basis: all, or evenly spaced ones where there are more than the basis needs."""
+    total = sum(feature.shape[0] * feature.shape[1] for feature in features)
+    step = -(-total // _BASIS_PATCHES)
+    rows = [feature.reshape(-1, feature.shape[-1])[::step] for feature in features]
+    return np.concatenate(rows).astype(np.float64)
+
+
+def _principal_directions(patches: npt.NDArray[np.float64], noise: float) -> npt.NDArray[np.float64]:
+    """Eigenvectors [C, 3] of the covariance with the largest eigenvalues; zeros where only noise is left."""
+    variances, vectors = np.linalg.eigh(patches.T @ patches / len(patches))
+    directions = np.zeros((patches.shape[1], 3))
+    for component in range(min(3, patches.shape[1])):
+        vector = vectors[:, -1 - component]
+        if variances[-1 - component] > max(_NOISE * variances[-1], noise):
+            directions[:, component] = vector * np.sign(vector[np.abs(vector).argmax()])
+    return directions
+
+
+# ---------------------------------------------------------------- the picture
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Table:
+    """Where things stand: cells of equal size, filled downwards, then to the right."""
+
+    count: int
+    frame_width: int
+    frame_height: int
+
+    @property
+    def rows(self) -> int:
+        return math.ceil(self.count / self.columns)
+
+    @property
+    def columns(self) -> int:
+        return math.ceil(self.count / max(_ROWS_PER_COLUMN, math.isqrt(2 * self.count)))
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        """(width, height) in pixels of a frame, its feature, its caption and the margins right of and below them."""
+        return 2 * (self.frame_width + _MARGIN_PIXELS), self.frame_height + _CAPTION_PIXELS + _MARGIN_PIXELS
+
+    @property
+    def size(self) -> tuple[int, int]:
+        width, height = self.cell
+        return self.columns * width + _MARGIN_PIXELS, self.rows * height + _MARGIN_PIXELS
+
+    def corner(self, index: int) -> tuple[int, int]:
+        """(x, y) of a cell."""
+        column, row = divmod(index, self.rows)
+        return _MARGIN_PIXELS + column * self.cell[0], _MARGIN_PIXELS + row * self.cell[1]
+
+
+def _table(frames: Sequence[Pixels]) -> _Table:
+    return _Table(
+        count=len(frames),
+        frame_width=max(pixels.shape[1] for pixels in frames),
+        frame_height=max(pixels.shape[0] for pixels in frames),
+    )
+
+
+def _picture(cells: Sequence[tuple[Pixels, Pixels, str]]) -> Image.Image:
+    table = _table([pixels for pixels, _, _ in cells])
+    canvas = Image.new("RGB", table.size, "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default()
+    for index, (pixels, colours, caption) in enumerate(cells):
+        x, y = table.corner(index)
+        frame = Image.fromarray(pixels)
+        canvas.paste(frame, (x, y))
+        enlarged = Image.fromarray(colours).resize(frame.size, Image.Resampling.NEAREST)
+        canvas.paste(enlarged, (x + table.frame_width + _MARGIN_PIXELS, y))
+        text = _fitting(draw, font, caption, 2 * table.frame_width + _MARGIN_PIXELS)
+        draw.text((x, y + table.frame_height + 2), text, fill="black", font=font)
+    return canvas
+
+
+def _fitting(
+    draw: ImageDraw.ImageDraw,
+    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    caption: str,
+    width_pixels: int,
+) -> str:
+    """The caption's end, which tells more of a path than its beginning; in ASCII, which every font has."""
+    text = " ".join(caption.encode("ascii", "replace").decode().split())
+    if draw.textlength(text, font=font) <= width_pixels:
+        return text
+    while text and draw.textlength(f"...{text}", font=font) > width_pixels:
+        text = text[1:]
+    return f"...{text}"
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def _check(rows: Sequence[Row]) -> None:
+    if not rows:
+        raise SettingsError("there is no feature to draw: give at least one")
+    for pixels, feature, caption in rows:
+        if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or 0 in pixels.shape:
+            raise SettingsError(f"the frame of {caption} is {_described(pixels)}: pixels are uint8 [H, W, 3]")
+        if feature.ndim != 3 or 0 in feature.shape:
+            raise SettingsError(
+                f"the feature of {caption} is {_described(feature)}: features are float32 [h, w, C]"
+            )
+        if not np.isfinite(feature).all():
+            raise StoreError(
+                f"the feature of {caption} holds NaN or infinity, so it has no colours and is of no use in training: "
+                "remove it from the cache, and check the encoder's weights and dtype"
+            )
+    channels = {feature.shape[2] for _, feature, _ in rows}
+    if len(channels) > 1:
+        raise SettingsError(
+            f"the features have {', '.join(map(str, sorted(channels)))} channels, so they are of different encoders: "
+            "draw them separately"
+        )
+    width, height = _table([pixels for pixels, _, _ in rows]).size
+    if width * height > MAX_PICTURE_PIXELS:
+        raise SettingsError(
+            f"{len(rows)} features make a picture of {width} x {height} pixels, over the limit of "
+            f"{MAX_PICTURE_PIXELS}: draw fewer (--count)"
+        )
+
+
+def _described(array: npt.NDArray[np.generic]) -> str:
+    return f"{array.dtype} {list(array.shape)}"

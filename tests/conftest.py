@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+import golden_recipe
+from vggt_cache.encoder import EncoderConfig, expected_shapes
+
+
+@pytest.fixture(scope="session")
+def small_config() -> EncoderConfig:
+    return EncoderConfig.from_dict(golden_recipe.SMALL_CONFIG)
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(small_config: EncoderConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A VGGT checkpoint directory (config.json, model.safetensors; 36 M parameters) with the golden weights."""
+    directory = tmp_path_factory.mktemp("small_checkpoint")
+    weights = golden_recipe.make_weights(expected_shapes(small_config))
+    save_file(
+        {f"aggregator.{name}": weight for name, weight in weights.items()}, directory / "model.safetensors"
+    )
+    (directory / "config.json").write_text(json.dumps(golden_recipe.SMALL_CONFIG))
+    yield directory
+    shutil.rmtree(directory)

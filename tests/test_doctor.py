@@ -1,0 +1,373 @@
+"""The doctor finds a healthy directory healthy, reports each broken promise of a mount, and leaves no trace."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from vggt_cache import doctor
+from vggt_cache.doctor import Finding, alone, examine, format_findings, place, together
+from vggt_cache.doctor.together import Partner
+from vggt_cache.errors import CacheAccessError
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alone, "THROUGHPUT_BYTES", 1 << 20)
+    monkeypatch.setattr(together, "_SWAP_S", 0.05)
+
+
+@pytest.fixture
+def partner() -> Iterator[Partner]:
+    with Partner() as started:
+        yield started
+
+
+def refuse(code: int) -> Callable[..., Any]:
+    def call(*_: object, **__: object) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    return call
+
+
+def by_name(findings: list[Finding]) -> dict[str, Finding]:
+    assert len({finding.name for finding in findings}) == len(findings)
+    return {finding.name: finding for finding in findings}
+
+
+# ---------------------------------------------------------------- the whole examination
+
+
+def test_a_local_directory_has_no_fault_and_is_left_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "shard.safetensors").write_bytes(b"kept")
+    found = by_name(examine(tmp_path))
+    assert {name for name, finding in found.items() if finding.status == "fail"} == set()
+    assert {
+        "file system", "free space", "free inodes", "directory mode", "writable", "exclusive create", "atomic rename",
+        "new name visible", "new contents visible", "fsync of a file", "fsync of a directory", "hard links", "clock",
+        "new files", "file names", "write speed", "read speed",
+    } == set(found)  # fmt: skip
+    assert os.listdir(tmp_path) == ["shard.safetensors"]
+    assert (tmp_path / "shard.safetensors").read_bytes() == b"kept"
+
+
+def test_a_directory_that_does_not_exist_is_not_made_and_its_parent_is_examined(tmp_path: Path) -> None:
+    found = by_name(examine(tmp_path / "new" / "cache"))
+    assert found["directory"].value == str(tmp_path)
+    assert found["exclusive create"].status == "ok"
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_read_only_directory_is_a_warning_and_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse(errno.EROFS))
+    found = by_name(examine(tmp_path))
+    assert found["writable"].status == "warn"
+    assert "Read-only file system" in found["writable"].value
+    assert set(found) == {"file system", "directory mode", "writable"}
+
+
+def test_what_is_no_directory_or_cannot_be_read_is_one_typed_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        CacheAccessError, match=r"file is not a directory, so no cache can be there: give a directory$"
+    ):
+        examine(tmp_path / "file")
+    monkeypatch.setattr(os, "scandir", refuse(errno.EACCES))
+    with pytest.raises(CacheAccessError, match=r"cannot be read \(Permission denied\).*ask its owner"):
+        examine(tmp_path)
+
+
+def test_a_stale_mount_is_one_typed_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "stat", refuse(errno.ESTALE))
+    with pytest.raises(CacheAccessError, match="cannot be read"):
+        examine(tmp_path)
+
+
+def test_without_a_second_process_the_examination_still_ends_with_findings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(together.subprocess, "Popen", refuse(errno.EAGAIN))
+    found = by_name(examine(tmp_path))
+    assert found["second process"].status == "fail"
+    assert found["read speed"].status == "ok"
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_second_process_that_dies_is_a_finding_and_no_exception(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = Partner.ask
+
+    def die(self: Partner, do: str, **request: Any) -> None:
+        self._process.kill()
+        self._process.wait()
+        ask(self, do, **request)
+
+    monkeypatch.setattr(Partner, "ask", die)
+    found = by_name(examine(tmp_path))
+    assert found["exclusive create"].status == "fail"
+    assert found["read speed"].status == "ok"
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_interrupt_leaves_no_folder_and_no_process_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Partner] = []
+
+    def interrupt(folder: Path, partner: Partner) -> Finding:
+        started.append(partner)
+        partner.ask("watch", path=str(folder / "never"), content="x", timeout_s=1e6)
+        partner.answer()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(together, "TRIALS", (interrupt,))
+    with pytest.raises(KeyboardInterrupt):
+        examine(tmp_path)
+    assert os.listdir(tmp_path) == []
+    assert started[0]._process.poll() is not None
+
+
+def test_a_folder_that_cannot_be_removed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor.shutil, "rmtree", lambda *_, **__: None)
+    finding = by_name(examine(tmp_path))["cleaning up"]
+    assert (finding.status, finding.value) == ("warn", str(next(tmp_path.iterdir())))
+
+
+def test_the_table_has_a_line_for_each_finding_of_one_sentence_and_counts_them(tmp_path: Path) -> None:
+    findings = examine(tmp_path)
+    *lines, total = format_findings(findings).splitlines()
+    for line, finding in zip(lines, findings, strict=True):
+        assert line.startswith(finding.status)
+        assert finding.name in line
+        assert finding.value in line
+        assert line.endswith(finding.meaning)
+        assert finding.meaning.endswith(".")
+        assert ". " not in finding.meaning
+    assert total.startswith(f"{len(findings)} checks: ")
+    two = [Finding("a", "warn", "1", "M."), Finding("b", "fail", "2", "N.")]
+    assert format_findings(two).splitlines()[-1] == "2 checks: 0 ok, 1 warn, 1 fail"
+
+
+# ---------------------------------------------------------------- each broken promise
+
+
+def test_a_create_that_is_not_exclusive_is_found(
+    tmp_path: Path, partner: Partner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert together.exclusive_create(tmp_path, partner).status == "ok"
+    monkeypatch.setattr(together, "race", lambda paths, start_at_s: paths)
+    (tmp_path / "other").mkdir()
+    finding = together.exclusive_create(tmp_path / "other", partner)
+    assert finding.status == "fail"
+    assert "twice" in finding.value
+
+
+def test_a_replacement_that_is_not_atomic_is_found(
+    tmp_path: Path, partner: Partner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def in_two_halves(source: Path, target: Path) -> None:
+        data = Path(source).read_bytes()
+        with open(target, "wb", buffering=0) as file:
+            file.write(data[: len(data) // 2])
+            time.sleep(0.005)
+            file.write(data[len(data) // 2 :])
+
+    monkeypatch.setattr(alone.os, "replace", in_two_halves)
+    finding = together.atomic_replace(tmp_path, partner)
+    assert finding.status == "fail"
+    assert "torn" in finding.value
+
+
+@pytest.mark.parametrize("trial", [together.visible_name, together.visible_content])
+def test_a_rename_that_nobody_sees_is_found(
+    trial: Callable[..., Finding], tmp_path: Path, partner: Partner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(together, "VISIBILITY_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(alone.os, "replace", lambda source, target: None)
+    finding = trial(tmp_path, partner)
+    assert (finding.status, finding.value) == ("fail", "not within 0 s")
+
+
+@pytest.mark.parametrize("trial", [together.visible_name, together.visible_content])
+def test_the_visibility_delay_is_measured_and_a_long_one_is_a_warning(
+    trial: Callable[..., Finding], tmp_path: Path, partner: Partner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def late(source: Path, target: Path) -> None:
+        time.sleep(0.3)
+        replace(source, target)
+
+    monkeypatch.setattr(together, "SLOW_VISIBILITY_S", 0.25)
+    monkeypatch.setattr(alone.os, "replace", late)
+    finding = trial(tmp_path, partner)
+    assert finding.status == "warn"
+    assert float(finding.value.removesuffix(" ms")) >= 300
+
+
+@pytest.mark.parametrize(("trial", "status"), [(alone.fsync_file, "fail"), (alone.fsync_directory, "warn")])
+def test_a_refused_fsync_is_reported_with_its_reason(
+    trial: Callable[..., Finding],
+    status: str,
+    tmp_path: Path,
+    partner: Partner,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(alone.os, "fsync", refuse(errno.EINVAL))
+    finding = trial(tmp_path)
+    assert (finding.status, finding.value) == (status, "refused (Invalid argument)")
+
+
+def test_fsync_of_a_directory_is_asked_of_a_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[bool] = []
+    monkeypatch.setattr(alone.os, "fsync", lambda fd: synced.append(stat.S_ISDIR(os.fstat(fd).st_mode)))
+    alone.fsync_file(tmp_path)
+    alone.fsync_directory(tmp_path)
+    assert synced == [False, True]
+
+
+def test_missing_hard_links_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alone.os, "link", refuse(errno.EPERM))
+    assert alone.hard_link(tmp_path).value == "no (Operation not permitted)"
+
+
+def test_a_file_server_with_another_time_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert alone.clock(tmp_path).status == "ok"
+    real = time.time
+    monkeypatch.setattr(alone.time, "time", lambda: real() - 100)
+    finding = alone.clock(tmp_path)
+    assert (finding.status, finding.value) == ("warn", "+100.0 s")
+
+
+def test_a_file_time_that_stands_still_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alone.os, "utime", lambda path: None)
+    assert alone.clock(tmp_path).value == "does not advance"
+
+
+@pytest.mark.parametrize(("umask", "value", "status"), [(0o077, "0600", "warn"), (0o027, "0640", "ok")])
+def test_new_files_that_the_group_cannot_read_are_a_warning(
+    umask: int, value: str, status: str, tmp_path: Path
+) -> None:
+    before = os.umask(umask)
+    try:
+        finding = alone.new_file_mode(tmp_path)
+    finally:
+        os.umask(before)
+    assert (finding.value, finding.status) == (value, status)
+
+
+@pytest.mark.parametrize(("mode", "status"), [(0o750, "ok"), (0o700, "warn")])
+def test_a_directory_that_the_group_cannot_enter_is_a_warning(mode: int, status: str, tmp_path: Path) -> None:
+    tmp_path.chmod(mode)
+    assert place.access(tmp_path).status == status
+
+
+def test_too_short_file_names_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alone, "NAME_BYTES", 300)
+    finding = alone.long_name(tmp_path)
+    assert finding.status == "fail"
+    assert "File name too long" in finding.value
+
+
+def test_a_pread_that_ignores_its_offset_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone.write_speed(tmp_path)
+    assert alone.read_speed(tmp_path).status == "ok"
+    monkeypatch.setattr(alone.os, "pread", lambda fd, size, offset: os.read(fd, size))
+    assert alone.read_speed(tmp_path).value == "wrong bytes"
+
+
+def space(**values: int) -> Callable[[object], SimpleNamespace]:
+    full = {"f_bavail": 10**9, "f_frsize": 4096, "f_files": 10**6, "f_favail": 10**6}
+    return lambda path: SimpleNamespace(**{**full, **values})
+
+
+@pytest.mark.parametrize(("blocks", "status"), [(10**9, "ok"), (10**6, "warn"), (10**4, "fail"), (0, "fail")])
+def test_little_free_space_is_reported_in_features(
+    blocks: int, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place.os, "statvfs", space(f_bavail=blocks))
+    finding = place.free_space(tmp_path)
+    assert finding.status == status
+    assert f"{int(blocks * 4096 / 4.24e6):,} features" in finding.meaning
+
+
+@pytest.mark.parametrize(
+    ("total", "left", "status"), [(10**6, 10**5, "ok"), (10**6, 3, "fail"), (0, 0, "ok")]
+)
+def test_exhausted_inodes_are_found_and_none_counted_is_no_limit(
+    total: int, left: int, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place.os, "statvfs", space(f_files=total, f_favail=left))
+    assert place.free_inodes(tmp_path).status == status
+
+
+def test_a_full_disk_leaves_the_speed_unmeasured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(alone.os, "statvfs", space(f_bavail=0))
+    assert alone.write_speed(tmp_path).value == "not measured"
+    assert alone.read_speed(tmp_path).value == "not measured"
+    assert os.listdir(tmp_path) == []
+
+
+# ---------------------------------------------------------------- the kind of file system
+
+MOUNTS = r"""/dev/sda / ext4 rw 0 0
+server:/share /data nfs4 rw,vers=4.2 0 0
+tmpfs /data/fast tmpfs rw 0 0
+old /data/two overlay rw 0 0
+new /data/two lustre rw 0 0
+usb /data/my\040disk vfat rw 0 0
+sshfs /data/remote fuse.sshfs rw 0 0
+broken line
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "point", "status"),
+    [
+        ("/somewhere/else", "ext4", "/", "ok"),
+        ("/data/cache", "nfs4", "/data", "ok"),
+        ("/database", "ext4", "/", "ok"),
+        ("/data/fast/cache", "tmpfs", "/data/fast", "warn"),
+        ("/data/two", "lustre", "/data/two", "ok"),
+        ("/data/my disk/cache", "vfat", "/data/my disk", "warn"),
+        ("/data/remote/x", "fuse.sshfs", "/data/remote", "warn"),
+    ],
+)
+def test_the_file_system_is_that_of_the_longest_and_latest_mount(
+    path: str, kind: str, point: str, status: str, tmp_path: Path
+) -> None:
+    table = tmp_path / "mounts"
+    table.write_text(MOUNTS)
+    finding = place.file_system(Path(path), str(table))
+    assert (finding.value, finding.status) == (f"{kind} at {point}", status)
+
+
+def test_without_a_mount_table_the_type_is_unknown_and_no_fault(tmp_path: Path) -> None:
+    finding = place.file_system(tmp_path, str(tmp_path / "absent"))
+    assert (finding.value, finding.status) == ("unknown at /", "ok")
+
+
+def test_a_symbolic_link_is_examined_where_it_leads(tmp_path: Path) -> None:
+    table = tmp_path / "mounts"
+    (tmp_path / "target").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    table.write_text(f"/dev/sda / ext4 rw 0 0\nfast {tmp_path}/target tmpfs rw 0 0\n")
+    assert place.mount_of(tmp_path / "link", str(table))[0] == "tmpfs"

@@ -1,0 +1,249 @@
+"""Sharing changes what is computed how often, never what comes out."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import golden_recipe
+from vggt_cache.encoder import Checkpoint, Encoder, FrameCache
+from vggt_cache.encoder.causal import CausalStats, encode_lists
+from vggt_cache.encoder.prefix_tree import count_passes
+from vggt_cache.errors import FrameError
+
+Lists = Sequence[Sequence[int]]
+GRID = (4, 5)
+EPISODE = [np.linspace(0, step, min(step + 1, 9)).astype(int).tolist() for step in range(60)]
+"""What a 60-step episode asks for: at every step at most nine frames up to the current one."""
+
+
+class TraceEncoder:
+    """Stands in for the encoder; its 'feature' is the list of frames seen, so sharing can be checked exactly."""
+
+    def __init__(self) -> None:
+        self.towers: list[list[int]] = []
+        self.steps: list[tuple[int, int]] = []
+        self.caches: weakref.WeakSet[FrameCache] = weakref.WeakSet()
+        self.most_caches = 0
+
+    def patch_tokens(self, pixels: Tensor) -> Tensor:
+        frames = pixels[:, 0, 0, 0].tolist()
+        self.towers.append(frames)
+        patches = pixels.shape[1] * pixels.shape[2] // 196
+        return torch.tensor(frames, dtype=torch.float32)[:, None, None].repeat(1, patches, 1)
+
+    def extend(
+        self,
+        tokens: Tensor,
+        grid: tuple[int, int],
+        prefixes: list[list[FrameCache]],
+        *,
+        want_feature: list[bool],
+        want_cache: list[bool],
+    ) -> tuple[Tensor | None, list[FrameCache | None]]:
+        assert len({len(prefix) for prefix in prefixes}) == 1
+        self.steps.append((len(prefixes[0]), len(tokens)))
+        seen = [
+            [*(c.keys_values.item() for c in prefix), own]
+            for prefix, own in zip(prefixes, tokens[:, 0, 0].tolist(), strict=True)
+        ]
+        caches: list[FrameCache | None] = [
+            FrameCache(keys_values=tokens[row, 0, 0], grid=grid) if want else None
+            for row, want in enumerate(want_cache)
+        ]
+        self.caches.update(cache for cache in caches if cache is not None)
+        self.most_caches = max(self.most_caches, len(self.caches))
+        wanted = [torch.tensor(frames) for frames, want in zip(seen, want_feature, strict=True) if want]
+        return (torch.stack(wanted) if wanted else None), caches
+
+
+def pixels_of(frame: Hashable) -> Tensor:
+    assert isinstance(frame, int)
+    return torch.full((14 * GRID[0], 14 * GRID[1], 3), frame, dtype=torch.uint8)
+
+
+def run(
+    encoder: Any,
+    lists: Lists,
+    batch_size: int,
+    pixels: Callable[[Hashable], Tensor] = pixels_of,
+    **options: Any,
+) -> dict[int, Tensor]:
+    found: dict[int, Tensor] = {}
+    for position, feature in encode_lists(encoder, lists, pixels, batch_size=batch_size, **options):
+        assert position not in found
+        found[position] = feature
+    return found
+
+
+any_lists = st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=5), max_size=12)
+
+
+@hypothesis.given(any_lists, st.integers(1, 5))
+@hypothesis.settings(deadline=None, max_examples=150, derandomize=True)
+def test_every_list_gets_the_feature_of_exactly_its_own_frames(lists: Lists, batch_size: int) -> None:
+    found = run(TraceEncoder(), lists, batch_size)
+    assert {position: feature.tolist() for position, feature in found.items()} == dict(enumerate(lists))
+
+
+@hypothesis.given(any_lists, st.integers(1, 5))
+@hypothesis.settings(deadline=None, max_examples=150, derandomize=True)
+def test_each_prefix_and_each_image_is_computed_once(lists: Lists, batch_size: int) -> None:
+    encoder, stats = TraceEncoder(), CausalStats()
+    asked: Counter[Hashable] = Counter()
+
+    def pixels(frame: Hashable) -> Tensor:
+        asked[frame] += 1
+        return pixels_of(frame)
+
+    run(encoder, lists, batch_size, pixels, stats=stats)
+    prefixes = {tuple(one[: end + 1]) for one in lists for end in range(len(one))}
+    frames = {frame for one in lists for frame in one}
+    assert stats == CausalStats(
+        tower_passes=len(frames), frame_passes=len(prefixes), unshared_passes=sum(map(len, lists))
+    )
+    assert sum(size for _, size in encoder.steps) == len(prefixes)
+    assert sorted(frame for batch in encoder.towers for frame in batch) == sorted(frames)
+    assert asked == Counter(frames)
+    counts = count_passes(lists)
+    assert (counts.unshared, counts.prefixes, counts.frames) == (
+        stats.unshared_passes,
+        stats.frame_passes,
+        stats.tower_passes,
+    )
+
+
+@hypothesis.given(any_lists, st.integers(1, 5))
+@hypothesis.settings(deadline=None, max_examples=150, derandomize=True)
+def test_live_caches_are_bounded_and_all_are_dropped(lists: Lists, batch_size: int) -> None:
+    encoder = TraceEncoder()
+    run(encoder, lists, batch_size)
+    longest = max(map(len, lists), default=0)
+    assert encoder.most_caches <= batch_size * max(longest - 1, 0)
+    assert len(encoder.caches) == 0
+    assert all(size <= batch_size for _, size in encoder.steps)
+
+
+def test_an_episode_takes_the_expected_passes_in_well_filled_batches() -> None:
+    encoder, stats = TraceEncoder(), CausalStats()
+    run(encoder, EPISODE, 8, stats=stats)
+    counts = count_passes(EPISODE)
+    assert (counts.unshared, counts.frames) == (504, 60)
+    assert stats.frame_passes == counts.prefixes < 504 / 1.5
+    assert stats.tower_passes == 60
+    assert [len(batch) for batch in encoder.towers] == [8] * 7 + [4]
+    assert encoder.most_caches <= 8 * 8
+    # Sixty steps of every list alone would be 504; well under half a batch on average would waste the device.
+    assert stats.frame_passes / len(encoder.steps) > 4
+
+
+def test_patch_tokens_are_dropped_after_their_last_use() -> None:
+    kept_bytes: list[int] = []
+
+    class Watching(TraceEncoder):
+        def extend(self, *args: Any, **options: Any) -> tuple[Tensor | None, list[FrameCache | None]]:
+            shape = (GRID[0] * GRID[1], 1)
+            tokens = [one for one in gc.get_objects() if type(one) is Tensor and one.shape == shape]
+            kept_bytes.append(
+                sum({one.data_ptr(): one.untyped_storage().nbytes() for one in tokens}.values())
+            )
+            return super().extend(*args, **options)
+
+    run(Watching(), [[number, 100 + number] for number in range(60)], 4)
+    bytes_of_one = 4 * GRID[0] * GRID[1]
+    assert bytes_of_one <= min(kept_bytes)
+    assert max(kept_bytes) <= 2 * 4 * bytes_of_one
+
+
+# ---------------------------------------------------------------- what cannot be computed
+
+
+def mixed(frame: Hashable) -> Tensor:
+    """Frames from 10 on have another size; frame 7 cannot be read."""
+    assert isinstance(frame, int)
+    if frame == 7:
+        raise FrameError("frame 7 cannot be read")
+    image = pixels_of(frame)
+    return image.transpose(0, 1) if frame >= 10 else image
+
+
+BROKEN: Lists = [[1, 2], [1, 10], [7], [1, 2, 7, 3], [10, 11], [1, 10, 2], [10, 2], [1, 2, 3]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_lists_that_cannot_be_computed_are_reported_and_the_others_go_on(batch_size: int) -> None:
+    encoder, errors = TraceEncoder(), {}
+    found = run(
+        encoder, BROKEN, batch_size, mixed, on_error=lambda position, error: errors.update({position: error})
+    )
+    assert {position: feature.tolist() for position, feature in found.items()} == {
+        position: BROKEN[position] for position in (0, 4, 7)
+    }
+    assert sorted(errors) == [1, 2, 3, 5, 6]
+    assert all(str(errors[position]) == "frame 7 cannot be read" for position in (2, 3))
+    for position in (1, 5, 6):
+        assert "VGGT's features are not defined for lists of mixed image sizes" in str(errors[position])
+    assert len(encoder.caches) == 0
+
+
+@pytest.mark.parametrize("lists", [[[7]], [[1, 10]]])
+def test_without_a_callback_the_error_is_raised(lists: Lists) -> None:
+    with pytest.raises(FrameError):
+        run(TraceEncoder(), lists, 2, mixed)
+
+
+@pytest.mark.parametrize(
+    ("lists", "batch_size", "reason"), [([[1], []], 2, "list 1 has no"), ([[1]], 0, "batch_size")]
+)
+def test_calls_without_meaning_are_refused(lists: Lists, batch_size: int, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        run(TraceEncoder(), lists, batch_size)
+
+
+# ---------------------------------------------------------------- with the real encoder
+
+
+@pytest.fixture(scope="module")
+def encoder(small_checkpoint: Path) -> Encoder:
+    return Checkpoint.open(str(small_checkpoint)).load()
+
+
+def real_pixels(frame: Hashable) -> Tensor:
+    assert isinstance(frame, int)
+    return golden_recipe.image(41, 14 * GRID[0], 14 * GRID[1], frame)
+
+
+def alone(encoder: Encoder, frames: Sequence[int]) -> Tensor:
+    prefix: list[FrameCache] = []
+    for frame in frames:
+        tokens = encoder.patch_tokens(real_pixels(frame)[None])
+        features, caches = encoder.extend(tokens, GRID, [prefix], want_feature=[True], want_cache=[True])
+        assert features is not None
+        assert caches[0] is not None
+        prefix.append(caches[0])
+    return features[0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_features_equal_those_of_each_list_computed_alone(encoder: Encoder, batch_size: int) -> None:
+    lists = [[0, 1, 2], [0, 1], [0, 0, 0, 3], [1], [0, 1, 3], [0, 1, 2], [4, 1, 2], [0]]
+    found = run(encoder, lists, batch_size, real_pixels)
+    for position, frames in enumerate(lists):
+        assert found[position].shape == (*GRID, 768)
+        assert (found[position] - alone(encoder, frames)).abs().max() < 1e-5, frames
+
+
+def test_a_list_of_one_frame_gives_the_feature_of_the_single_image(encoder: Encoder) -> None:
+    found = run(encoder, [[5]], 4, real_pixels)
+    assert (found[0] - encoder.frame_features(real_pixels(5)[None])[0]).abs().max() < 1e-5

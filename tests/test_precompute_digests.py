@@ -1,0 +1,88 @@
+"""The digest table saves reading, survives torn writes, and forgets nothing that was whole."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from vggt_cache.precompute.digests import DigestTable, settled, signature, signature_array
+
+STAT = (1000, 10**18 + 5, 10**18 + 7, 42)
+
+
+def _row(number: int) -> tuple[bytes, bytes]:
+    return signature(f"frame{number}.png", STAT), hashlib.sha256(str(number).encode()).digest()
+
+
+def _known(table: DigestTable, rows: list[tuple[bytes, bytes]]) -> list[bool]:
+    known, digests = table.lookup(signature_array(sign for sign, _ in rows))
+    for is_known, found, (_, digest) in zip(known, digests, rows, strict=True):
+        assert not is_known or found.tobytes() == digest
+    return known.tolist()
+
+
+def test_rows_of_all_processes_are_found_by_each(tmp_path):
+    one, two = DigestTable(str(tmp_path)), DigestTable(str(tmp_path))
+    one.append([_row(1), _row(2)])
+    two.append([_row(3)])
+    two.append([_row(4)])
+    assert _known(two, [_row(n) for n in range(6)]) == [False] * 6
+    two.reload()
+    assert _known(two, [_row(n) for n in range(6)]) == [False, True, True, True, True, False]
+    assert _known(DigestTable(str(tmp_path)), [_row(n) for n in range(1, 5)]) == [True] * 4
+
+
+@pytest.mark.parametrize("change", range(4))
+def test_any_change_of_a_file_makes_its_row_unknown(tmp_path, change):
+    table = DigestTable(str(tmp_path))
+    table.append([_row(1)])
+    table.reload()
+    changed = list(STAT)
+    changed[change] += 1
+    known, _ = table.lookup(signature_array([signature("frame1.png", tuple(changed))]))
+    assert not known.any()
+
+
+def test_a_torn_file_gives_its_whole_chunks_at_every_length(tmp_path):
+    table = DigestTable(str(tmp_path))
+    table.append([_row(1), _row(2)])
+    table.append([_row(3)])
+    (path,) = (tmp_path / "digests").iterdir()
+    whole = path.read_bytes()
+    first_chunk = 24 + 2 * 48
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        expected = length >= first_chunk
+        assert _known(DigestTable(str(tmp_path)), [_row(1), _row(2), _row(3)]) == [expected, expected, False]
+
+
+def test_a_flipped_bit_is_never_believed(tmp_path):
+    table = DigestTable(str(tmp_path))
+    table.append([_row(1)])
+    (path,) = (tmp_path / "digests").iterdir()
+    whole = bytearray(path.read_bytes())
+    for position in range(len(whole)):
+        whole[position] ^= 1
+        path.write_bytes(whole)
+        assert _known(DigestTable(str(tmp_path)), [_row(1)]) == [False]
+        whole[position] ^= 1
+
+
+def test_no_folder_and_no_permission_mean_no_rows(tmp_path):
+    blocked = tmp_path / "digests"
+    blocked.write_text("a file where the folder should be")
+    table = DigestTable(str(tmp_path))
+    table.append([_row(1)])
+    assert len(table) == 0
+    known, _ = table.lookup(np.zeros((0, 2), np.uint64))
+    assert known.shape == (0,)
+
+
+def test_a_file_changed_just_now_is_not_trusted_by_its_time():
+    fine, coarse = 10**18 + 123, 10**18
+    assert not settled((1, fine, fine, 1), fine + 10_000_000)
+    assert settled((1, fine, fine, 1), fine + 100_000_000)
+    assert not settled((1, coarse, coarse, 1), coarse + 1_000_000_000)
+    assert settled((1, coarse, coarse, 1), coarse + 3_000_000_000)
