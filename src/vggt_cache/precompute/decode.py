@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -26,15 +26,12 @@ from vggt_cache.frames import decode_frame, read_frame
 from vggt_cache.identity import PATCH_SIZE, Preprocessing, frame_digest
 from vggt_cache.precompute.digests import Stat
 
-_NO_PIXELS = np.empty((0, 0, 3), np.uint8)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodedFrame:
     """What a worker made of one file: digest and pixels of the same bytes, or the reason why not."""
 
     digest: bytes = b""
-    pixels: npt.NDArray[np.uint8] = _NO_PIXELS
+    pixels: npt.NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 0, 3), np.uint8))
     """[H, W, 3]"""
     stat: Stat | None = None
     """State of the file, the same before and after reading; None if it changed meanwhile."""

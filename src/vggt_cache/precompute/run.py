@@ -62,7 +62,7 @@ class _Run:
         cache = self._open_cache(spec)
         table = DigestTable(settings.cache_dir)
         known = KnownKeys(plan, spec, table)
-        present = Present(cache, recompute=not settings.skip_existing) if cache else None
+        present = Present(cache, recompute=not settings.skip_existing) if cache is not None else None
         pending = [
             f
             for f in range(len(plan))

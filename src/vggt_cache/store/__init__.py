@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from vggt_cache.store.filesystem import FileSystem
     from vggt_cache.store.layout import create_store, list_stores
     from vggt_cache.store.maintenance import describe
-    from vggt_cache.store.prune import prune
+    from vggt_cache.store.pruning import prune
     from vggt_cache.store.writer import ShardWriter
 
 __all__ = [
@@ -35,7 +35,7 @@ _HOME = {
     "create_store": "layout",
     "describe": "maintenance",
     "list_stores": "layout",
-    "prune": "prune",
+    "prune": "pruning",
 }
 
 

@@ -1,4 +1,4 @@
-"""Reading features back."""
+"""Reading features back: the interface for training."""
 
 from __future__ import annotations
 
@@ -6,26 +6,22 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from vggt_cache.errors import CacheAccessError, CorruptRecordError, SettingsError, ShardFormatError
+from vggt_cache.errors import SettingsError
 from vggt_cache.identity import KEY_BYTES, FeatureSpec, feature_key, frame_digest
-from vggt_cache.store.derive import Deriver
 from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem
 from vggt_cache.store.forks import renew_after_fork
 from vggt_cache.store.format import Record
-from vggt_cache.store.index import IndexDamagedError
-from vggt_cache.store.reader import ShardReader, ShardVanishedError
 from vggt_cache.store.selection import select_store
-from vggt_cache.store.snapshot import Snapshot
 from vggt_cache.store.tensors import bytes_of, check_target, empty_feature
+from vggt_cache.store.view import StoreView
 
-T = TypeVar("T")
 Frame = str | os.PathLike[str] | bytes
 
 
@@ -43,36 +39,22 @@ class CacheStats:
 class FeatureCache:
     """The features of one specification, as a snapshot: what was committed when it was opened or refreshed.
 
-    Safe to use from several threads, after fork, and in processes started with spawn, where it is the same
+    Safe to use from several threads, after fork, and in processes started with spawn, which get the same
     snapshot. Nothing here writes, except `save_index`.
     """
 
     def __init__(
-        self,
-        cache_dir: str,
-        spec: FeatureSpec,
-        *,
-        root: str | None,
-        names: Sequence[str] | None,
-        use_index: bool,
-        fs: FileSystem,
+        self, cache_dir: str, spec: FeatureSpec, view: StoreView, *, root: str | None, fs: FileSystem
     ) -> None:
-        """Use `open`. `names`: exactly these shards."""
+        """Use `open`."""
         self.spec = spec
         self.cache_dir = cache_dir
+        self._view = view
         self._root = root
         self._fs = fs
-        self._use_index = use_index
-        self._closed = False
         self._stats = CacheStats()
-        self._lock = threading.RLock()
+        self._stats_lock = threading.Lock()
         renew_after_fork(self)
-        store_dir = os.path.join(cache_dir, spec.short_name)
-        self._reader = ShardReader(store_dir, spec, fs=fs)
-        self._deriver = Deriver(store_dir, spec, self._reader, fs)
-        self._snapshot = (
-            self._deriver.current(use_index=use_index) if names is None else self._deriver.exactly(names)
-        )
 
     @classmethod
     def open(
@@ -97,8 +79,8 @@ class FeatureCache:
         """
         path = os.path.abspath(cache_dir)
         chosen = select_store(path, spec=spec, fingerprint=fingerprint, context=context, fs=fs)
-        root = None if root is None else os.path.abspath(root)
-        cache = cls(path, chosen, root=root, names=None, use_index=use_index, fs=fs)
+        view = StoreView(path, chosen, fs=fs, use_index=use_index)
+        cache = cls(path, chosen, view, root=None if root is None else os.path.abspath(root), fs=fs)
         cache._warn_of_damage(())
         return cache
 
@@ -133,51 +115,44 @@ class FeatureCache:
         return feature
 
     def verify_record(self, key: bytes) -> bool:
-        """Whether the key is in the cache; its record is read and checked. Raises CorruptRecordError, CacheAccessError."""
+        """Whether the cache has the key; its record is read and checked. Errors as for `get_by_key`."""
         return self._read(_checked(key), None) is not None
 
     # ------------------------------------------------------------ keys
 
     def __len__(self) -> int:
-        return self._ask(lambda snapshot: snapshot.key_count)
+        return self._view.key_count()
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, bytes) and len(key) == KEY_BYTES and bool(self._ask(lambda s: s.find(key)))
+        return isinstance(key, bytes) and len(key) == KEY_BYTES and bool(self._view.find(key))
 
     def keys(self) -> Iterator[bytes]:
         """Every key once, in order, from the snapshot at the time of the call. Takes little memory."""
-        last, snapshot = b"", self._snapshot
-        while True:
-            try:
-                for last in snapshot.keys(last):
-                    yield last
-                return
-            except IndexDamagedError:
-                snapshot = self._deriver.without_index(snapshot)
+        return self._view.keys()
 
     def __iter__(self) -> Iterator[bytes]:
-        return self.keys()
+        return self._view.keys()
 
     def shard_of(self, key: bytes) -> str | None:
-        """Name of the shard from which this key is read; None when it is not in the cache."""
-        found = self._ask(lambda snapshot: snapshot.find(_checked(key)))
+        """Name of the shard from which this key is read; None when the cache has not the key."""
+        found = self._view.find(_checked(key))
         return found[0][0] if found else None
 
     def shard_names(self) -> tuple[str, ...]:
         """Names of the shards of the snapshot, oldest first."""
-        return self._snapshot.names
+        return self._view.snapshot.names
 
     # ------------------------------------------------------------ the snapshot
 
     @property
     def snapshot(self) -> str:
         """32 hex digits, equal for equal sets of shards: ranks compare it to know that they see the same cache."""
-        return self._snapshot.digest(self.spec)
+        return self._view.snapshot.digest(self.spec)
 
     @property
     def damaged_shards(self) -> tuple[tuple[str, str], ...]:
         """Shards that were left out because their header cannot be read: name, and why."""
-        return self._snapshot.damaged
+        return self._view.snapshot.damaged
 
     @property
     def stats(self) -> CacheStats:
@@ -185,29 +160,20 @@ class FeatureCache:
 
     def refresh(self) -> None:
         """Take in shards that were committed since. Features are lost only if their shards were removed."""
-        self._require_open()
-        with self._lock:
-            before = self._snapshot
-            after = self._deriver.current(before, use_index=self._use_index)
-            if after.names != before.names:
-                self._snapshot = after
-        self._warn_of_damage(before.damaged)
+        known = self.damaged_shards
+        self._view.refresh()
+        self._warn_of_damage(known)
 
     def save_index(self) -> bool:
         """Save an index of this snapshot, so that opening reads no headers. For writers, after their last commit.
 
         False, with a warning, where the directory cannot be written; nothing depends on it.
         """
-        self._require_open()
-        with self._lock:
-            return self._ask(self._deriver.save)
+        return self._view.save_index()
 
     def close(self) -> None:
         """Close all files. Any later use raises CacheAccessError."""
-        self._closed = True
-        self._reader.close()
-        for level in self._snapshot.levels:
-            level.index.close()
+        self._view.close()
 
     def __enter__(self) -> FeatureCache:
         return self
@@ -218,79 +184,35 @@ class FeatureCache:
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_snapshot", None) is not None:
-            self.close()
-        elif getattr(self, "_reader", None) is not None:
-            self._reader.close()
+        if "_view" in self.__dict__:
+            self._view.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What another process needs to open the same snapshot."""
-        names = "\n".join(self._snapshot.names)
-        return _reopen, (self.cache_dir, self.spec, self._root, names, self._fs)
+        return _reopen, (self.cache_dir, self.spec, "\n".join(self.shard_names()), self._root, self._fs)
 
     def __repr__(self) -> str:
-        return f"FeatureCache({self.cache_dir!r}, {self.spec.short_name}, {len(self._snapshot.names)} shards)"
+        return f"FeatureCache({self.cache_dir!r}, {self.spec.short_name}, {len(self.shard_names())} shards)"
 
     def start_anew_in_child(self) -> None:
-        self._lock = threading.RLock()
+        """Called in a forked process, where another thread may have held the lock."""
+        self._stats_lock = threading.Lock()
 
     # ------------------------------------------------------------ steps
 
     def _read(self, key: bytes, out: torch.Tensor | None) -> torch.Tensor | None:
-        vanished = None
-        for shard, record in self._ask(lambda snapshot: snapshot.find(key)):
-            try:
-                return self._read_record(shard, record, out)
-            except ShardVanishedError as error:
-                vanished = error  # an older copy of the same feature may still be there
-            except CorruptRecordError:
-                if not self._index_is_wrong(shard, record):
-                    raise
-                self._distrust_index(self._snapshot)
-                return self._read(key, out)
-        if vanished is not None:
-            raise vanished
-        return None
-
-    def _read_record(self, shard: str, record: Record, out: torch.Tensor | None) -> torch.Tensor:
-        if out is not None:
-            check_target(out, self.spec, record.h, record.w)
         feature = out
 
-        def memory() -> memoryview:
+        def memory_for(record: Record) -> memoryview:
             nonlocal feature
-            if feature is None:
+            if out is None:
                 feature = empty_feature(self.spec, record.h, record.w)
+            else:
+                check_target(out, self.spec, record.h, record.w)
+            assert feature is not None
             return bytes_of(feature)
 
-        self._reader.read(shard, record, memory)
-        assert feature is not None
-        return feature
-
-    def _index_is_wrong(self, shard: str, record: Record) -> bool:
-        """Whether the shard itself tells something else about a record than the index did."""
-        if not self._use_index:
-            return False
-        try:
-            return record not in self._reader.header(shard).records
-        except (ShardFormatError, CacheAccessError):
-            return False
-
-    def _ask(self, question: Callable[[Snapshot], T]) -> T:
-        """The snapshot's answer; where the index proves damaged, it is put together from the shards first."""
-        self._require_open()
-        snapshot = self._snapshot
-        try:
-            return question(snapshot)
-        except IndexDamagedError:
-            return question(self._distrust_index(snapshot))
-
-    def _distrust_index(self, snapshot: Snapshot) -> Snapshot:
-        with self._lock:
-            if self._snapshot is snapshot:
-                self._use_index = False
-                self._snapshot = self._deriver.without_index(snapshot)
-            return self._snapshot
+        return feature if self._view.read(key, memory_for) else None
 
     def _bytes_of_frame(self, frame: Frame) -> bytes:
         if isinstance(frame, bytes):
@@ -300,7 +222,7 @@ class FeatureCache:
         return read_frame(os.path.join(self._root or "", frame))
 
     def _count(self, feature: torch.Tensor | None, seconds: float) -> None:
-        with self._lock:
+        with self._stats_lock:
             before = self._stats
             self._stats = CacheStats(
                 hits=before.hits + (feature is not None),
@@ -308,10 +230,6 @@ class FeatureCache:
                 bytes_read=before.bytes_read + (0 if feature is None else feature.nbytes),
                 read_s=before.read_s + seconds,
             )
-
-    def _require_open(self) -> None:
-        if self._closed:
-            raise CacheAccessError(f"the cache {self.cache_dir} was closed: open it again to read from it")
 
     def _warn_of_damage(self, known: tuple[tuple[str, str], ...]) -> None:
         new = [item for item in self.damaged_shards if item not in known]
@@ -331,7 +249,7 @@ def _checked(key: bytes) -> bytes:
     return key
 
 
-def _reopen(cache_dir: str, spec: FeatureSpec, root: str | None, names: str, fs: FileSystem) -> FeatureCache:
+def _reopen(cache_dir: str, spec: FeatureSpec, names: str, root: str | None, fs: FileSystem) -> FeatureCache:
     """The other end of sending a cache to another process."""
-    shards = names.split("\n") if names else []
-    return FeatureCache(cache_dir, spec, root=root, names=shards, use_index=True, fs=fs)
+    view = StoreView(cache_dir, spec, fs=fs, names=names.split("\n") if names else [])
+    return FeatureCache(cache_dir, spec, view, root=root, fs=fs)

@@ -76,7 +76,7 @@ def record_checksum(spec: FeatureSpec, key: bytes, h: int, w: int, payload: byte
     hasher = xxhash.xxh3_128(payload)
     shape = b"".join(side.to_bytes(4, "little") for side in (h, w, spec.encoder.channels))
     hasher.update(key + DTYPE_NAMES[spec.feature_dtype].encode() + shape)
-    return bytes(hasher.digest())
+    return hasher.digest()
 
 
 # ---------------------------------------------------------------- writing

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -241,5 +242,5 @@ def build_index(rows: Rows, names: Sequence[str], fingerprint: str) -> tuple[byt
 
 def _bucket_checks(data: bytes, starts: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     view, bounds = memoryview(data), (starts * np.uint64(ROW_BYTES)).tolist()
-    checks = [xxhash.xxh3_64_intdigest(view[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    checks = [xxhash.xxh3_64_intdigest(view[a:b]) for a, b in pairwise(bounds)]
     return np.array(checks, dtype="<u8")

@@ -39,7 +39,7 @@ class Survey:
 
 
 def list_stores(cache_dir: str | os.PathLike[str], fs: FileSystem = OPERATING_SYSTEM) -> list[FeatureSpec]:
-    """Specifications of the stores in a cache directory. Raises CacheNotFoundError, NotACacheError, CacheAccessError."""
+    """Specifications of the stores in a cache directory. Errors as for `survey`."""
     return list(survey(cache_dir, fs).specs)
 
 

@@ -111,17 +111,17 @@ class ShardReader:
 
     # ------------------------------------------------------------ records
 
-    def read(self, shard: str, record: Record, make_target: Callable[[], memoryview]) -> None:
-        """Read a record into the memory that `make_target` provides, and check it.
+    def read(self, shard: str, record: Record, memory_for: Callable[[Record], memoryview]) -> None:
+        """Read a record into the memory that `memory_for` gives for it, and check it.
 
-        `make_target` is called only when the file is long enough to hold the record. Raises
+        `memory_for` is called only when the file is long enough to hold the record. Raises
         CorruptRecordError, ShardVanishedError, ShardFormatError or CacheAccessError.
         """
         length = payload_bytes(self._spec, record.h, record.w)
         with self._pool.borrow(shard) as (fd, file_bytes):
             if record.offset + length > file_bytes:
                 raise self._corrupt(shard, record, "lies beyond the end of its file, which is truncated")
-            target = make_target()
+            target = memory_for(record)
             with accessing(os.path.join(self._path, shard)):
                 count = read_fully(self._fs, fd, target, record.offset)
         if count < length:

@@ -62,7 +62,7 @@ class Level:
         )
         rows = self.index.rows()
         new_number = renumber[rows["shard"]]
-        kept = rows[new_number >= 0].copy()
+        kept: Rows = rows[new_number >= 0].copy()
         kept["shard"] = new_number[new_number >= 0]
         return kept
 
@@ -101,6 +101,7 @@ class Snapshot:
 
     @cached_property
     def key_count(self) -> int:
+        """Number of different keys."""
         if len(self.levels) == 1 and self.levels[0].alive is None:
             return self.levels[0].index.key_count
         return sum(1 for _ in self.keys())
@@ -113,4 +114,4 @@ class Snapshot:
 
     def digest(self, spec: FeatureSpec) -> str:
         """32 hex digits that are the same for the same set of shards of the same store."""
-        return str(xxhash.xxh3_128_hexdigest("\n".join((spec.fingerprint, *self.names))))
+        return xxhash.xxh3_128_hexdigest("\n".join((spec.fingerprint, *self.names)).encode())

@@ -17,11 +17,11 @@ def empty_feature(spec: FeatureSpec, h: int, w: int) -> torch.Tensor:
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
 def readable_bytes(feature: torch.Tensor, spec: FeatureSpec) -> tuple[int, int, memoryview]:
-    """h, w and the bytes, row-major, of a feature to be stored. Raises SettingsError if the specification has another form."""
+    """h, w and the bytes, row-major, of a feature to be stored. Raises SettingsError for another form."""
     dtype, channels = TORCH_DTYPES[spec.feature_dtype], spec.encoder.channels
     if feature.ndim != 3 or feature.shape[2] != channels or feature.dtype != dtype or feature.is_cuda:
         raise SettingsError(
