@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -145,26 +146,39 @@ def test_pixels_of_another_kind_are_refused(encoder: Encoder, pixels: Tensor) ->
         encoder.frame_features(pixels)
 
 
-@pytest.fixture
-def callers_settings() -> Iterator[None]:
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-        torch.set_float32_matmul_precision(precision)
+def set_backend_precision(precision: str) -> None:
+    torch.backends.mkldnn.matmul.fp32_precision = precision
 
 
-@pytest.mark.usefixtures("callers_settings")
-def test_autocast_precision_and_default_dtype_of_the_caller_change_nothing(
-    small_checkpoint: Path, images: Tensor, alone: Tensor
+SETTINGS: dict[str, tuple[Callable[[Any], None], object, object]] = {
+    "default dtype": (torch.set_default_dtype, torch.bfloat16, torch.float32),
+    "matmul precision": (torch.set_float32_matmul_precision, "medium", "highest"),
+    "backend precision": (set_backend_precision, "bf16", "none"),
+}
+"""What a training loop may have set, and the default."""
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_settings_of_the_caller_change_no_feature_and_stay(
+    small_checkpoint: Path, images: Tensor, alone: Tensor, kind: str
 ) -> None:
-    encoder = Checkpoint.open(str(small_checkpoint)).load()
-    assert torch.equal(encoder.frame_features(images[:1]), alone[:1])
-    assert torch.get_float32_matmul_precision() == "medium"
+    if kind == "backend precision" and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this torch has one setting for all backends")
+    put, value, usual = SETTINGS[kind]
+    matrix = torch.rand(512, 512, generator=torch.Generator().manual_seed(0))
+    put(value)
+    try:
+        encoder = Checkpoint.open(str(small_checkpoint)).load()
+        product = matrix @ matrix
+        assert torch.equal(encoder.frame_features(images[:1]), alone[:1])
+        assert torch.equal(matrix @ matrix, product)
+    finally:
+        put(usual)
+
+
+def test_autocast_of_the_caller_changes_no_feature(encoder: Encoder, images: Tensor, alone: Tensor) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(encoder.frame_features(images[:1]), alone[:1])
 
 
 def test_features_can_enter_a_model_that_is_trained(encoder: Encoder, images: Tensor) -> None:

@@ -12,7 +12,6 @@ below `aggregator.`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from vggt_cache.encoder.blocks import Block, Grid, rope_table
 from vggt_cache.encoder.config import EncoderConfig
+from vggt_cache.encoder.numerics import own_numerics
 from vggt_cache.encoder.vit import PatchTower
 from vggt_cache.errors import FrameError, SettingsError
 
@@ -80,7 +80,7 @@ class Encoder(nn.Module):
         `pixels`: uint8 [b, H, W, 3] on any device, H and W multiples of 14. Returns float32 [b, h * w, C].
         """
         patch_grid(pixels)
-        with _own_numerics(self.device):
+        with own_numerics(self.device):
             tokens: Tensor = self.patch_embed(pixels.to(self.device, non_blocking=True))
         return tokens
 
@@ -123,7 +123,7 @@ class Encoder(nn.Module):
         rows = [row for row, wanted in enumerate(want_feature) if wanted]
         if not rows and not any(want_cache):
             return None, caches
-        with _own_numerics(self.device):
+        with own_numerics(self.device):
             rope = rope_table(grid, SPECIAL_TOKENS, self.config.head_dim, self.device)
             x = self._with_special_tokens(tokens, first=not prefixes[0])
             for pair, (frame_block, global_block) in enumerate(self._pairs()):
@@ -211,15 +211,3 @@ def _joined(prefixes: Sequence[Sequence[FrameCache]], pair: int, which: int, new
         chunks += [cache.keys_values[pair, which] for cache in prefix]
         chunks.append(own)
     return torch.cat(chunks).view(len(new), -1, *new.shape[2:])
-
-
-@contextmanager
-def _own_numerics(device: torch.device) -> Iterator[None]:
-    """Features must not depend on the autocast, gradient or TF32 settings of the training loop around them."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)

@@ -176,18 +176,20 @@ def _listed(path: str) -> _Folder:
                 return _Folder(is_episode=True)
             if name.startswith(".") or name.endswith(IMAGE_EXTENSIONS):
                 continue
-            if name.endswith((".json", ".jsonl")) and (entry.is_file() or _leads_nowhere(entry)):
-                folder.annotations.append(entry.name)
-            elif entry.is_dir(follow_symlinks=False):
+            if entry.is_dir(follow_symlinks=False):
                 folder.folders.append(entry.path)
-            elif entry.is_symlink() and entry.is_dir():
+            elif entry.is_symlink() and os.path.isdir(entry.path):
                 folder.links.append(entry.path)
+            elif name.endswith((".json", ".jsonl")) and _is_readable_kind(entry):
+                folder.annotations.append(entry.name)
     return folder
 
 
-def _leads_nowhere(entry: os.DirEntry[str]) -> bool:
-    """A dangling link: opening it will say what is wrong with it."""
-    return entry.is_symlink() and not os.path.exists(entry.path)
+def _is_readable_kind(entry: os.DirEntry[str]) -> bool:
+    """A file; or a link that leads nowhere, since opening it will say what is wrong. No pipe: it would block."""
+    if not entry.is_symlink():
+        return entry.is_file()
+    return os.path.isfile(entry.path) or not os.path.exists(entry.path)
 
 
 def _without_sidecars(path: str, names: list[str]) -> list[str]:

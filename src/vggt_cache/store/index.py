@@ -212,13 +212,31 @@ def rows_of(records: Iterable[Record], shard: int) -> bytes:
     return b"".join(_ROW.pack(r.key, r.checksum, r.offset, r.h, r.w, shard, 0) for r in records)
 
 
+def unpack_rows(rows: Rows) -> Iterator[tuple[int, Record]]:
+    """Shard number and record of each row."""
+    for key, checksum, offset, h, w, shard, _ in _ROW.iter_unpack(rows.astype(ROW_DTYPE, copy=False).tobytes()):
+        yield shard, Record(key, offset, h, w, checksum)
+
+
+def sort_rows(rows: Rows) -> Rows:
+    """By key; of equal keys the one in the latest shard first, which is the one that is served."""
+    high, low = rows["high"].astype("<u8"), rows["low"].astype("<u8")
+    order = np.lexsort((_LAST_SHARD - rows["shard"], low, high))
+    return rows[order]
+
+
+def key_groups(rows: Rows) -> npt.NDArray[np.int64]:
+    """A number for each of the sorted rows that is the same for equal keys, counting up from 0."""
+    changes = (rows["high"][1:] != rows["high"][:-1]) | (rows["low"][1:] != rows["low"][:-1])
+    return np.concatenate([np.zeros(min(len(rows), 1), np.int64), np.cumsum(changes, dtype=np.int64)])
+
+
 def build_index(rows: Rows, names: Sequence[str], fingerprint: str) -> tuple[bytes, bytes]:
     """Head and sorted rows of an index over `rows`, whose `shard` counts in `names`, which are in order."""
-    rows = rows[
-        np.lexsort((_LAST_SHARD - rows["shard"], rows["low"].astype("<u8"), rows["high"].astype("<u8")))
-    ]
-    high, low = rows["high"].astype("<u8"), rows["low"].astype("<u8")
-    keys = int(((high[1:] != high[:-1]) | (low[1:] != low[:-1])).sum()) + bool(len(rows))
+    # numpy's concatenate gives structured arrays the machine's byte order; the file has the key's.
+    rows = sort_rows(rows).astype(ROW_DTYPE, copy=False)
+    keys = int(key_groups(rows)[-1]) + 1 if len(rows) else 0
+    high = rows["high"].astype("<u8")
     bits = min(MAX_BUCKET_BITS, (len(rows) // ROWS_PER_BUCKET).bit_length())
     edges = np.arange(1 << bits, dtype=np.uint64) << np.uint64(64 - bits) if bits else np.zeros(1, np.uint64)
     starts = np.append(np.searchsorted(high, edges), len(rows)).astype("<u8")

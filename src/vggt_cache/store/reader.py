@@ -5,16 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import re
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 
 from vggt_cache.errors import CacheAccessError, CorruptRecordError
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.store.faults import access_error, accessing
 from vggt_cache.store.filesystem import FileSystem, is_regular, persist, read_fully, sync_directory
-from vggt_cache.store.forks import renew_after_fork
 from vggt_cache.store.format import (
     LENGTH_BYTES,
     ForeignShardError,
@@ -25,6 +22,7 @@ from vggt_cache.store.format import (
     payload_bytes,
     record_checksum,
 )
+from vggt_cache.store.open_shards import OpenShards
 
 SHARDS_FOLDER = "shards"
 SHARD_NAME = re.compile(r"[0-9a-f]{12}-[0-9a-f]{16}\.safetensors")
@@ -46,7 +44,7 @@ class ShardReader:
         self._fs = fs
         self._dir_fd: int | None = None
         self._handles: list[int] = []
-        self._pool = _OpenShards(self._open, fs.close, max_open)
+        self._pool = OpenShards(self._open, fs.close, max_open)
         self._directory()
 
     def close(self) -> None:
@@ -203,86 +201,3 @@ def read_header_bytes(fs: FileSystem, fd: int, name: str) -> bytes:
 def _pread_fully(fs: FileSystem, fd: int, length: int, offset: int) -> bytes:
     buffer = bytearray(length)
     return bytes(memoryview(buffer)[: read_fully(fs, fd, memoryview(buffer), offset)])
-
-
-# ---------------------------------------------------------------- open files
-
-
-class _Shared:
-    """An open shard and the number of reads that are using it."""
-
-    __slots__ = ("fd", "file_bytes", "users")
-
-    def __init__(self, fd: int, file_bytes: int) -> None:
-        self.fd, self.file_bytes, self.users = fd, file_bytes, 0
-
-
-class _OpenShards:
-    """Open shards, least recently used first. One in use is never closed, or its number could be another's."""
-
-    def __init__(
-        self, open_one: Callable[[str], tuple[int, int]], close: Callable[[int], None], limit: int
-    ) -> None:
-        self._open_one = open_one
-        self._close = close
-        self._limit = limit
-        self._forget()
-        renew_after_fork(self)
-
-    def _forget(self) -> None:
-        self._lock = threading.Lock()
-        self._shards: OrderedDict[str, _Shared] = OrderedDict()
-
-    @contextmanager
-    def borrow(self, name: str) -> Iterator[tuple[int, int]]:
-        shared = self._take(name)
-        try:
-            yield shared.fd, shared.file_bytes
-        finally:
-            with self._lock:
-                shared.users -= 1
-
-    def _take(self, name: str) -> _Shared:
-        with self._lock:
-            shared = self._shards.get(name)
-            if shared is not None:
-                self._shards.move_to_end(name)
-                shared.users += 1
-                return shared
-        opened = _Shared(*self._open_one(name))
-        with self._lock:
-            shared = self._shards.setdefault(name, opened)
-            shared.users += 1
-            idle = self._pop_idle(len(self._shards) - self._limit)
-        if shared is not opened:  # another thread was quicker
-            idle.append(opened)
-        for item in idle:
-            self._close(item.fd)
-        return shared
-
-    def _pop_idle(self, count: int) -> list[_Shared]:
-        names = [name for name, shared in self._shards.items() if not shared.users][: max(0, count)]
-        return [self._shards.pop(name) for name in names]
-
-    def release_idle(self) -> bool:
-        """Close what is not in use, because descriptors ran out; from now on keep fewer. False: nothing to close."""
-        with self._lock:
-            self._limit = max(1, min(self._limit, len(self._shards) // 2))
-            idle = self._pop_idle(len(self._shards))
-        for shared in idle:
-            self._close(shared.fd)
-        return bool(idle)
-
-    def close(self) -> None:
-        with self._lock:
-            shards, self._shards = list(self._shards.values()), OrderedDict()
-        for shared in shards:
-            self._close(shared.fd)
-
-    def start_anew_in_child(self) -> None:
-        """After fork: a lock may be held, and a shard in use, by a thread that does not exist here."""
-        shards = list(self._shards.values())
-        self._forget()
-        for shared in shards:
-            with suppress(OSError):
-                self._close(shared.fd)

@@ -103,7 +103,7 @@ class Snapshot:
     def key_count(self) -> int:
         """Number of different keys."""
         if len(self.levels) == 1 and self.levels[0].alive is None:
-            return self.levels[0].index.key_count
+            return int(self.levels[0].index.key_count)
         return sum(1 for _ in self.keys())
 
     def rows_in(self, names: Sequence[str]) -> Rows:

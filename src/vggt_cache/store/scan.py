@@ -1,0 +1,110 @@
+"""All that the shards of one store say of themselves, read from every header, the index left aside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vggt_cache.errors import CorruptRecordError, ShardFormatError
+from vggt_cache.identity import FeatureSpec
+from vggt_cache.store.format import ForeignShardError, Record, payload_bytes
+from vggt_cache.store.index import ROW_DTYPE, Rows, key_groups, rows_of, sort_rows, unpack_rows
+from vggt_cache.store.reader import ShardReader, ShardVanishedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class DamagedShard:
+    """A shard whose header cannot be used."""
+
+    name: str
+    reason: str
+    file_bytes: int
+    foreign: bool
+    """Intact as far as we can tell, but not ours: of another version or store, or not a plain file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan:
+    """The shards with a usable header, and all of their records."""
+
+    names: list[str]
+    file_bytes: list[int]
+    rows: Rows
+    """Sorted by key, the served copy of each key first. `shard` counts in `names`."""
+    damaged: list[DamagedShard]
+
+    @property
+    def served(self) -> npt.NDArray[np.bool_]:
+        """For each row, whether it is the copy that readers get."""
+        groups = key_groups(self.rows)
+        return np.append(True, groups[1:] != groups[:-1])[: len(groups)]
+
+    def superseded_shards(self) -> list[int]:
+        """Numbers of the shards of which no record is served."""
+        serving = set(np.unique(self.rows["shard"][self.served]).tolist())
+        return [number for number in range(len(self.names)) if number not in serving]
+
+
+def scan_store(reader: ShardReader) -> Scan:
+    """Read all headers. Raises CacheAccessError."""
+    names: list[str] = []
+    sizes: list[int] = []
+    parts: list[bytes] = []
+    damaged: list[DamagedShard] = []
+    for name in reader.names():
+        status = reader.status(name)
+        if status is None:
+            continue
+        try:
+            records = reader.header(name).records
+        except ShardVanishedError:
+            continue
+        except ShardFormatError as error:
+            foreign = isinstance(error, ForeignShardError)
+            damaged.append(
+                DamagedShard(name=name, reason=str(error), file_bytes=status.st_size, foreign=foreign)
+            )
+            continue
+        parts.append(rows_of(records, len(names)))
+        names.append(name)
+        sizes.append(status.st_size)
+    rows = sort_rows(np.frombuffer(b"".join(parts), ROW_DTYPE))
+    return Scan(names=names, file_bytes=sizes, rows=rows, damaged=damaged)
+
+
+class RecordChecker:
+    """Reads records into one reused buffer and checks them."""
+
+    def __init__(self, reader: ShardReader, spec: FeatureSpec) -> None:
+        self._reader = reader
+        self._spec = spec
+        self._buffer = bytearray()
+
+    def payload(self, shard: str, record: Record) -> memoryview | None:
+        """The record's bytes, valid until the next call; None where they are damaged. Raises CacheAccessError."""
+        try:
+            self._reader.read(shard, record, self._memory_for)
+        except CorruptRecordError:
+            return None
+        return self._memory_for(record)
+
+    def _memory_for(self, record: Record) -> memoryview:
+        length = payload_bytes(self._spec, record.h, record.w)
+        if len(self._buffer) < length:
+            self._buffer = bytearray(length)
+        return memoryview(self._buffer)[:length]
+
+    def intact(self, scan: Scan) -> npt.NDArray[np.bool_]:
+        """For each row of the scan whether its record is intact. Reads the whole store, shard by shard."""
+        result = np.zeros(len(scan.rows), np.bool_)
+        order = np.lexsort((scan.rows["offset"], scan.rows["shard"]))
+        for position, (shard, record) in zip(order, self._rows_in(scan, order), strict=True):
+            result[position] = self.payload(scan.names[shard], record) is not None
+        return result
+
+    @staticmethod
+    def _rows_in(scan: Scan, order: npt.NDArray[np.int64]) -> Iterator[tuple[int, Record]]:
+        return unpack_rows(scan.rows[order])
