@@ -6,10 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 import golden_recipe
 from vggt_cache.encoder import EncoderConfig, expected_shapes
+
+
+def pytest_configure() -> None:
+    # On a busy machine, threads that wait for each other at every small operation take ten times as long as one.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -223,6 +223,17 @@ def test_what_is_no_image_is_refused_in_one_sentence(data, sentence):
     assert "\n" not in str(refusal.value)
 
 
+def test_whatever_a_decoder_says_becomes_one_short_sentence(monkeypatch):
+    def fail(image: object) -> None:
+        raise RuntimeError("bad\n" * 1000)
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", fail)
+    with pytest.raises(FrameError) as refusal:
+        decode_frame(_encoded(_picture(9, 9)), SMALL)
+    assert "\n" not in str(refusal.value)
+    assert len(str(refusal.value)) < 300
+
+
 @pytest.mark.parametrize(
     ("size", "sentence"),
     [
@@ -348,6 +359,15 @@ def test_files_that_cannot_be_read_are_named_in_one_sentence(tmp_path, make, sen
 def test_names_that_no_file_can_have_are_refused(name):
     with pytest.raises(FrameError, match="is no possible file name"):
         read_frame(name)
+
+
+@pytest.mark.parametrize("make", [_folder, _pipe, _huge])
+def test_what_is_no_frame_is_neither_opened_nor_read(tmp_path, monkeypatch, make):
+    """Opening a device can have effects; reading a huge file takes the memory that the limit is to save."""
+    path = make(tmp_path)
+    monkeypatch.setattr(frames.os, "open", lambda *arguments: pytest.fail("was opened"))
+    with pytest.raises(FrameError):
+        read_frame(path)
 
 
 def test_permission_is_told_apart_from_absence(tmp_path, monkeypatch):

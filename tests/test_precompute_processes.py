@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_data import SIZE, command_line, start, write_dataset
+from small_data import SIZE, start, write_dataset
 
 from vggt_cache import FeatureCache
 
@@ -90,11 +90,7 @@ def single(arguments, tmp_path):
     """What one process makes of the data."""
 
     def run(context: str) -> dict[bytes, torch.Tensor]:
-        subprocess.run(
-            command_line(arguments(tmp_path / f"single-{context}", "--context", context)),
-            check=True,
-            capture_output=True,
-        )
+        finish(start(arguments(tmp_path / f"single-{context}", "--context", context)))
         return records(tmp_path / f"single-{context}")
 
     return run

@@ -141,7 +141,9 @@ def test_a_line_without_end_is_passed_over_in_portions(monkeypatch):
         (b'{"images": "\xff.png"}', "is not UTF-8 text"),
     ],
 )
-def test_a_bad_item_that_ends_costs_that_item(bad, reason):
+@pytest.mark.parametrize("portion", [*range(1, 9), 2**20])
+def test_a_bad_item_that_ends_costs_that_item(monkeypatch, bad, reason, portion):
+    monkeypatch.setattr(annotations, "_CHUNK_BYTES", portion)
     good = json.dumps(GOOD, ensure_ascii=False).encode()
     read = _items(b"[" + good + b"," + bad + b", " + good + b"]")
     assert [number for number, _ in read] == [1, 2, 3]

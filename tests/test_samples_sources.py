@@ -168,6 +168,9 @@ def test_links_that_lead_round_in_circles_end(tree):
     (tree / "b" / "up").symlink_to(tree)
     (tree / "b" / "beside").symlink_to("../a")
     (tree / "out").symlink_to(tree.parent)
+    _put(
+        tree.parent / "neighbour" / "train.jsonl", json.dumps(SAMPLE)
+    )  # not below the root, whatever `out` says
     (tree / "self").symlink_to("self")
     (tree / "self.json").symlink_to("self.json")
     plain = find_sources(tree)
@@ -269,7 +272,7 @@ def test_a_root_that_may_not_be_listed_is_refused(tree, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(sources_module.os, "scandir", refuse)
-    with pytest.raises(DataError, match="cannot be read \\(Permission denied\\)"):
+    with pytest.raises(DataError, match=r"^the data root .* cannot be read \(Permission denied\)"):
         find_sources(tree)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFont
 
 from vggt_cache import view
 from vggt_cache.errors import SettingsError, StoreError
@@ -91,6 +91,13 @@ def test_a_components_sign_is_fixed_by_its_largest_entry():
         assert set(red[[0, -1]]) == {0, 255}
 
 
+def test_a_picture_does_not_depend_on_the_sign_that_the_eigenvectors_happen_to_have(monkeypatch):
+    expected = joint_colours([_feature()])
+    eigh = np.linalg.eigh
+    monkeypatch.setattr(np.linalg, "eigh", lambda matrix: (eigh(matrix)[0], -eigh(matrix)[1]))
+    assert np.array_equal(joint_colours([_feature()]), expected)
+
+
 def test_outliers_do_not_darken_the_rest():
     feature = _feature(3, (20, 20, 8))
     feature[0, 0] *= 1000
@@ -103,10 +110,17 @@ def test_constant_features_are_grey(value):
     assert {int(shade) for colour in joint_colours(features) for shade in colour.flat} == {128}
 
 
-def test_rounding_noise_gets_no_colour():
+def test_constants_up_to_float32_rounding_are_grey():
+    jitter = np.random.default_rng(0).integers(0, 2, (6, 7, 8)).astype(bool)
+    feature = np.where(jitter, np.float32(1.7), np.nextafter(np.float32(1.7), np.float32(2)))
+    assert set(joint_colours([feature])[0].flat) == {128}
+
+
+@pytest.mark.parametrize("rest", [0.0, 1e-6])
+def test_rounding_noise_gets_no_colour(rest):
     """Features along one direction: red carries them, green and blue have nothing to show."""
     amounts = np.random.default_rng(0).standard_normal((6, 7, 1)).astype(np.float32)
-    feature = amounts * _feature(1, (1, 1, 32))
+    feature = amounts * _feature(1, (1, 1, 32)) + rest * _feature(2, (6, 7, 32))
     colours = joint_colours([feature])[0]
     assert colours[..., 0].std() > 40
     assert set(colours[..., 1:].flat) == {128}
@@ -117,6 +131,7 @@ def test_many_patches_are_thinned_for_the_basis_and_still_coloured_alike(monkeyp
     features = [(_feature(seed, (20, 20, 3)) @ basis).astype(np.float32) for seed in range(3)]
     whole = joint_colours(features)
     monkeypatch.setattr(view, "_BASIS_PATCHES", 300)
+    assert len(view._spread_patches(features)) <= 300
     thinned = joint_colours(features)
     assert max(np.abs(a.astype(int) - b).mean() for a, b in zip(whole, thinned, strict=True)) < 25
 
@@ -160,6 +175,24 @@ def test_captions_are_written_and_long_or_foreign_ones_do_no_harm(tmp_path):
         changed = (picture != blank).any(axis=2)
         assert changed.any()
         assert not changed[: 8 + 56].any()  # nothing is written over frame or feature
+
+
+def test_a_long_caption_keeps_its_end_and_stays_below_its_own_frame(tmp_path):
+    rows = [(_frame(), _feature(seed), "") for seed in range(5)]
+    blank = _drawn(rows, tmp_path / "blank.png")
+    ends = []
+    for end in ("0001.png", "0002.png"):
+        rows[0] = (_frame(), rows[0][1], "long/" * 100 + end)
+        ends.append(_drawn(rows, tmp_path / "out.png"))
+        columns = np.nonzero((ends[-1] != blank).any(axis=(0, 2)))[0]
+        assert columns.max() < blank.shape[1] // 2
+    assert not np.array_equal(*ends)
+
+
+def test_captions_need_no_font_but_pillows_oldest(tmp_path, monkeypatch):
+    font = ImageFont.load_default_imagefont()
+    monkeypatch.setattr(ImageFont, "load_default", lambda: font)
+    draw_features([(_frame(), _feature(), "路径/帧.png")], tmp_path / "out.png")
 
 
 def test_equal_rows_give_equal_bytes(tmp_path):
