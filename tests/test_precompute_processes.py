@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_data import SIZE, start, write_dataset
 
+from small_data import SIZE, start, write_dataset
 from vggt_cache import FeatureCache
 
 FLAGS = [*SIZE, "--feature_dtype", "float32"]
@@ -47,7 +47,7 @@ def arguments(data, small_checkpoint):
 def records(cache_dir: Path) -> dict[bytes, torch.Tensor]:
     with FeatureCache.open(cache_dir) as cache:
         assert cache.damaged_shards == ()
-        return {key: cache.get_by_key(key) for key in cache.keys()}
+        return {key: cache.get_by_key(key) for key in cache}
 
 
 def stored_records(cache_dir: Path) -> int:
@@ -197,6 +197,6 @@ def test_a_hundred_kills_of_whole_runs_leave_nothing_torn(arguments, tmp_path, s
         kills += 1
         if cache_dir.exists():
             with FeatureCache.open(cache_dir) as cache:
-                assert all(cache.verify_record(key) for key in cache.keys())
+                assert all(cache.verify_record(key) for key in cache)
     finish(start(arguments(cache_dir)))
     assert_same(records(cache_dir), single("frame"))

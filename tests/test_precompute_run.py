@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_data import SIZE, history, write_annotations, write_dataset, write_episode, write_image
 
+from small_data import SIZE, history, write_annotations, write_dataset, write_episode, write_image
 from vggt_cache import FeatureCache
 from vggt_cache.cli import main
 from vggt_cache.encoder import Checkpoint
@@ -45,7 +45,7 @@ def cache_dir(tmp_path):
 
 def records(cache_dir: Path, context: str = "frame") -> dict[bytes, torch.Tensor]:
     with FeatureCache.open(cache_dir, context=context) as cache:
-        found = {key: cache.get_by_key(key) for key in cache.keys()}
+        found = {key: cache.get_by_key(key) for key in cache}
     assert all(feature is not None for feature in found.values())
     return found
 

@@ -198,7 +198,7 @@ def _cropped(pixels: npt.NDArray[np.uint8], side: int) -> npt.NDArray[np.uint8]:
 
 
 def _padded(pixels: npt.NDArray[np.uint8], side: int) -> npt.NDArray[np.uint8]:
-    """White around the image; of an odd rest, the smaller half is above and left."""
+    """White around the image, equally on both sides: what is left over is a multiple of 14."""
     height, width, _ = pixels.shape
     top, left = (side - height) // 2, (side - width) // 2
     square = np.full((side, side, 3), 255, np.uint8)

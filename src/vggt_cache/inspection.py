@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from vggt_cache.errors import SettingsError
@@ -15,29 +20,40 @@ from vggt_cache.precompute.failures import FailureLog
 from vggt_cache.precompute.report import Reporter, bytes_text, count_of
 from vggt_cache.precompute.run import EXIT_INVALID, EXIT_OK, scan_data
 from vggt_cache.store import FeatureCache, describe, prune
+from vggt_cache.store.maintenance import CacheDescription
 from vggt_cache.verify import verify_data, verify_records
 from vggt_cache.view import draw_features
+
+Pixels = npt.NDArray[np.uint8]
+Feature = npt.NDArray[np.float32]
 
 
 def show_info(cache_dir: str, *, as_json: bool) -> int:
     """What the directory holds, one paragraph per encoder specification."""
-    stores = describe(cache_dir)
+    found = describe(cache_dir)
     if as_json:
-        print(json.dumps([dataclasses.asdict(store) for store in stores], indent=1, default=str))
+        print(json.dumps(_info_as_dict(found), indent=1))
         return EXIT_OK
-    print(f"{os.path.abspath(cache_dir)}: {count_of(len(stores), 'specification')}")
-    for store in stores:
+    total = bytes_text(sum(store.disk_bytes for store in found.stores))
+    print(f"{found.cache_dir}: {count_of(len(found.stores), 'specification')}, {total}")
+    for store in found.stores:
         print(f"\n{describe_spec(store.spec)}")
-        print(f"  fingerprint   {store.spec.fingerprint}")
-        print(f"  entries       {store.entries} in {count_of(store.shards, 'shard')}")
+        print(f"  fingerprint  {store.spec.fingerprint}")
+        print(f"  entries      {store.entries} in {count_of(store.shards, 'shard')}")
         print(
-            f"  on disk       {bytes_text(store.bytes_on_disk)}, of which {bytes_text(store.reclaimable_bytes)} reclaimable"
+            f"  on disk      {bytes_text(store.disk_bytes)}, reclaimable {bytes_text(store.reclaimable_bytes)}"
         )
-        if store.damaged_shards:
-            print(
-                f"  damaged       {count_of(len(store.damaged_shards), 'shard')}: run vggt-cache verify {cache_dir}"
-            )
+        for name, reason in store.damaged_shards:
+            print(f"  damaged      {name}: {reason}")
+    for name, reason in found.unreadable:
+        print(f"\n{name} cannot be read: {reason}")
     return EXIT_OK
+
+
+def _info_as_dict(found: CacheDescription) -> dict[str, Any]:
+    """For programs: each store's figures with its specification and fingerprint."""
+    stores = [{**dataclasses.asdict(store), "fingerprint": store.spec.fingerprint} for store in found.stores]
+    return {**dataclasses.asdict(found), "stores": stores}
 
 
 def describe_spec(spec: FeatureSpec) -> str:
@@ -53,14 +69,16 @@ def describe_spec(spec: FeatureSpec) -> str:
 def verify_store(cache_dir: str, context: str | None, fingerprint: str | None, *, threads: int) -> int:
     """Check every record of a store against its checksum."""
     reporter = Reporter()
-    with FeatureCache.open(cache_dir, context=context, fingerprint=fingerprint) as cache:
-        with tqdm(total=len(cache), desc="Verifying", unit="feature", mininterval=1.0) as bar:
-            result = verify_records(
-                cache,
-                threads=max(1, threads),
-                on_invalid=lambda label, reason: reporter.warn(f"invalid: {label}: {reason}"),
-                on_progress=bar.update,
-            )
+    with (
+        FeatureCache.open(cache_dir, context=context, fingerprint=fingerprint, use_index=False) as cache,
+        tqdm(total=len(cache), desc="Verifying", unit="feature", mininterval=1.0) as bar,
+    ):
+        result = verify_records(
+            cache,
+            threads=max(1, threads),
+            on_invalid=lambda label, reason: reporter.warn(f"invalid: {label}: {reason}"),
+            on_progress=bar.update,
+        )
     reporter.info(str(result))
     return EXIT_INVALID if result.invalid else EXIT_OK
 
@@ -108,22 +126,31 @@ def draw_view(
         plan = scan_data(
             data_root, cache.spec.context, -1, reporter, FailureLog(cache_dir, reporter, write=False)
         )
-        rows = []
-        for feature in (len(plan) * part // count for part in range(min(count, len(plan)))):
+        rows: dict[bytes, tuple[Pixels, Feature, str]] = {}
+        for feature in _spread(len(plan)):
             paths = plan.paths_of(feature)
-            stored = cache.get(paths)
-            if stored is None:
-                reporter.warn(f"not in the cache: {plan.label(feature)}")
-                continue
-            pixels = decode_frame(read_frame(paths[-1]), cache.spec.preprocessing)
-            rows.append((pixels, stored.float().numpy(), os.path.relpath(paths[-1], plan.sources.root)))
+            key = cache.key_of(paths)
+            stored = None if key in rows else cache.get_by_key(key)
+            if stored is not None:
+                pixels = decode_frame(read_frame(paths[-1]), cache.spec.preprocessing)
+                rows[key] = pixels, stored.float().numpy(), os.path.relpath(paths[-1], plan.sources.root)
+            if len(rows) == count:
+                break
     if not rows:
         raise SettingsError(
             f"none of the frames below {data_root} has a feature in {cache_dir}: precompute them first"
         )
-    draw_features(rows, output)
+    draw_features(list(rows.values()), output)
     reporter.info(f"Drew {count_of(len(rows), 'feature')}: {output}")
     return EXIT_OK
+
+
+def _spread(count: int) -> Iterator[int]:
+    """0 to count - 1, each once: any first few of them lie far apart."""
+    step = max(1, int(count * 0.618))  # the golden section never comes back near to where it was
+    while math.gcd(step, count) > 1:
+        step += 1
+    return (part * step % count for part in range(count))
 
 
 def prune_cache(cache_dir: str, *, damaged: bool, really: bool) -> int:

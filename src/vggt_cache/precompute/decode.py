@@ -26,6 +26,7 @@ from vggt_cache.frames import decode_frame, read_frame
 from vggt_cache.identity import PATCH_SIZE, Preprocessing, frame_digest
 from vggt_cache.precompute.digests import Stat
 
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodedFrame:
     """What a worker made of one file: digest and pixels of the same bytes, or the reason why not."""

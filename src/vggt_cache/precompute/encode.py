@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +48,10 @@ class BatchEncoder:
     ) -> Iterator[Encoded]:
         wanted = [lists[position] for position in positions]
         for index, feature in encode_lists(
-            self.encoder, wanted, lambda frame: torch.from_numpy(pixels[frame]), batch_size=self.batch_size
+            self.encoder,
+            wanted,
+            lambda frame: torch.from_numpy(pixels[cast(int, frame)]),
+            batch_size=self.batch_size,
         ):
             yield [positions[index]], feature[None]
 

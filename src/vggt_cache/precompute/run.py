@@ -51,6 +51,8 @@ class _Run:
         self.failures = FailureLog(settings.cache_dir, reporter, write=not settings.dry_run)
         self.lost = 0
         """Wanted features that could not be computed."""
+        self.elsewhere = 0
+        """Wanted features that turned out to be stored already."""
         self.limits = QwenLimits.read(settings.model_path) if settings.model_path else None
 
     def execute(self) -> int:
@@ -153,7 +155,12 @@ class _Run:
             cache.save_index()
         if self.stop.requested:
             return self._stopped(processed)
-        self.reporter.success(f"Processed {count_of(processed, self.settings.noun)}")
+        if self.elsewhere:
+            self.reporter.info(
+                f"{self.elsewhere} more turned out to be stored: computed by other processes, or equal to a feature "
+                "under another path"
+            )
+        self.reporter.success(f"Processed {processed} {self.settings.noun}s")
         self.reporter.info(f"Cache directory: {os.path.abspath(self.settings.cache_dir)}")
         if self.failures.count:
             self.reporter.warn(
@@ -213,6 +220,7 @@ class _Run:
                 pipeline.run(set(pending))
             finally:
                 self.lost = len(pipeline.failed)
+                self.elsewhere = observer.elsewhere
                 writer.close()
         return writer.committed
 
@@ -290,20 +298,21 @@ class _Observer:
     reporter: Reporter
     limits: QwenLimits | None
     waiting_said: bool = False
+    elsewhere: int = 0
+    """Features that turned out to be stored already."""
 
     def __post_init__(self) -> None:
         self._grids: set[tuple[int, int]] = set()
 
     def found_elsewhere(self, features: int) -> None:
+        self.elsewhere += features
         self._shorten(features)
 
     def failed(self, features: int) -> None:
         self._shorten(features)
 
     def _shorten(self, features: int) -> None:
-        if features and self.bar.total:
-            self.bar.total -= features
-            self.bar.refresh()
+        self.bar.total = (self.bar.total or 0) - features  # drawn with the next feature that is written
 
     def waiting(self, blocks: int) -> None:
         if not self.waiting_said:

@@ -17,7 +17,7 @@ from vggt_cache.errors import SettingsError
 from vggt_cache.identity import KEY_BYTES, FeatureSpec, feature_key, frame_digest
 from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem
 from vggt_cache.store.forks import renew_after_fork
-from vggt_cache.store.format import Record
+from vggt_cache.store.rows import Record
 from vggt_cache.store.selection import select_store
 from vggt_cache.store.tensors import bytes_of, check_target, empty_feature
 from vggt_cache.store.view import StoreView

@@ -11,21 +11,18 @@ import numpy as np
 
 from vggt_cache.errors import ShardFormatError
 from vggt_cache.identity import FeatureSpec
-from vggt_cache.store.filesystem import FileSystem, is_regular, persist, write_fully
+from vggt_cache.store.filesystem import FileSystem, is_regular, persist, release, write_fully
 from vggt_cache.store.index import (
-    ROW_BYTES,
-    ROW_DTYPE,
     FileSource,
     Index,
     IndexDamagedError,
     MemorySource,
-    Rows,
     Source,
     build_index,
-    rows_of,
 )
 from vggt_cache.store.publish import PendingFile
 from vggt_cache.store.reader import SHARD_NAME, ShardReader, ShardVanishedError
+from vggt_cache.store.rows import ROW_BYTES, Rows, join_rows
 from vggt_cache.store.snapshot import Level, Snapshot
 
 INDEX_FOLDER = "index"
@@ -106,7 +103,7 @@ class Deriver:
             numbers = {name: number for number, name in enumerate(table)}
             if len(fresh):
                 fresh["shard"] = np.array([numbers[name] for name in read], np.uint32)[fresh["shard"]]
-            rows = np.concatenate([fresh, old.rows(numbers)]) if old is not None and kept else fresh
+            rows = join_rows([fresh, old.rows(numbers)]) if old is not None and kept else fresh
             supplement = Level(index=self._private_index(rows, table))
         return Snapshot(
             names=tuple(name for name in names if name not in gone),
@@ -119,12 +116,12 @@ class Deriver:
         self, names: Iterable[str], gone_is_error: bool
     ) -> tuple[Rows, list[str], list[tuple[str, str]], set[str]]:
         """Rows of these shards (numbered by the second result), shards read, damaged with reason, and gone."""
-        parts: list[bytes] = []
+        parts: list[Rows] = []
         read: list[str] = []
         damaged, gone = [], set()
         for name in names:
             try:
-                records = self._reader.header(name).records
+                rows = self._reader.header(name).rows
             except ShardFormatError as error:
                 damaged.append((name, str(error)))
             except ShardVanishedError:
@@ -132,9 +129,10 @@ class Deriver:
                     raise
                 gone.add(name)
             else:
-                parts.append(rows_of(records, len(read)))
+                rows["shard"] = len(read)
+                parts.append(rows)
                 read.append(name)
-        return np.frombuffer(bytearray().join(parts), ROW_DTYPE), read, damaged, gone
+        return join_rows(parts), read, damaged, gone
 
     def _exists(self, name: str) -> bool:
         status = self._reader.status(name)
@@ -151,11 +149,13 @@ class Deriver:
 
     def _saved_index(self) -> Index | None:
         try:
-            folder = self._fs.open_directory(os.path.join(self._store_dir, INDEX_FOLDER), follow=False)
+            folder = persist(
+                self._fs.open_directory, os.path.join(self._store_dir, INDEX_FOLDER), follow=False
+            )
             try:
                 fd = persist(self._fs.open_file, INDEX_FILE, dir_fd=folder)
             finally:
-                self._fs.close(folder)
+                release(self._fs, folder)
             source = FileSource(self._fs, fd)
             try:
                 return Index(source, self._spec.fingerprint)
@@ -194,14 +194,14 @@ class Deriver:
             write_fully(self._fs, fd, data, len(head))
             return FileSource(self._fs, fd)
         except OSError:
-            self._fs.close(fd)
+            release(self._fs, fd)
             return None
 
     def _write(self, parts: tuple[bytes, bytes]) -> None:
         path = os.path.join(self._store_dir, INDEX_FOLDER)
         with suppress(FileExistsError):
-            self._fs.make_directory(path)
-        folder = self._fs.open_directory(path, follow=False)
+            persist(self._fs.make_directory, path)
+        folder = persist(self._fs.open_directory, path, follow=False)
         try:
             pending = PendingFile(self._fs, folder)
             try:
@@ -215,4 +215,4 @@ class Deriver:
                 pending.discard()
                 raise
         finally:
-            self._fs.close(folder)
+            release(self._fs, folder)

@@ -14,6 +14,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import ParamSpec, TypeVar
 
 Buffer = bytes | bytearray | memoryview
@@ -136,6 +137,12 @@ def read_fully(fs: FileSystem, fd: int, target: memoryview, offset: int) -> int:
     return done
 
 
+def read_bytes(fs: FileSystem, fd: int, length: int, offset: int) -> bytes:
+    """`length` bytes from `offset`, fewer only at the end of the file."""
+    buffer = bytearray(length)
+    return bytes(memoryview(buffer)[: read_fully(fs, fd, memoryview(buffer), offset)])
+
+
 def sync_directory(fs: FileSystem, dir_fd: int) -> None:
     """fsync a directory; file systems that do not have the notion (EINVAL) are believed to need none."""
     try:
@@ -143,6 +150,12 @@ def sync_directory(fs: FileSystem, dir_fd: int) -> None:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
+
+
+def release(fs: FileSystem, fd: int) -> None:
+    """Close a descriptor that was read from or only held: an error in closing it can no longer matter."""
+    with suppress(OSError):
+        fs.close(fd)
 
 
 def is_regular(status: os.stat_result) -> bool:

@@ -12,12 +12,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple, NoReturn
+from itertools import chain
+from operator import itemgetter
+from typing import Any, NoReturn
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from vggt_cache.errors import ShardFormatError, SpecMismatchError
 from vggt_cache.identity import FeatureSpec
+from vggt_cache.store.rows import ROW_DTYPE, Record, Rows, unpack_rows
 
 FORMAT_NAME = "vggt-feature-cache"
 FORMAT_VERSION = "1"
@@ -27,12 +32,15 @@ MAX_HEADER_BYTES = 4 * 1024 * 1024
 MAX_RECORDS = 16384
 MAX_SIDE = 65535
 """Largest height or width of a feature, in patches."""
+MAX_CHANNELS = 1 << 20
+MAX_DATA_BYTES = 1 << 50
 
 DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
+Integers = npt.NDArray[np.int64]
 _KEY = re.compile(r"[0-9a-f]{32}")
-_ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
+_ENTRY_FIELDS = itemgetter("dtype", "shape", "data_offsets")
 _ENTRY_BYTES = 208
 """The most that one record takes in a header, with offsets up to 10^15 and channels up to 10^7."""
 
@@ -44,26 +52,19 @@ class ForeignShardError(ShardFormatError):
     """
 
 
-class Record(NamedTuple):
-    """Where one feature lies in its shard. `nbytes` follows from the specification."""
-
-    key: bytes
-    offset: int
-    """From the start of the file, in bytes."""
-    h: int
-    w: int
-    checksum: bytes
-
-
 @dataclass(frozen=True, kw_only=True)
 class ShardHeader:
     """What a shard's header says, checked for sense but not against the file's length."""
 
     spec: FeatureSpec
-    records: list[Record]
-    """In the order of their offsets."""
+    rows: Rows
+    """Its records, in the order of their offsets; `shard` is 0."""
     data_end: int
     """Length in bytes that the file must have."""
+
+    @property
+    def records(self) -> list[Record]:
+        return [record for _, record in unpack_rows(self.rows)]
 
 
 def payload_bytes(spec: FeatureSpec, h: int, w: int) -> int:
@@ -144,10 +145,10 @@ def parse_header(data: bytes, shard: str) -> ShardHeader:
         metadata = _metadata(names)
         _check_version(metadata, shard)
         spec = _spec_of(_text(metadata, "spec"), _text(metadata, "fingerprint"))
-        records, data_end = _records(names, metadata, spec, LENGTH_BYTES + length)
+        rows, data_end = _table(names, metadata, spec, LENGTH_BYTES + length)
     except (ValueError, RecursionError) as error:
         _refuse(shard, str(error) or type(error).__name__)
-    return ShardHeader(spec=spec, records=records, data_end=data_end)
+    return ShardHeader(spec=spec, rows=rows, data_end=data_end)
 
 
 def _refuse(shard: str, reason: str) -> NoReturn:
@@ -157,6 +158,7 @@ def _refuse(shard: str, reason: str) -> NoReturn:
 def _decode(header: bytes) -> dict[str, Any]:
     if header[:1] != b"{":
         raise ValueError("its header does not begin with '{'")
+    header = header.rstrip(b" ")
     # A small file must not unfold into a large structure: count the brackets before parsing.
     if header.count(b"[") > 2 * MAX_RECORDS or header.count(b"{") > MAX_RECORDS + 16:
         raise ValueError(f"its header has more than {MAX_RECORDS} records")
@@ -211,63 +213,88 @@ def _spec_of(text: str, fingerprint: str) -> FeatureSpec:
     if hashlib.sha256(text.encode()).hexdigest() != fingerprint:
         raise ValueError("its specification does not match its fingerprint")
     try:
-        return FeatureSpec.from_json(text)
+        return parse_spec(text)
     except SpecMismatchError as error:
         raise ValueError(str(error)) from error
 
 
-def _records(
+def parse_spec(text: str) -> FeatureSpec:
+    """The specification that `text` is the canonical JSON of, fit to store features. Raises SpecMismatchError."""
+    spec = FeatureSpec.from_json(text)
+    if type(spec.encoder.channels) is not int or not 1 <= spec.encoder.channels <= MAX_CHANNELS:
+        raise SpecMismatchError(
+            f"the cache's specification has features of {_short(spec.encoder.channels)} channels, which cannot be: it "
+            "is damaged; precompute again into a new directory"
+        )
+    return spec
+
+
+def _table(
     names: dict[str, Any], metadata: dict[str, Any], spec: FeatureSpec, data_start: int
-) -> tuple[list[Record], int]:
+) -> tuple[Rows, int]:
+    """The records as rows, and the length that the file must have."""
     if len(names) > MAX_RECORDS:
         raise ValueError(f"its header has {len(names)} records, over the limit of {MAX_RECORDS}")
-    if sum(map(_is_key, metadata)) != len(names):
-        raise ValueError("its checksums are not those of its records")
-    dtype, channels = DTYPE_NAMES[spec.feature_dtype], spec.encoder.channels
-    spans = []
-    for name, entry in names.items():
-        key, checksum = _from_hex(name, "record name"), _from_hex(metadata.get(name), "checksum")
-        h, w, start, end = _geometry(name, entry, dtype, channels)
-        if end - start != payload_bytes(spec, h, w):
-            raise ValueError(f"record {name} has shape [{h}, {w}, {channels}] in {end - start} bytes")
-        spans.append((start, end, Record(key, data_start + start, h, w, checksum)))
-    spans.sort(key=lambda span: span[0])
-    reached = 0
-    for start, end, record in spans:
-        if start != reached:
-            raise ValueError(
-                f"record {record.key.hex()} begins at byte {start} of the data, not at {reached}"
-            )
-        reached = end
-    return [record for _, _, record in spans], data_start + reached
+    checksums = {name: value for name, value in metadata.items() if _KEY.fullmatch(name)}
+    if checksums.keys() != names.keys():
+        raise ValueError("the names of its records are not those of its checksums")
+    shapes, spans = _geometry(list(names.values()), DTYPE_NAMES[spec.feature_dtype])
+    order = np.argsort(spans[:, 0], kind="stable")
+    shapes, spans = shapes[order], spans[order]
+    _check_geometry(shapes, spans, spec)
+    rows = np.zeros(len(names), ROW_DTYPE)
+    keys = np.frombuffer(_from_hex(list(names)), ">u8").reshape(-1, 2)[order]
+    rows["high"], rows["low"] = keys[:, 0], keys[:, 1]
+    rows["checksum"] = np.frombuffer(_from_hex([checksums[name] for name in names]), "V16")[order]
+    rows["offset"], rows["h"], rows["w"] = data_start + spans[:, 0], shapes[:, 0], shapes[:, 1]
+    return rows, data_start + int(spans[:, 1].max(initial=0))
 
 
-def _geometry(name: str, entry: Any, dtype: str, channels: int) -> tuple[int, int, int, int]:
-    if not isinstance(entry, dict) or entry.keys() != _ENTRY_FIELDS:
-        raise ValueError(f"record {name} has not exactly dtype, shape and data_offsets")
-    if entry["dtype"] != dtype:
-        raise ValueError(f"record {name} has dtype {_short(entry['dtype'])}, not {dtype}")
-    h, w, c = _integers(name, entry["shape"], 3)
-    start, end = _integers(name, entry["data_offsets"], 2)
-    if not (0 < h <= MAX_SIDE and 0 < w <= MAX_SIDE and c == channels and start >= 0):
-        raise ValueError(f"record {name} has shape {_short([h, w, c])} at {_short(start)}, which cannot be")
-    return h, w, start, end
+def _geometry(entries: list[Any], dtype: str) -> tuple[Integers, Integers]:
+    """Shapes [records, 3] and byte spans [records, 2] of entries which have just these, and `dtype`."""
+    if any(type(entry) is not dict or len(entry) != 3 for entry in entries):
+        raise ValueError("a record has not exactly dtype, shape and data_offsets")
+    try:
+        fields = list(map(_ENTRY_FIELDS, entries))
+    except KeyError as error:
+        raise ValueError(f"a record has no {error}") from error
+    wrong = next((found for found, _, _ in fields if found != dtype), None)
+    if wrong is not None:
+        raise ValueError(f"a record has dtype {_short(wrong)}, not {dtype}")
+    return _integers([shape for _, shape, _ in fields], 3), _integers([span for _, _, span in fields], 2)
 
 
-def _integers(name: str, value: Any, count: int) -> list[int]:
-    if not isinstance(value, list) or len(value) != count or any(type(item) is not int for item in value):
-        raise ValueError(f"record {name} has {_short(value)} where {count} integers are needed")
-    return value
+def _integers(lists: list[Any], length: int) -> Integers:
+    """Lists of so many integers as an array [lists, length]."""
+    if any(type(item) is not list or len(item) != length for item in lists):
+        raise ValueError(f"a record has something else where {length} integers are needed")
+    if not set(map(type, chain.from_iterable(lists))) <= {int}:
+        raise ValueError("a record has something else where an integer is needed")
+    try:
+        return np.array(lists, np.int64).reshape(-1, length)
+    except OverflowError as error:
+        raise ValueError("a record has an integer of more than 64 bits") from error
 
 
-def _is_key(name: str) -> bool:
-    return _KEY.fullmatch(name) is not None
+def _check_geometry(shapes: Integers, spans: Integers, spec: FeatureSpec) -> None:
+    """Raise ValueError unless the spans, in order, follow each other from 0 and are as long as the shapes say."""
+    sides, channels = shapes[:, :2], spec.encoder.channels
+    if not ((sides >= 1) & (sides <= MAX_SIDE)).all() or (shapes[:, 2] != channels).any():
+        raise ValueError(f"a record's shape is not [h, w, {channels}] with sides of 1 to {MAX_SIDE} patches")
+    if not ((spans >= 0) & (spans <= MAX_DATA_BYTES)).all():
+        raise ValueError(f"a record lies outside of the {MAX_DATA_BYTES} bytes that a shard can have")
+    if (spans[:, 0] != np.append(0, spans[:, 1])[: len(spans)]).any():
+        raise ValueError("its records do not follow each other without gaps")
+    if (spans[:, 1] - spans[:, 0] != sides[:, 0] * sides[:, 1] * payload_bytes(spec, 1, 1)).any():
+        raise ValueError("a record has more or fewer bytes than its shape says")
 
 
-def _from_hex(text: object, what: str) -> bytes:
-    if not isinstance(text, str) or not _is_key(text):
-        raise ValueError(f"{_short(text)} is no {what}: 32 hexadecimal digits are needed")
-    return bytes.fromhex(text)
+def _from_hex(texts: list[Any]) -> bytes:
+    """Texts of 32 lower-case hexadecimal digits as bytes, one after the other."""
+    wrong = next((text for text in texts if type(text) is not str or not _KEY.fullmatch(text)), None)
+    if wrong is not None:
+        raise ValueError(f"{_short(wrong)} stands where 32 hexadecimal digits are needed")
+    return bytes.fromhex("".join(texts))
 
 
 def _short(value: object) -> str:

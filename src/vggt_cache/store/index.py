@@ -11,7 +11,7 @@ It is read with pread and never mapped: under mmap a truncated file would kill t
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Protocol
 
@@ -20,29 +20,13 @@ import numpy.typing as npt
 import xxhash
 
 from vggt_cache.errors import StoreError
-from vggt_cache.store.filesystem import FileSystem, persist
-from vggt_cache.store.format import Record
+from vggt_cache.store.filesystem import FileSystem, persist, release
+from vggt_cache.store.rows import ROW, ROW_BYTES, ROW_DTYPE, Record, Rows, key_groups, sort_rows
 
 MAGIC = b"vggt-idx"
 VERSION = 1
 ROWS_PER_BUCKET = 32
 MAX_BUCKET_BITS = 24
-
-_ROW = struct.Struct("<16s16sQIIII")
-ROW_BYTES = _ROW.size
-ROW_DTYPE = np.dtype(
-    [
-        ("high", ">u8"),  # the key, as two numbers in the order of its bytes
-        ("low", ">u8"),
-        ("checksum", "V16"),
-        ("offset", "<u8"),
-        ("h", "<u4"),
-        ("w", "<u4"),
-        ("shard", "<u4"),
-        ("reserved", "<u4"),
-    ]
-)
-Rows = npt.NDArray[np.void]
 
 _HEAD = struct.Struct(
     "<8sIIQQQQI4x32s"
@@ -50,7 +34,6 @@ _HEAD = struct.Struct(
 _PREFIX_BYTES = _HEAD.size + 16  # and the checksum of the whole head
 _NAME_STEP = len("0123456789ab-0123456789abcdef.safetensors\n")
 _SHARD_AT = 48
-_LAST_SHARD = np.uint32(2**32 - 1)
 
 
 class IndexDamagedError(StoreError):
@@ -87,7 +70,7 @@ class FileSource:
     def __init__(self, fs: FileSystem, fd: int) -> None:
         self._fs = fs
         self._fd: int | None = fd
-        self.size = fs.fstat(fd).st_size
+        self.size = persist(fs.fstat, fd).st_size
 
     def read(self, length: int, offset: int) -> bytes:
         if self._fd is None:
@@ -106,7 +89,7 @@ class FileSource:
     def close(self) -> None:
         fd, self._fd = self._fd, None
         if fd is not None:
-            self._fs.close(fd)
+            release(self._fs, fd)
 
     def __del__(self) -> None:
         self.close()
@@ -161,7 +144,7 @@ class Index:
             at = rows.find(key, at + 1)
         found = []
         while 0 <= at < len(rows) and rows[at : at + 16] == key:
-            _, checksum, offset, h, w, shard, _ = _ROW.unpack_from(rows, at)
+            _, checksum, offset, h, w, shard, _ = ROW.unpack_from(rows, at)
             self._check_shard(shard)
             found.append((shard, Record(key, offset, h, w, checksum)))
             at += ROW_BYTES
@@ -207,34 +190,9 @@ class Index:
 # ---------------------------------------------------------------- building
 
 
-def rows_of(records: Iterable[Record], shard: int) -> bytes:
-    """The rows of one shard, unsorted."""
-    return b"".join(_ROW.pack(r.key, r.checksum, r.offset, r.h, r.w, shard, 0) for r in records)
-
-
-def unpack_rows(rows: Rows) -> Iterator[tuple[int, Record]]:
-    """Shard number and record of each row."""
-    for key, checksum, offset, h, w, shard, _ in _ROW.iter_unpack(rows.astype(ROW_DTYPE, copy=False).tobytes()):
-        yield shard, Record(key, offset, h, w, checksum)
-
-
-def sort_rows(rows: Rows) -> Rows:
-    """By key; of equal keys the one in the latest shard first, which is the one that is served."""
-    high, low = rows["high"].astype("<u8"), rows["low"].astype("<u8")
-    order = np.lexsort((_LAST_SHARD - rows["shard"], low, high))
-    return rows[order]
-
-
-def key_groups(rows: Rows) -> npt.NDArray[np.int64]:
-    """A number for each of the sorted rows that is the same for equal keys, counting up from 0."""
-    changes = (rows["high"][1:] != rows["high"][:-1]) | (rows["low"][1:] != rows["low"][:-1])
-    return np.concatenate([np.zeros(min(len(rows), 1), np.int64), np.cumsum(changes, dtype=np.int64)])
-
-
 def build_index(rows: Rows, names: Sequence[str], fingerprint: str) -> tuple[bytes, bytes]:
     """Head and sorted rows of an index over `rows`, whose `shard` counts in `names`, which are in order."""
-    # numpy's concatenate gives structured arrays the machine's byte order; the file has the key's.
-    rows = sort_rows(rows).astype(ROW_DTYPE, copy=False)
+    rows = sort_rows(rows)
     keys = int(key_groups(rows)[-1]) + 1 if len(rows) else 0
     high = rows["high"].astype("<u8")
     bits = min(MAX_BUCKET_BITS, (len(rows) // ROWS_PER_BUCKET).bit_length())

@@ -17,8 +17,15 @@ from pathlib import Path
 from vggt_cache.errors import CacheNotFoundError, NotACacheError, SpecMismatchError, StoreError
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.store.faults import access_error, accessing, commit_error
-from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem, is_regular, persist, sync_directory
-from vggt_cache.store.format import parse_header
+from vggt_cache.store.filesystem import (, persist
+    OPERATING_SYSTEM,
+    FileSystem,
+    is_regular,
+    persist,
+    release,
+    sync_directory,
+)
+from vggt_cache.store.format import parse_header, parse_spec
 from vggt_cache.store.publish import PendingFile
 from vggt_cache.store.reader import SHARD_NAME, SHARDS_FOLDER, open_regular, read_header_bytes
 
@@ -61,13 +68,13 @@ def survey(cache_dir: str | os.PathLike[str], fs: FileSystem = OPERATING_SYSTEM)
             except StoreError as error:
                 unreadable.append((name, str(error)))
     finally:
-        fs.close(dir_fd)
+        release(fs, dir_fd)
     return Survey(specs=tuple(specs), unreadable=tuple(unreadable))
 
 
 def _open_cache_dir(path: str, fs: FileSystem) -> int:
     try:
-        return fs.open_directory(path)
+        return persist(fs.open_directory, path)
     except FileNotFoundError as error:
         raise CacheNotFoundError(
             f"there is no directory {path}, so there is no cache to read: check the path, or make the cache with "
@@ -87,17 +94,17 @@ def _open_cache_dir(path: str, fs: FileSystem) -> int:
 def _read_spec(cache_dir: str, name: str, cache_fd: int, fs: FileSystem) -> FeatureSpec:
     """From spec.json, or where that is lost or damaged from a shard, which carries it too."""
     with accessing(os.path.join(cache_dir, name)):
-        store_fd = fs.open_directory(name, dir_fd=cache_fd)
+        store_fd = persist(fs.open_directory, name, dir_fd=cache_fd)
         try:
             try:
-                return _named(name, FeatureSpec.from_json(_read_small_file(fs, SPEC_FILE, store_fd)))
+                return _named(name, parse_spec(_read_small_file(fs, SPEC_FILE, store_fd)))
             except (FileNotFoundError, UnicodeDecodeError, StoreError) as error:
                 spec = _spec_of_a_shard(name, store_fd, fs)
                 if spec is None:
                     raise _lost_spec(name, error) from error
                 return spec
         finally:
-            fs.close(store_fd)
+            release(fs, store_fd)
 
 
 def _lost_spec(name: str, error: Exception) -> SpecMismatchError:
@@ -117,7 +124,7 @@ def _named(name: str, spec: FeatureSpec) -> FeatureSpec:
 
 def _spec_of_a_shard(name: str, store_fd: int, fs: FileSystem) -> FeatureSpec | None:
     try:
-        shards_fd = fs.open_directory(SHARDS_FOLDER, dir_fd=store_fd, follow=False)
+        shards_fd = persist(fs.open_directory, SHARDS_FOLDER, dir_fd=store_fd, follow=False)
     except OSError:
         return None
     try:
@@ -125,7 +132,7 @@ def _spec_of_a_shard(name: str, store_fd: int, fs: FileSystem) -> FeatureSpec | 
             with suppress(StoreError, OSError):
                 return _named(name, _spec_in(shard, shards_fd, fs))
     finally:
-        fs.close(shards_fd)
+        release(fs, shards_fd)
     return None
 
 
@@ -134,17 +141,17 @@ def _spec_in(shard: str, shards_fd: int, fs: FileSystem) -> FeatureSpec:
     try:
         return parse_header(read_header_bytes(fs, fd, shard), shard).spec
     finally:
-        fs.close(fd)
+        release(fs, fd)
 
 
 def _read_small_file(fs: FileSystem, name: str, dir_fd: int) -> str:
     fd = persist(fs.open_file, name, dir_fd=dir_fd)
     try:
-        if not is_regular(fs.fstat(fd)):
+        if not is_regular(persist(fs.fstat, fd)):
             raise SpecMismatchError(f"{name} is not a plain file")
-        return fs.pread(fd, MAX_SPEC_BYTES, 0).decode("utf-8")
+        return read_bytes(fs, fd, MAX_SPEC_BYTES, 0).decode("utf-8")
     finally:
-        fs.close(fd)
+        release(fs, fd)
 
 
 # ---------------------------------------------------------------- a new store
@@ -161,11 +168,11 @@ def create_store(
     store_dir = Path(cache_dir) / spec.short_name
     try:
         _make_directories(str(store_dir / SHARDS_FOLDER), fs)
-        store_fd = fs.open_directory(str(store_dir))
+        store_fd = persist(fs.open_directory, str(store_dir))
         try:
             _write_spec(spec, store_fd, fs)
         finally:
-            fs.close(store_fd)
+            release(fs, store_fd)
         # Another process may have made the folders and died before they were synced.
         for directory in (store_dir, store_dir.parent):
             _sync_path(str(directory), fs)
@@ -176,7 +183,7 @@ def create_store(
 
 def _make_directories(path: str, fs: FileSystem) -> None:
     try:
-        fs.make_directory(path)
+        persist(fs.make_directory, path)
     except FileExistsError:
         return  # should it be no directory, opening it will say so
     except FileNotFoundError:
@@ -189,13 +196,13 @@ def _make_directories(path: str, fs: FileSystem) -> None:
 
 def _sync_path(path: str, fs: FileSystem) -> None:
     try:
-        dir_fd = fs.open_directory(path)
+        dir_fd = persist(fs.open_directory, path)
     except PermissionError:
         return  # a parent that we may pass through and not read, such as /
     try:
         sync_directory(fs, dir_fd)
     finally:
-        fs.close(dir_fd)
+        release(fs, dir_fd)
 
 
 def _write_spec(spec: FeatureSpec, store_fd: int, fs: FileSystem) -> None:

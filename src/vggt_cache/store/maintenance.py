@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.store.derive import INDEX_FILE, INDEX_FOLDER
 from vggt_cache.store.faults import access_error
-from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem, is_regular, persist
+from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem, is_regular, persist, release
 from vggt_cache.store.layout import survey
 from vggt_cache.store.publish import TEMP_NAME
 from vggt_cache.store.reader import SHARDS_FOLDER, ShardReader
@@ -102,7 +102,7 @@ def dead_temp_files(store_dir: str, min_age_s: float, fs: FileSystem) -> Iterato
     """
     for folder in (store_dir, os.path.join(store_dir, SHARDS_FOLDER), os.path.join(store_dir, INDEX_FOLDER)):
         try:
-            dir_fd = fs.open_directory(folder, follow=folder == store_dir)
+            dir_fd = persist(fs.open_directory, folder, follow=folder == store_dir)
         except FileNotFoundError:
             continue
         except OSError as error:
@@ -114,13 +114,13 @@ def dead_temp_files(store_dir: str, min_age_s: float, fs: FileSystem) -> Iterato
                     if size is not None:
                         yield folder, name, size
         finally:
-            fs.close(dir_fd)
+            release(fs, dir_fd)
 
 
 def _bytes_if_dead(name: str, dir_fd: int, min_age_s: float, fs: FileSystem) -> int | None:
     fd = persist(fs.open_file, name, dir_fd=dir_fd)
     try:
-        status = fs.fstat(fd)
+        status = persist(fs.fstat, fd)
         if not is_regular(status) or fs.clock_s() - status.st_mtime < min_age_s:
             return None
         with suppress(OSError):
@@ -130,14 +130,14 @@ def _bytes_if_dead(name: str, dir_fd: int, min_age_s: float, fs: FileSystem) -> 
             status.st_size if status.st_nlink == 1 else 0
         )  # a second name of a committed shard frees nothing
     finally:
-        fs.close(fd)
+        release(fs, fd)
 
 
 def _file_bytes(folder: str, name: str, fs: FileSystem) -> int | None:
     with suppress(OSError):
-        dir_fd = fs.open_directory(folder, follow=False)
+        dir_fd = persist(fs.open_directory, folder, follow=False)
         try:
-            return fs.stat(name, dir_fd=dir_fd).st_size
+            return persist(fs.stat, name, dir_fd=dir_fd).st_size
         finally:
-            fs.close(dir_fd)
+            release(fs, dir_fd)
     return None

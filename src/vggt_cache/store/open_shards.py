@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
+from vggt_cache.store.filesystem import FileSystem, release
 from vggt_cache.store.forks import renew_after_fork
 
 
@@ -22,11 +23,10 @@ class _Shared:
 class OpenShards:
     """Open shards, least recently used first. One in use is never closed, or its number could be another's."""
 
-    def __init__(
-        self, open_one: Callable[[str], tuple[int, int]], close: Callable[[int], None], limit: int
-    ) -> None:
+    def __init__(self, open_one: Callable[[str], tuple[int, int]], fs: FileSystem, limit: int) -> None:
+        """`open_one(name)` gives descriptor and size in bytes."""
         self._open_one = open_one
-        self._close = close
+        self._fs = fs
         self._limit = limit
         self._forget()
         renew_after_fork(self)
@@ -59,7 +59,7 @@ class OpenShards:
         if shared is not opened:  # another thread was quicker
             idle.append(opened)
         for item in idle:
-            self._close(item.fd)
+            release(self._fs, item.fd)
         return shared
 
     def _pop_idle(self, count: int) -> list[_Shared]:
@@ -72,19 +72,18 @@ class OpenShards:
             self._limit = max(1, min(self._limit, len(self._shards) // 2))
             idle = self._pop_idle(len(self._shards))
         for shared in idle:
-            self._close(shared.fd)
+            release(self._fs, shared.fd)
         return bool(idle)
 
     def close(self) -> None:
         with self._lock:
             shards, self._shards = list(self._shards.values()), OrderedDict()
         for shared in shards:
-            self._close(shared.fd)
+            release(self._fs, shared.fd)
 
     def start_anew_in_child(self) -> None:
         """After fork: a lock may be held, and a shard in use, by a thread that does not exist here."""
         shards = list(self._shards.values())
         self._forget()
         for shared in shards:
-            with suppress(OSError):
-                self._close(shared.fd)
+            release(self._fs, shared.fd)

@@ -11,12 +11,12 @@ import numpy.typing as npt
 
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.store.faults import access_error
-from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem, persist, sync_directory
-from vggt_cache.store.format import Record, payload_bytes
-from vggt_cache.store.index import key_groups, unpack_rows
+from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem, persist, release, sync_directory
+from vggt_cache.store.format import payload_bytes
 from vggt_cache.store.layout import survey
 from vggt_cache.store.maintenance import TEMP_MIN_AGE_S, dead_temp_files
 from vggt_cache.store.reader import SHARDS_FOLDER, ShardReader
+from vggt_cache.store.rows import Record, key_groups, unpack_rows
 from vggt_cache.store.scan import RecordChecker, Scan, scan_store
 from vggt_cache.store.view import StoreView
 from vggt_cache.store.writer import ShardWriter
@@ -162,12 +162,12 @@ class _Pruner:
         return PruneAction(path=path, bytes=size, reason=reason)
 
     def _unlink(self, folder: str, name: str) -> None:
-        dir_fd = self._fs.open_directory(folder)
+        dir_fd = persist(self._fs.open_directory, folder)
         try:
             persist(self._fs.unlink, name, dir_fd=dir_fd)
             sync_directory(self._fs, dir_fd)
         finally:
-            self._fs.close(dir_fd)
+            release(self._fs, dir_fd)
 
 
 def _first_intact_of_each_key(scan: Scan, intact: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:

@@ -18,7 +18,7 @@ import secrets
 import stat
 from contextlib import suppress
 
-from vggt_cache.store.filesystem import Buffer, FileSystem, persist, sync_directory, write_fully
+from vggt_cache.store.filesystem import Buffer, FileSystem, persist, release, sync_directory, write_fully
 
 TEMP_NAME = re.compile(r"\.tmp-[0-9a-f]{16}")
 
@@ -39,7 +39,7 @@ class PendingFile:
         self._published: str | None = None
         self._fd: int | None = persist(fs.create_file, self._name, dir_fd=dir_fd)
         try:
-            status = fs.fstat(self._fd)
+            status = persist(fs.fstat, self._fd)
             self._identity = (status.st_dev, status.st_ino)
             self._mode = stat.S_IMODE(status.st_mode)
             self._hold_lock()
@@ -85,8 +85,7 @@ class PendingFile:
         """Undo what was done, as far as the system lets us. Does not raise OSError."""
         fd, self._fd = self._fd, None
         if fd is not None:
-            with suppress(OSError):
-                self._fs.close(fd)
+            release(self._fs, fd)
         if os.getpid() != self._process:
             return  # a forked copy: the file is the parent's
         if self._published is not None and self._is_this_file(self._published):
@@ -102,7 +101,7 @@ class PendingFile:
 
     def _drop_write_bits(self, fd: int) -> None:
         try:
-            self._fs.set_mode(fd, self._mode & ~_WRITE_BITS)
+            persist(self._fs.set_mode, fd, self._mode & ~_WRITE_BITS)
         except OSError as error:
             if error.errno not in _NO_MODES_HERE:
                 raise
@@ -120,7 +119,7 @@ class PendingFile:
     def _rename_to_free_name(self, name: str) -> None:
         # Names carry 64 random bits, so nobody takes this one between the look and the rename.
         try:
-            self._fs.stat(name, dir_fd=self._dir_fd)
+            persist(self._fs.stat, name, dir_fd=self._dir_fd)
         except FileNotFoundError:
             pass
         else:
@@ -137,7 +136,7 @@ class PendingFile:
 
     def _is_this_file(self, name: str) -> bool:
         try:
-            status = self._fs.stat(name, dir_fd=self._dir_fd)
+            status = persist(self._fs.stat, name, dir_fd=self._dir_fd)
         except OSError:
             return False
         return (status.st_dev, status.st_ino) == self._identity

@@ -6,16 +6,22 @@ import errno
 import os
 import re
 from collections.abc import Callable
-from contextlib import suppress
 
 from vggt_cache.errors import CacheAccessError, CorruptRecordError
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.store.faults import access_error, accessing
-from vggt_cache.store.filesystem import FileSystem, is_regular, persist, read_fully, sync_directory
+from vggt_cache.store.filesystem import (
+    FileSystem,
+    is_regular,
+    persist,
+    read_bytes,
+    read_fully,
+    release,
+    sync_directory,
+)
 from vggt_cache.store.format import (
     LENGTH_BYTES,
     ForeignShardError,
-    Record,
     ShardHeader,
     header_length,
     parse_header,
@@ -23,6 +29,7 @@ from vggt_cache.store.format import (
     record_checksum,
 )
 from vggt_cache.store.open_shards import OpenShards
+from vggt_cache.store.rows import Record
 
 SHARDS_FOLDER = "shards"
 SHARD_NAME = re.compile(r"[0-9a-f]{12}-[0-9a-f]{16}\.safetensors")
@@ -44,15 +51,14 @@ class ShardReader:
         self._fs = fs
         self._dir_fd: int | None = None
         self._handles: list[int] = []
-        self._pool = OpenShards(self._open, fs.close, max_open)
+        self._pool = OpenShards(self._open, fs, max_open)
         self._directory()
 
     def close(self) -> None:
         self._pool.close()
         handles, self._handles, self._dir_fd = self._handles, [], None
         for handle in handles:
-            with suppress(OSError):
-                self._fs.close(handle)
+            release(self._fs, handle)
 
     # ------------------------------------------------------------ names and headers
 
@@ -69,7 +75,7 @@ class ShardReader:
 
     def _names_by_path(self) -> list[str]:
         with accessing(self._path):
-            dir_fd = self._fs.open_directory(self._path, follow=False)
+            dir_fd = persist(self._fs.open_directory, self._path, follow=False)
             # Other threads may be using the old handle, so it stays open until the end.
             self._handles.append(dir_fd)
             self._dir_fd = dir_fd
@@ -87,7 +93,7 @@ class ShardReader:
         if dir_fd is None:
             return None
         try:
-            return self._fs.stat(name, dir_fd=dir_fd)
+            return persist(self._fs.stat, name, dir_fd=dir_fd)
         except FileNotFoundError:
             return None
         except OSError as error:
@@ -100,7 +106,7 @@ class ShardReader:
             with accessing(os.path.join(self._path, name)):
                 header = parse_header(read_header_bytes(self._fs, fd, name), name)
         finally:
-            self._fs.close(fd)
+            release(self._fs, fd)
         if header.spec != self._spec:
             raise ForeignShardError(
                 f"shard {name} belongs to another store ({header.spec.short_name}): move it there"
@@ -140,7 +146,7 @@ class ShardReader:
         """The handle of the shards' folder; None as long as there is none."""
         if self._dir_fd is None:
             try:
-                self._dir_fd = self._fs.open_directory(self._path, follow=False)
+                self._dir_fd = persist(self._fs.open_directory, self._path, follow=False)
                 self._handles.append(self._dir_fd)
             except FileNotFoundError:
                 return None
@@ -182,22 +188,17 @@ def open_regular(fs: FileSystem, name: str, dir_fd: int) -> tuple[int, int]:
             raise refusal from error
         raise
     try:
-        status = fs.fstat(fd)
+        status = persist(fs.fstat, fd)
         if not is_regular(status):
             raise refusal
     except BaseException:
-        fs.close(fd)
+        release(fs, fd)
         raise
     return fd, status.st_size
 
 
 def read_header_bytes(fs: FileSystem, fd: int, name: str) -> bytes:
     """Length field and header. Raises ShardFormatError for an impossible length, or OSError."""
-    data = _pread_fully(fs, fd, _FIRST_READ_BYTES, 0)
+    data = read_bytes(fs, fd, _FIRST_READ_BYTES, 0)
     missing = LENGTH_BYTES + header_length(data, name) - len(data)
-    return data + _pread_fully(fs, fd, missing, len(data)) if missing > 0 else data
-
-
-def _pread_fully(fs: FileSystem, fd: int, length: int, offset: int) -> bytes:
-    buffer = bytearray(length)
-    return bytes(memoryview(buffer)[: read_fully(fs, fd, memoryview(buffer), offset)])
+    return data + read_bytes(fs, fd, missing, len(data)) if missing > 0 else data

@@ -10,9 +10,9 @@ import numpy.typing as npt
 
 from vggt_cache.errors import CorruptRecordError, ShardFormatError
 from vggt_cache.identity import FeatureSpec
-from vggt_cache.store.format import ForeignShardError, Record, payload_bytes
-from vggt_cache.store.index import ROW_DTYPE, Rows, key_groups, rows_of, sort_rows, unpack_rows
+from vggt_cache.store.format import ForeignShardError, payload_bytes
 from vggt_cache.store.reader import ShardReader, ShardVanishedError
+from vggt_cache.store.rows import Record, Rows, join_rows, key_groups, sort_rows, unpack_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +52,14 @@ def scan_store(reader: ShardReader) -> Scan:
     """Read all headers. Raises CacheAccessError."""
     names: list[str] = []
     sizes: list[int] = []
-    parts: list[bytes] = []
+    parts: list[Rows] = []
     damaged: list[DamagedShard] = []
     for name in reader.names():
         status = reader.status(name)
         if status is None:
             continue
         try:
-            records = reader.header(name).records
+            rows = reader.header(name).rows
         except ShardVanishedError:
             continue
         except ShardFormatError as error:
@@ -68,11 +68,11 @@ def scan_store(reader: ShardReader) -> Scan:
                 DamagedShard(name=name, reason=str(error), file_bytes=status.st_size, foreign=foreign)
             )
             continue
-        parts.append(rows_of(records, len(names)))
+        rows["shard"] = len(names)
+        parts.append(rows)
         names.append(name)
         sizes.append(status.st_size)
-    rows = sort_rows(np.frombuffer(b"".join(parts), ROW_DTYPE))
-    return Scan(names=names, file_bytes=sizes, rows=rows, damaged=damaged)
+    return Scan(names=names, file_bytes=sizes, rows=sort_rows(join_rows(parts)), damaged=damaged)
 
 
 class RecordChecker:

@@ -15,8 +15,8 @@ import numpy as np
 import xxhash
 
 from vggt_cache.identity import FeatureSpec
-from vggt_cache.store.format import Record
-from vggt_cache.store.index import ROW_DTYPE, Index, Rows
+from vggt_cache.store.index import Index
+from vggt_cache.store.rows import Record, Rows, join_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ class Snapshot:
         """All rows of the shards `names`, unsorted; `shard` counts in `names`. 56 bytes of memory each."""
         numbers = {name: number for number, name in enumerate(names)}
         parts = [level.rows(numbers) for level in self.levels]
-        return np.concatenate(parts) if parts else np.empty(0, ROW_DTYPE)
+        return join_rows(parts)
 
     def digest(self, spec: FeatureSpec) -> str:
         """32 hex digits that are the same for the same set of shards of the same store."""

@@ -12,9 +12,9 @@ from vggt_cache.identity import FeatureSpec
 from vggt_cache.store.derive import Deriver
 from vggt_cache.store.filesystem import FileSystem
 from vggt_cache.store.forks import renew_after_fork
-from vggt_cache.store.format import Record
 from vggt_cache.store.index import IndexDamagedError
 from vggt_cache.store.reader import ShardReader, ShardVanishedError
+from vggt_cache.store.rows import Record
 from vggt_cache.store.snapshot import Snapshot
 
 T = TypeVar("T")

@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, TypeVar
 from vggt_cache.errors import SettingsError, SpecMismatchError
 from vggt_cache.identity import KEY_BYTES, FeatureSpec
 from vggt_cache.store.faults import commit_error
-from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem, persist
+from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem, persist, release
 from vggt_cache.store.format import (
     MAX_RECORDS,
     MAX_SIDE,
-    Record,
     build_header,
     payload_bytes,
     record_checksum,
@@ -23,6 +22,7 @@ from vggt_cache.store.format import (
 )
 from vggt_cache.store.publish import PendingFile
 from vggt_cache.store.reader import SHARD_NAME, SHARDS_FOLDER
+from vggt_cache.store.rows import Record
 
 if TYPE_CHECKING:
     import torch
@@ -64,13 +64,13 @@ class ShardWriter:
         self.opened_s = fs.clock_s()
         """When this shard was begun, seconds since 1970."""
         try:
-            self._dir_fd = fs.open_directory(self._shards_dir, follow=False)
+            self._dir_fd = persist(fs.open_directory, self._shards_dir, follow=False)
         except OSError as error:
             raise commit_error(self._shards_dir, error) from error
         try:
             self._file: PendingFile | None = PendingFile(fs, self._dir_fd)
         except BaseException as error:
-            fs.close(self._dir_fd)
+            release(fs, self._dir_fd)
             if isinstance(error, OSError):
                 raise commit_error(self._shards_dir, error) from error
             raise
@@ -102,6 +102,7 @@ class ShardWriter:
 
     def append_payload(self, key: bytes, h: int, w: int, payload: memoryview) -> None:
         """The same from the feature's bytes, row-major and little-endian."""
+        self._require_open()
         self._check_record(key, h, w, payload)
         record = Record(key, self._end, h, w, record_checksum(self._spec, key, h, w, payload))
         self._attempt(lambda file: file.write(payload, record.offset))
@@ -114,11 +115,12 @@ class ShardWriter:
         When this has returned, the shard survives a kill at any point, and a power loss where the disk honours
         fsync. Raises CommitError; then nothing of it is visible. Raises SettingsError for an empty shard.
         """
+        self._require_open()
         if not self._records:
             self.abort()
             raise SettingsError("this shard has no records, so there is nothing to commit: call abort")
         name = self._attempt(self._commit)
-        self._fs.close(self._dir_fd)
+        release(self._fs, self._dir_fd)
         self._file = None
         return name
 
@@ -127,7 +129,7 @@ class ShardWriter:
         file, self._file = self._file, None
         if file is not None:
             file.discard()
-            self._fs.close(self._dir_fd)
+            release(self._fs, self._dir_fd)
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -141,15 +143,18 @@ class ShardWriter:
 
     def _attempt(self, step: Callable[[PendingFile], T]) -> T:
         """Do one step of writing; whatever goes wrong in it ends the shard."""
-        if self._file is None:
-            raise SettingsError("this shard was committed or aborted: start a new ShardWriter")
         try:
-            return step(self._file)
+            return step(self._require_open())
         except BaseException as error:
             self.abort()
             if isinstance(error, OSError):
                 raise commit_error(self._shards_dir, error) from error
             raise
+
+    def _require_open(self) -> PendingFile:
+        if self._file is None:
+            raise SettingsError("this shard was committed or aborted: start a new ShardWriter")
+        return self._file
 
     def _commit(self, file: PendingFile) -> str:
         file.write(build_header(self._spec, list(self._records.values()), self._data_start), 0)
