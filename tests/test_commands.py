@@ -63,6 +63,16 @@ def test_standalone_verify_needs_no_model(made, capsys):
     assert "[INFO] Verification: 8/8 valid, 0 invalid" in out
 
 
+def test_standalone_verify_refuses_settings_of_another_cache(made, capsys):
+    code, _, err = run(
+        capsys,
+        *("precompute", "--verify", "--context", "frame", "--image_size", 644),
+        *("--cache_dir", made / "cache", "--data_root", made / "data"),
+    )
+    assert code == 1
+    assert "[ERROR] --image_size 644 was given, but the cache was made with 56" in err
+
+
 def test_verify_lists_what_is_missing(own, capsys):
     image = write_image(own / "data" / "ep0" / "0002.png", seed=99)
     code, out, _ = run(capsys, "verify", own / "cache", "--data_root", own / "data", "--context", "frame")

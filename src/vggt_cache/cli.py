@@ -195,7 +195,7 @@ def _precompute(arguments: argparse.Namespace) -> int:
                 "--vggt_model_path is missing, so there is no encoder to compute with: give a directory with "
                 "config.json and model.safetensors, or the hub id facebook/VGGT-1B"
             )
-        return _verify_against_data(arguments, fingerprint=None)
+        return _verify_against_data(arguments, fingerprint=None, asked=_asked_of_spec(arguments))
     from vggt_cache.precompute.run import precompute
     from vggt_cache.precompute.settings import PrecomputeSettings
 
@@ -212,7 +212,18 @@ def _verify(arguments: argparse.Namespace) -> int:
     )
 
 
-def _verify_against_data(arguments: argparse.Namespace, fingerprint: str | None) -> int:
+def _asked_of_spec(arguments: argparse.Namespace) -> dict[str, object]:
+    """The settings that are part of a cache's specification, as far as they were given."""
+    defaults: dict[str, object] = {"image_size": 518, "resize_mode": "crop", "alpha": "white", "layer": -2}
+    defaults |= {"feature_dtype": "bfloat16", "compute_dtype": "auto"}
+    return {
+        name: given for name, default in defaults.items() if (given := getattr(arguments, name)) != default
+    }
+
+
+def _verify_against_data(
+    arguments: argparse.Namespace, fingerprint: str | None, asked: dict[str, object] | None = None
+) -> int:
     from vggt_cache.inspection import verify_against_data
 
     return verify_against_data(
@@ -222,6 +233,7 @@ def _verify_against_data(arguments: argparse.Namespace, fingerprint: str | None)
         fingerprint=fingerprint,
         max_samples=getattr(arguments, "max_samples", -1),
         threads=max(1, arguments.num_workers),
+        asked=asked,
     )
 
 

@@ -6,14 +6,14 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from vggt_cache.errors import SettingsError
+from vggt_cache.errors import SettingsError, SpecMismatchError
 from vggt_cache.frames import decode_frame, read_frame
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.precompute.failures import FailureLog
@@ -91,11 +91,16 @@ def verify_against_data(
     fingerprint: str | None,
     max_samples: int,
     threads: int,
+    asked: Mapping[str, object] | None = None,
 ) -> int:
-    """Check that every feature that the data needs is present and intact. Needs no model."""
+    """Check that every feature that the data needs is present and intact. Needs no model.
+
+    `asked`: settings of precompute that the user gave; the cache must have been made with them.
+    """
     reporter = Reporter()
     failures = FailureLog(cache_dir, reporter, write=False)
     with FeatureCache.open(cache_dir, context=context, fingerprint=fingerprint) as cache:
+        _refuse_other_settings(cache.spec, asked or {})
         plan = scan_data(data_root, cache.spec.context, max_samples, reporter, failures)
         with tqdm(total=len(plan), desc="Verifying", unit="feature", mininterval=1.0) as bar:
             result = verify_data(
@@ -113,6 +118,20 @@ def verify_against_data(
             f"again to make what is missing (after vggt-cache prune {cache_dir} --damaged --yes for damaged ones)"
         )
     return EXIT_INVALID if result.invalid else EXIT_OK
+
+
+def _refuse_other_settings(spec: FeatureSpec, asked: Mapping[str, object]) -> None:
+    made_with = {**vars(spec.preprocessing), **vars(spec.encoder), **vars(spec)}
+    for name, value in asked.items():
+        # A negative layer counts from the end; the specification has it counted from 0.
+        made = (
+            {made_with[name], made_with[name] - spec.encoder.depth} if name == "layer" else {made_with[name]}
+        )
+        if value not in made:
+            raise SpecMismatchError(
+                f"--{name} {value} was given, but the cache was made with {made_with[name]}: leave the flag out to "
+                "verify this cache, or name the directory of the other one"
+            )
 
 
 def draw_view(

@@ -17,11 +17,12 @@ from pathlib import Path
 from vggt_cache.errors import CacheNotFoundError, NotACacheError, SpecMismatchError, StoreError
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.store.faults import access_error, accessing, commit_error
-from vggt_cache.store.filesystem import (, persist
+from vggt_cache.store.filesystem import (
     OPERATING_SYSTEM,
     FileSystem,
     is_regular,
     persist,
+    read_bytes,
     release,
     sync_directory,
 )
@@ -128,7 +129,9 @@ def _spec_of_a_shard(name: str, store_fd: int, fs: FileSystem) -> FeatureSpec | 
     except OSError:
         return None
     try:
-        for shard in sorted(filter(SHARD_NAME.fullmatch, fs.list_names(shards_fd)))[:_SHARDS_TRIED_FOR_SPEC]:
+        for shard in sorted(filter(SHARD_NAME.fullmatch, persist(fs.list_names, shards_fd)))[
+            :_SHARDS_TRIED_FOR_SPEC
+        ]:
             with suppress(StoreError, OSError):
                 return _named(name, _spec_in(shard, shards_fd, fs))
     finally:
