@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -141,11 +142,20 @@ def test_a_sample_longer_than_the_look_counts(tmp_path, monkeypatch):
     assert (len(found.json_files), len(found.jsonl_files)) == (1, 1)
 
 
-def test_only_the_beginning_of_a_file_is_read(tmp_path):
-    with open(tmp_path / "train.json", "wb") as file:
-        file.write(json.dumps([SAMPLE]).encode()[:-1])
-        file.truncate(1 << 40)  # a sparse terabyte
+def test_only_the_beginning_of_a_file_is_read(tmp_path, monkeypatch):
+    """Annotation files have gigabytes."""
+    _put(tmp_path / "train.json", [SAMPLE] * 20_000)
+    portions: list[int] = []
+
+    class Counted(io.FileIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            data = super().read(size)
+            portions.append(len(data or b""))
+            return data or b""
+
+    monkeypatch.setattr(sources_module, "open", Counted, raising=False)
     assert len(find_sources(tmp_path).json_files) == 1
+    assert sum(portions) <= 256 * 1024
 
 
 def test_the_description_of_an_image_beside_it_is_not_opened(tmp_path):

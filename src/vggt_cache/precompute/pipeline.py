@@ -27,6 +27,7 @@ from vggt_cache.precompute.write import BlockDone, FeatureWriter
 from vggt_cache.store import FeatureCache
 
 BLOCKS_AHEAD = 3
+SHARDS_BETWEEN_INDEXES = 64
 _POLL_S = 0.5
 
 
@@ -37,6 +38,7 @@ class Present:
         self._cache = cache
         self._ignored = frozenset(cache.shard_names()) if recompute else frozenset()
         self._own: set[bytes] = set()
+        self._indexed_shards = len(cache.shard_names())
 
     def __contains__(self, key: bytes) -> bool:
         if key in self._own:
@@ -53,6 +55,11 @@ class Present:
     def refresh(self) -> None:
         """Take in what other processes have committed."""
         self._cache.refresh()
+        shards = len(self._cache.shard_names())
+        if shards - self._indexed_shards >= SHARDS_BETWEEN_INDEXES:
+            # Shards that no index covers are merged anew at each refresh: keep them few.
+            self._cache.save_index()
+            self._indexed_shards = shards
 
 
 @dataclass(frozen=True, kw_only=True)
