@@ -212,8 +212,7 @@ def test_memory_for_millions_of_images_is_bounded(tmp_path):
     table.resolve(threads=2)
     resolved_bytes, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    print(added_bytes/len(table), resolved_bytes/len(table), peak_bytes/len(table))
     assert len(table) > 20_000
-    assert added_bytes < 250 * len(table)
-    assert resolved_bytes < 130 * len(table)
-    assert peak_bytes < 600 * len(table)
+    assert added_bytes < 200 * len(table)
+    assert resolved_bytes < 120 * len(table)
+    assert peak_bytes < 290 * len(table)

@@ -98,18 +98,21 @@ class FrameTable:
 
     def _take_references(self) -> Iterator[Reference]:
         """All references in order. Names are let go on the way: they are most of the memory."""
-        names: list[str] = [""] * self._reference_count
-        groups: list[tuple[str, ...]] = []
-        group_of = array("l", bytes(array("l").itemsize * self._reference_count))
-        while self._names:
-            bases, known = self._names.popitem()
-            for name, reference in known.items():
-                names[reference] = name
-                group_of[reference] = len(groups)
-            groups.append(bases)
+        names, groups, group_of = self._take_names()
         for reference, group in enumerate(group_of):
             yield groups[group], names[reference]
             names[reference] = ""
+
+    def _take_names(self) -> tuple[list[str], list[tuple[str, ...]], array[int]]:
+        """For each reference its name and the number of its group; for each group the folders to look in."""
+        names = [""] * self._reference_count
+        group_of = array("l", bytes(array("l").itemsize * self._reference_count))
+        groups = list(self._names)
+        for group, bases in enumerate(groups):
+            for name, reference in self._names.pop(bases).items():
+                names[reference] = name
+                group_of[reference] = group
+        return names, groups, group_of
 
 
 class PathList(Sequence[str]):

@@ -258,9 +258,9 @@ def _geometry(entries: list[Any], dtype: str) -> tuple[Integers, Integers]:
         fields = list(map(_ENTRY_FIELDS, entries))
     except KeyError as error:
         raise ValueError(f"a record has no {error}") from error
-    wrong = next((found for found, _, _ in fields if found != dtype), None)
-    if wrong is not None:
-        raise ValueError(f"a record has dtype {_short(wrong)}, not {dtype}")
+    wrong = [found for found, _, _ in fields if found != dtype]
+    if wrong:
+        raise ValueError(f"a record has dtype {_short(wrong[0])}, not {dtype}")
     return _integers([shape for _, shape, _ in fields], 3), _integers([span for _, _, span in fields], 2)
 
 
@@ -291,9 +291,9 @@ def _check_geometry(shapes: Integers, spans: Integers, spec: FeatureSpec) -> Non
 
 def _from_hex(texts: list[Any]) -> bytes:
     """Texts of 32 lower-case hexadecimal digits as bytes, one after the other."""
-    wrong = next((text for text in texts if type(text) is not str or not _KEY.fullmatch(text)), None)
-    if wrong is not None:
-        raise ValueError(f"{_short(wrong)} stands where 32 hexadecimal digits are needed")
+    wrong = [text for text in texts if type(text) is not str or not _KEY.fullmatch(text)]
+    if wrong:
+        raise ValueError(f"{_short(wrong[0])} stands where 32 hexadecimal digits are needed")
     return bytes.fromhex("".join(texts))
 
 
