@@ -69,7 +69,7 @@ def test_every_key_is_found_where_it_is_and_no_other_is(count: int) -> None:
     wanted = list(unpack_rows(rows[sample]))
     assert all(index.find(record.key) == [(shard, record)] for shard, record in wanted)
     assert not any(index.find(random.randbytes(16)) for _ in range(200))
-    assert [key for key, _ in index.keys()] == sorted(record.key for _, record in unpack_rows(rows))
+    assert [key for key, _ in index.keys_after()] == sorted(record.key for _, record in unpack_rows(rows))
     assert index.check_all()
     assert np.array_equal(np.sort(index.rows()), np.sort(rows))
 
@@ -98,9 +98,9 @@ def test_of_equal_keys_the_one_in_the_latest_shard_comes_first() -> None:
 
 def test_iteration_can_be_taken_up_behind_any_key() -> None:
     index = make_index(make_rows(300))
-    keys = [key for key, _ in index.keys()]
+    keys = [key for key, _ in index.keys_after()]
     for position in range(0, 300, 37):
-        assert [key for key, _ in index.keys(keys[position])] == keys[position + 1 :]
+        assert [key for key, _ in index.keys_after(keys[position])] == keys[position + 1 :]
 
 
 @pytest.mark.parametrize("count", [0, 3, 200])
@@ -140,7 +140,7 @@ def test_an_index_with_sound_checksums_that_names_no_shard_of_its_own_is_damaged
     rows["shard"][50] = 7
     index = make_index(rows)
     key = next(unpack_rows(rows[50:51]))[1].key
-    for question in (lambda: index.find(key), lambda: list(index.keys()), lambda: index.rows()):
+    for question in (lambda: index.find(key), lambda: list(index.keys_after()), lambda: index.rows()):
         with pytest.raises(IndexDamagedError):
             question()
 

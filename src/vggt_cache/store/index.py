@@ -150,7 +150,7 @@ class Index:
             at += ROW_BYTES
         return found
 
-    def keys(self, after: bytes = b"") -> Iterator[tuple[bytes, int]]:
+    def keys_after(self, after: bytes = b"") -> Iterator[tuple[bytes, int]]:
         """(key, shard number) of every row whose key is greater than `after`, in the order of the keys."""
         first = int.from_bytes(after[:8].ljust(8, b"\0"), "big") >> self._shift
         for bucket in range(first, len(self._checks)):

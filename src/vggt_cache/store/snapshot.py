@@ -50,7 +50,7 @@ class Level:
         return [(self.index.name(shard), record) for shard, record in found]
 
     def keys(self, after: bytes) -> Iterator[bytes]:
-        for key, shard in self.index.keys(after):
+        for key, shard in self.index.keys_after(after):
             if self.alive is None or self.alive[shard]:
                 yield key
 
