@@ -4,8 +4,8 @@ Theory. Step i of an episode uses the frames linspace(0, i, 9). The published mo
 every sample: the patch tower and all pairs each time. Two exact savings are possible: the patch tower sees one image at
 a time, so it is needed once per image; and lists that begin alike share the keys and values of that beginning, so the
 pairs are needed once per distinct prefix. What these savings allow is the ratio of the FLOPs of both ways (formulas in
-`bench_encoder.py`). The measured ratio can lie below it, because shared work also comes in batches, while the samples of
-the published way come one by one.
+`bench_encoder.py`). The measured ratio can lie below it, because shared work also comes in batches, while the samples
+of the published way come one by one.
 
 Both ways use the same encoder and stop at the same layer, and run in the same process, one after the other.
 """
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 import record
+from bench_encoder import pairs_flops, tower_flops
 from vggt_cache.demo.checkpoint import write_checkpoint
 from vggt_cache.encoder import Checkpoint, Encoder, FrameCache
 from vggt_cache.encoder.causal import CausalStats, encode_lists

@@ -272,6 +272,7 @@ def test_bad_files_cost_one_line_each_and_the_run_goes_on(run, data, cache_dir, 
     assert code == 3
     warned = [line for line in out.splitlines() if line.startswith(f"[WARN] {data}/bad/")]
     assert len(warned) == len(KINDS)
+    assert all(line.count(f"{data}/bad/") == 1 for line in warned), "a path is named once"
     failures = [json.loads(line) for line in (cache_dir / "failures.jsonl").read_text().splitlines()]
     assert {entry["path"] for entry in failures} == {str(data / name) for name in names}
     assert all(entry["reason"] and entry["time"] for entry in failures)

@@ -86,7 +86,7 @@ def test_nothing_can_be_seen_before_commit_returns(tmp_path: Path) -> None:
 def test_a_failure_at_any_operation_commits_nothing_and_leaves_nothing(
     tmp_path: Path, error: int, links: bool
 ) -> None:
-    """Operations whose failure is harmless (locking, dropping the temporary name, looking twice) may succeed all the same."""
+    """Where the failed operation is harmless (a lock, dropping the temporary name) the commit may succeed."""
     create_store(tmp_path, SPEC)
     count = len(clean_operations(tmp_path / "clean")) + (0 if links else 3)
     for failed_at in range(count):

@@ -13,7 +13,6 @@ import pytest
 
 from store_kit import (
     DAMAGE_WARNING,
-    SPEC,
     equal,
     holds,
     make_feature,
@@ -56,7 +55,7 @@ def answers(cache_dir: Path) -> list[str]:
                 continue
             assert feature is None or equal(feature, make_feature(number))
             result.append("none" if feature is None else "right")
-        for key in cache.keys():
+        for key in cache:
             try:
                 cache.get_by_key(key)
             except StoreError:

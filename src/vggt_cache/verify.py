@@ -17,7 +17,7 @@ from vggt_cache.encoder import Encoder
 from vggt_cache.errors import CorruptRecordError, FrameError, StoreError
 from vggt_cache.frames import read_frame
 from vggt_cache.identity import feature_key, frame_digest
-from vggt_cache.precompute.decode import decode_file
+from vggt_cache.precompute.decode import decode_file, reason_without_path
 from vggt_cache.precompute.encode import BatchEncoder
 from vggt_cache.precompute.plan import Plan
 from vggt_cache.store import FeatureCache
@@ -136,7 +136,7 @@ def _digest_or_reason(path: str) -> bytes | str:
     try:
         return frame_digest(read_frame(path))
     except FrameError as error:
-        return str(error)
+        return reason_without_path(error, path)
 
 
 def _complaint(cache: FeatureCache, digests: Sequence[bytes | str]) -> str:

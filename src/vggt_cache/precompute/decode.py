@@ -54,7 +54,7 @@ def decode_file(path: str, preprocessing: Preprocessing) -> DecodedFrame:
         pixels = decode_frame(data, preprocessing)
         after = file_stat(path)
     except FrameError as error:
-        return DecodedFrame(error=str(error))
+        return DecodedFrame(error=reason_without_path(error, path))
     except MemoryError:
         return DecodedFrame(error="there is not enough memory to decode it")
     return DecodedFrame(
@@ -65,11 +65,19 @@ def decode_file(path: str, preprocessing: Preprocessing) -> DecodedFrame:
     )
 
 
+def reason_without_path(error: FrameError, path: str) -> str:
+    """The sentence of `error` for a place where the path stands before it already."""
+    text = str(error)
+    return f"it{text.removeprefix(path)}" if text.startswith(f"{path} ") else text
+
+
 def file_stat(path: str) -> Stat | None:
-    """size, mtime, ctime and inode of a file; None where there is none."""
+    """size, mtime, ctime and inode of a file; None where there is none, or its clock is out of all bounds."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):
+        return None
+    if max(abs(status.st_mtime_ns), abs(status.st_ctime_ns)) >= 1 << 63:
         return None
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 

@@ -42,7 +42,7 @@ class Survey:
 
     specs: tuple[FeatureSpec, ...]
     """Ordered by the name of their folder, which is `short_name`."""
-    unreadable: tuple[tuple[str, str], ...]
+    unreadable: tuple[tuple[str, StoreError], ...]
     """Folders that are named like a store and have no readable specification: name, and why."""
 
 
@@ -67,7 +67,7 @@ def survey(cache_dir: str | os.PathLike[str], fs: FileSystem = OPERATING_SYSTEM)
             try:
                 specs.append(_read_spec(path, name, dir_fd, fs))
             except StoreError as error:
-                unreadable.append((name, str(error)))
+                unreadable.append((name, error))
     finally:
         release(fs, dir_fd)
     return Survey(specs=tuple(specs), unreadable=tuple(unreadable))
@@ -102,15 +102,15 @@ def _read_spec(cache_dir: str, name: str, cache_fd: int, fs: FileSystem) -> Feat
             except (FileNotFoundError, UnicodeDecodeError, StoreError) as error:
                 spec = _spec_of_a_shard(name, store_fd, fs)
                 if spec is None:
-                    raise _lost_spec(name, error) from error
+                    raise _lost_spec(os.path.join(cache_dir, name), error) from error
                 return spec
         finally:
             release(fs, store_fd)
 
 
-def _lost_spec(name: str, error: Exception) -> SpecMismatchError:
+def _lost_spec(path: str, error: Exception) -> SpecMismatchError:
     return SpecMismatchError(
-        f"{name}/{SPEC_FILE} is missing or damaged ({error}) and no shard beside it tells the specification: remove "
+        f"{path}/{SPEC_FILE} is missing or damaged ({error}) and no shard beside it tells the specification: remove "
         "this folder if it holds no shards, else precompute again into a new directory"
     )
 

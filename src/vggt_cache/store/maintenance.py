@@ -62,7 +62,7 @@ def describe(cache_dir: str | os.PathLike[str], fs: FileSystem = OPERATING_SYSTE
     return CacheDescription(
         cache_dir=path,
         stores=tuple(_describe_store(path, spec, fs) for spec in found.specs),
-        unreadable=found.unreadable,
+        unreadable=tuple((name, str(error)) for name, error in found.unreadable),
     )
 
 

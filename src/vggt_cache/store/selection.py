@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from vggt_cache.errors import AmbiguousCacheError, NotACacheError, SettingsError, SpecMismatchError
 from vggt_cache.identity import CONTEXTS, FeatureSpec
 from vggt_cache.store.filesystem import FileSystem
-from vggt_cache.store.layout import STORE_NAME, Survey, survey
+from vggt_cache.store.layout import STORE_NAME, survey
 
 
 def select_store(
@@ -26,8 +26,11 @@ def select_store(
     """
     _check_choice(fingerprint, context)
     found = survey(cache_dir, fs)
+    for name, error in found.unreadable:
+        if not found.specs or (spec is not None and name == spec.short_name):
+            raise error
     if not found.specs:
-        raise _no_store(cache_dir, found)
+        raise _no_store(cache_dir)
     chosen = [
         candidate
         for candidate in found.specs
@@ -56,9 +59,7 @@ def _check_choice(fingerprint: str | None, context: str | None) -> None:
         )
 
 
-def _no_store(cache_dir: str, found: Survey) -> NotACacheError | SpecMismatchError:
-    if found.unreadable:
-        return SpecMismatchError(f"{cache_dir} holds no usable cache: {found.unreadable[0][1]}")
+def _no_store(cache_dir: str) -> NotACacheError:
     name = os.path.basename(os.path.abspath(cache_dir))
     if STORE_NAME.fullmatch(name):
         return NotACacheError(f"{cache_dir} is one store inside a cache: give the directory above it")
