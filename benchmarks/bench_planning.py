@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -63,7 +62,9 @@ def child(arguments: list[str], report: str) -> None:
     began_s = time.perf_counter()
     exit_code = command(arguments)
     elapsed_s = time.perf_counter() - began_s
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage: its maximum starts with what the process was before exec.
+    status = Path("/proc/self/status").read_text()
+    peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
     Path(report).write_text(
         json.dumps(
             {"exit_code": exit_code, "elapsed_s": elapsed_s, "peak_memory_bytes": peak, "opened": opened}
