@@ -58,12 +58,15 @@ def command_line(arguments: Sequence[object]) -> list[str]:
     return [sys.executable, "-m", "vggt_cache", *map(str, arguments)]
 
 
-def start(arguments: Sequence[object], **environment: str) -> subprocess.Popen[str]:
+def start(
+    arguments: Sequence[object], *, new_group: bool = False, **environment: str
+) -> subprocess.Popen[str]:
     """The real command in a process of its own."""
     return subprocess.Popen(
         command_line(arguments),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=new_group,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )

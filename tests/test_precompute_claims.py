@@ -104,6 +104,12 @@ def test_only_one_of_two_successors_wins(tmp_path, hanging_holder):
         assert [one.try_claim(BLOCK), two.try_claim(BLOCK)] == [True, False]
 
 
+def test_two_that_see_a_free_block_at_once_cannot_both_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(Claims, "_highest_generation", lambda self, block_id: None)
+    with Claims(tmp_path) as one, Claims(tmp_path) as two:
+        assert [one.try_claim(BLOCK), two.try_claim(BLOCK)] == [True, False]
+
+
 def test_leaving_gives_everything_back(tmp_path):
     with Claims(tmp_path) as claims:
         claims.try_claim(BLOCK)

@@ -70,6 +70,18 @@ def test_a_flipped_bit_is_never_believed(tmp_path):
         whole[position] ^= 1
 
 
+def test_a_chunk_that_claims_to_be_huge_takes_no_memory(tmp_path):
+    import tracemalloc
+
+    folder = tmp_path / "digests"
+    folder.mkdir()
+    (folder / "x.rows").write_bytes(b"VGFCdig1" + (1 << 30).to_bytes(8, "little") + bytes(8) + bytes(48))
+    tracemalloc.start()
+    assert len(DigestTable(str(tmp_path))) == 0
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
 def test_no_folder_and_no_permission_mean_no_rows(tmp_path):
     blocked = tmp_path / "digests"
     blocked.write_text("a file where the folder should be")

@@ -149,6 +149,18 @@ def test_a_signal_commits_what_is_finished_and_says_how_to_go_on(arguments, tmp_
     assert processed(finish(rest)) == 200 - int(match[1])
 
 
+def test_control_c_in_a_terminal_reaches_the_workers_too_and_is_quiet(arguments, tmp_path):
+    cache_dir = tmp_path / "cache"
+    process = start(arguments(cache_dir, "--num_workers", 2), new_group=True, VGGT_CACHE_SHARD_BYTES="1")
+    wait_for_shards(cache_dir, 1, process)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Stopped by SIGINT" in out
+    assert "Traceback" not in out + err
+    assert "KeyboardInterrupt" not in out + err
+
+
 def test_under_torchrun_the_ranks_share_the_work(arguments, tmp_path):
     cache_dir = tmp_path / "cache"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

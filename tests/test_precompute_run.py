@@ -365,6 +365,25 @@ def test_out_of_memory_in_the_causal_walk_loses_nothing(run, monkeypatch):
     assert "12/12 valid" in out
 
 
+def test_memory_that_runs_out_half_way_repeats_no_feature(run, monkeypatch):
+    """The first batch fits, a later one does not: what was done is not done again."""
+    from vggt_cache.encoder import Encoder
+
+    real, calls = Encoder.frame_features, []
+
+    def shrinking_device(self, pixels):
+        calls.append(len(pixels))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, pixels)
+
+    monkeypatch.setattr(Encoder, "frame_features", shrinking_device)
+    code, out, _ = run("--batch_size", 4, "--verify")
+    assert code == 0
+    assert "Processed 12 images" in out
+    assert calls == [4, 4, 2, 2, 2, 2]
+
+
 def test_a_device_too_small_for_one_frame_is_an_error_that_says_what_to_do(run, monkeypatch, capsys):
     from vggt_cache.encoder import Encoder
 
