@@ -96,5 +96,6 @@ def test_a_file_changed_just_now_is_not_trusted_by_its_time():
     fine, coarse = 10**18 + 123, 10**18
     assert not settled((1, fine, fine, 1), fine + 10_000_000)
     assert settled((1, fine, fine, 1), fine + 100_000_000)
+    assert not settled((1, fine - 10**12, fine, 1), fine + 10_000_000), "mtime set back, ctime just now"
     assert not settled((1, coarse, coarse, 1), coarse + 1_000_000_000)
     assert settled((1, coarse, coarse, 1), coarse + 3_000_000_000)

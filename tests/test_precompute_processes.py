@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -121,6 +122,26 @@ def test_a_killed_process_is_taken_over_and_the_result_is_the_same(arguments, tm
     assert (
         list(cache_dir.glob("*/claims/*.alive")) == [] or len(list(cache_dir.glob("*/claims/*.alive"))) == 1
     )
+
+
+def test_workers_do_not_outlive_a_killed_parent(arguments, tmp_path):
+    cache_dir = tmp_path / "cache"
+    process = start(arguments(cache_dir, "--num_workers", 2), VGGT_CACHE_SHARD_BYTES="1")
+    wait_for_shards(cache_dir, 1, process)
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    try:
+        deadline = time.monotonic() + 20
+        while any(Path(f"/proc/{worker}").exists() for worker in workers):
+            assert time.monotonic() < deadline, "a worker is still there"
+            time.sleep(0.05)
+    finally:
+        for worker in workers:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(worker), signal.SIGKILL)
+        process.communicate()
 
 
 def test_the_guides_two_process_example_as_it_stands(arguments, tmp_path):
