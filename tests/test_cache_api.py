@@ -221,7 +221,7 @@ def test_an_empty_cache_has_nothing(tmp_path: Path) -> None:
 
 def test_the_snapshot_is_the_same_for_the_same_set_of_shards_and_for_no_other(tmp_path: Path) -> None:
     names = [write_shard(tmp_path / "a", [n]) for n in range(3)]
-    write_shard(tmp_path / "c", range(3), CAUSAL)
+    create_store(tmp_path / "c", CAUSAL)
 
     def snapshot(place: str) -> str:
         with FeatureCache.open(tmp_path / place) as cache:

@@ -128,6 +128,13 @@ def test_a_failed_fsync_is_not_repeated(tmp_path: Path) -> None:
     assert fs.operations.count("fsync_directory") == 1
 
 
+def test_a_failure_to_close_the_file_is_a_failure_to_commit(tmp_path: Path) -> None:
+    """Network file systems report here what they could not write."""
+    with pytest.raises(CommitError, match="quota"):
+        commit_two(tmp_path, failing("close", errno.EDQUOT, done=True))
+    assert os.listdir(shards_dir(tmp_path)) == []
+
+
 def test_the_bytes_are_synced_after_the_last_write_and_before_the_name_exists(tmp_path: Path) -> None:
     events: list[tuple[str, int]] = []
 

@@ -23,6 +23,7 @@ from vggt_cache.errors import ShardFormatError
 from vggt_cache.store.format import (
     ALIGNMENT_BYTES,
     MAX_CHANNELS,
+    MAX_DATA_BYTES,
     MAX_HEADER_BYTES,
     MAX_RECORDS,
     MAX_SIDE,
@@ -86,13 +87,13 @@ def test_data_begin_at_a_multiple_of_4096_and_end_with_the_file(tmp_path: Path) 
 
 
 def test_the_reserved_header_holds_the_longest_records_there_can_be() -> None:
-    """Largest sides, most channels, offsets as in a file of a petabyte."""
-    spec = make_spec(embed_dim=MAX_CHANNELS // 2, feature_dtype="float32")
-    for count in (1, 7, 300):
+    """Every number with as many digits as the limits allow."""
+    spec = make_spec(embed_dim=MAX_CHANNELS // 2)
+    assert len(str(MAX_DATA_BYTES)) == len(str(10**15))
+    assert len(str(MAX_SIDE)) == len(str(10**4))
+    for count in (1, 7, 300, MAX_RECORDS):
         start = reserved_header_bytes(spec, count)
-        records = [
-            Record(make_key(n), start + 10**15 - n, MAX_SIDE, MAX_SIDE, make_key(n)) for n in range(count)
-        ]
+        records = [Record(make_key(n), start + 10**15, 10**4, 10**4, make_key(n)) for n in range(count)]
         assert len(build_header(spec, records, start)) == start
 
 
@@ -177,6 +178,15 @@ def claim_spec(header: dict[str, Any], text: str) -> None:
     header["__metadata__"]["fingerprint"] = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
 
 
+def claim_channels(header: dict[str, Any], embed_dim: str, channels: int) -> None:
+    """Another embed_dim, with records that agree with it."""
+    claim_spec(header, SPEC_TEXT.replace('"embed_dim":2', f'"embed_dim":{embed_dim}'))
+    for number in range(3):
+        size = 2 * 3 * channels * 2
+        entry = {"shape": [2, 3, channels], "data_offsets": [number * size, (number + 1) * size]}
+        header[make_key(number).hex()].update(entry)
+
+
 SPEC_TEXT = SPEC.to_json()
 REFUSED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "not an object": lambda h: [h],
@@ -194,8 +204,10 @@ REFUSED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "spec deep": lambda h: claim_spec(h, "[" * 100_000),
     "channels a text": lambda h: claim_spec(h, SPEC_TEXT.replace('"embed_dim":2', '"embed_dim":"2"')),
     "channels enormous": lambda h: claim_spec(h, SPEC_TEXT.replace('"embed_dim":2', f'"embed_dim":{10**30}')),
-    "channels nothing": lambda h: claim_spec(h, SPEC_TEXT.replace('"embed_dim":2', '"embed_dim":0')),
-    "channels half": lambda h: claim_spec(h, SPEC_TEXT.replace('"embed_dim":2', '"embed_dim":2.5')),
+    "channels nothing": lambda h: claim_channels(h, "0", 0),
+    "channels a whole number of halves": lambda h: claim_channels(h, "2.5", 5),
+    "channels negative": lambda h: claim_channels(h, "-2", -4),
+    "channels too many": lambda h: claim_channels(h, str(MAX_CHANNELS), 2 * MAX_CHANNELS),
     "no checksum": lambda h: h["__metadata__"].pop(make_key(0).hex()) and None,
     "checksum too much": lambda h: h["__metadata__"].update({"0" * 32: "0" * 32}),
     "checksum short": lambda h: h["__metadata__"].update({make_key(0).hex(): "0" * 31}),
@@ -221,11 +233,12 @@ REFUSED: dict[str, Callable[[dict[str, Any]], Any]] = {
     "shape of four": lambda h: first(h).update(shape=[1, 2, 3, 4]),
     "shape a thousand deep": lambda h: first(h).update(shape=[1] * 1000),
     "shape float": lambda h: first(h).update(shape=[2.0, 3, 4]),
-    "shape true": lambda h: first(h).update(shape=[True, 3, 4]),
+    "shape NaN": lambda h: first(h).update(shape=[float("nan"), 3, 4]),
+    "shape true": lambda h: first(h).update(shape=[True, 6, 4]),
     "shape null": lambda h: first(h).update(shape=[None, 3, 4]),
     "shape zero": lambda h: first(h).update(shape=[0, 3, 4], data_offsets=[0, 0]),
     "shape negative": lambda h: first(h).update(shape=[-2, -3, 4]),
-    "shape other channels": lambda h: first(h).update(shape=[2, 4, 3]),
+    "shape other channels": lambda h: first(h).update(shape=[2, 3, 7]),
     "shape enormous": lambda h: first(h).update(shape=[2**40, 3, 4]),
     "shape beyond 64 bits": lambda h: first(h).update(shape=[10**30, 3, 4]),
     "shape whose product overflows": lambda h: first(h).update(shape=[2**62, 4, 4]),

@@ -265,7 +265,6 @@ def test_shards_without_a_readable_header_are_removed(tmp_path: Path) -> None:
 
 
 def test_an_older_intact_copy_comes_back_when_the_served_one_is_damaged(tmp_path: Path) -> None:
-    """And a copy that was not served does not become the served one by being moved to a later shard."""
     older = make_feature(100)
     first = write_shard(tmp_path, {1: older, 2: make_feature(2), 3: make_feature(3)})
     second = write_shard(tmp_path, {1: make_feature(1), 2: make_feature(200)})
@@ -275,6 +274,15 @@ def test_an_older_intact_copy_comes_back_when_the_served_one_is_damaged(tmp_path
     with FeatureCache.open(tmp_path) as cache:
         assert len(cache) == 2
         assert equal(cache.get_by_key(make_key(1)), older)
+        assert equal(cache.get_by_key(make_key(2)), make_feature(200))
+
+
+def test_a_copy_that_was_not_served_does_not_become_the_served_one_by_moving(tmp_path: Path) -> None:
+    damage(tmp_path, write_shard(tmp_path, {2: make_feature(2), 3: make_feature(3), 4: make_feature(4)}), 3)
+    write_shard(tmp_path, {2: make_feature(200)})
+    prune(tmp_path, damaged=True, dry_run=False)
+    with FeatureCache.open(tmp_path) as cache:
+        assert len(cache) == 2
         assert equal(cache.get_by_key(make_key(2)), make_feature(200))
 
 

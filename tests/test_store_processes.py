@@ -31,6 +31,7 @@ from store_kit import (
     write_shard,
 )
 from vggt_cache.store import FeatureCache, ShardWriter, create_store
+from vggt_cache.store.filesystem import OPERATING_SYSTEM
 
 FEATURES = [make_feature(number) for number in range(64)]
 
@@ -250,6 +251,24 @@ def test_forked_readers_share_an_open_cache_without_disturbing_each_other(
             processes.append(process)
         read(99)
         assert [finish(process) for process in processes] == [0] * 4
+
+
+def test_forked_processes_that_list_a_directory_through_one_handle_see_all_of_it(tmp_path: Path) -> None:
+    names = [f"{number:040d}" for number in range(3000)]
+    for name in names:
+        (tmp_path / name).touch()
+    handle = OPERATING_SYSTEM.open_directory(str(tmp_path))
+
+    def list_often(fd: int = -1) -> None:
+        for _ in range(60):
+            assert sorted(OPERATING_SYSTEM.list_names(handle)) == names
+
+    try:
+        with child(list_often) as (process, _):
+            list_often()
+            assert finish(process) == 0
+    finally:
+        os.close(handle)
 
 
 def test_a_process_forked_while_threads_read_can_read(tmp_path: Path) -> None:
