@@ -74,7 +74,11 @@ def payload_bytes(spec: FeatureSpec, h: int, w: int) -> int:
 
 def record_checksum(spec: FeatureSpec, key: bytes, h: int, w: int, payload: bytes | memoryview) -> bytes:
     """xxh3-128 (16 bytes, canonical order) over payload, key, dtype name, and h, w, C as u32 little-endian."""
-    hasher = xxhash.xxh3_128(payload)
+    return finish_checksum(xxhash.xxh3_128(payload), spec, key, h, w)
+
+
+def finish_checksum(hasher: xxhash.xxh3_128, spec: FeatureSpec, key: bytes, h: int, w: int) -> bytes:
+    """The record's checksum from a hasher that has seen the payload."""
     shape = b"".join(side.to_bytes(4, "little") for side in (h, w, spec.encoder.channels))
     hasher.update(key + DTYPE_NAMES[spec.feature_dtype].encode() + shape)
     return hasher.digest()

@@ -7,6 +7,8 @@ import os
 import re
 from collections.abc import Callable
 
+import xxhash
+
 from vggt_cache.errors import CacheAccessError, CorruptRecordError
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.store.faults import access_error, accessing
@@ -23,10 +25,10 @@ from vggt_cache.store.format import (
     LENGTH_BYTES,
     ForeignShardError,
     ShardHeader,
+    finish_checksum,
     header_length,
     parse_header,
     payload_bytes,
-    record_checksum,
 )
 from vggt_cache.store.open_shards import OpenShards
 from vggt_cache.store.rows import Record
@@ -35,6 +37,10 @@ SHARDS_FOLDER = "shards"
 SHARD_NAME = re.compile(r"[0-9a-f]{12}-[0-9a-f]{16}\.safetensors")
 _FIRST_READ_BYTES = 64 * 1024
 """Covers the whole header of a shard of the default size."""
+
+
+_PIECE_BYTES = 256 * 1024
+"""Read and added to the checksum at a time, so that the checksum finds the bytes in the processor's cache."""
 
 
 class ShardVanishedError(CacheAccessError):
@@ -127,11 +133,21 @@ class ShardReader:
                 raise self._corrupt(shard, record, "lies beyond the end of its file, which is truncated")
             target = memory_for(record)
             with accessing(os.path.join(self._path, shard)):
-                count = read_fully(self._fs, fd, target, record.offset)
-        if count < length:
+                checksum = self._fill(fd, target, record)
+        if checksum is None:
             raise self._corrupt(shard, record, "ends early: the file was truncated while it was read")
-        if record_checksum(self._spec, record.key, record.h, record.w, target) != record.checksum:
+        if checksum != record.checksum:
             raise self._corrupt(shard, record, "does not match its checksum")
+
+    def _fill(self, fd: int, target: memoryview, record: Record) -> bytes | None:
+        """Read the record; returns its checksum, or None where the file ends first. Raises OSError."""
+        hasher = xxhash.xxh3_128()
+        for at in range(0, len(target), _PIECE_BYTES):
+            piece = target[at : at + _PIECE_BYTES]
+            if read_fully(self._fs, fd, piece, record.offset + at) < len(piece):
+                return None
+            hasher.update(piece)
+        return finish_checksum(hasher, self._spec, record.key, record.h, record.w)
 
     def _corrupt(self, shard: str, record: Record, what: str) -> CorruptRecordError:
         cache_dir = os.path.dirname(os.path.dirname(self._path))
