@@ -287,6 +287,7 @@ def test_a_closed_cache_says_so(tmp_path: Path) -> None:
             lambda: cache.get_by_key(make_key(1)),
             lambda: make_key(1) in cache,
             lambda: len(cache),
+            lambda: list(cache.keys()),
             cache.refresh,
             cache.save_index,
         ):

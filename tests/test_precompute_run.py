@@ -396,6 +396,16 @@ def test_a_device_too_small_for_one_frame_is_an_error_that_says_what_to_do(run, 
     assert "[ERROR] cpu is out of memory with a batch of one frame" in err
 
 
+def test_a_device_too_small_for_the_weights_is_an_error_that_says_what_to_do(run, monkeypatch):
+    def full(self, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Checkpoint, "load", full)
+    code, _, err = run()
+    assert code == 1
+    assert "[ERROR] cpu is out of memory with the encoder's weights alone" in err
+
+
 def test_too_little_disk_is_refused_before_anything_is_computed(run, monkeypatch, cache_dir):
     monkeypatch.setattr("vggt_cache.precompute.estimate.free_bytes", lambda directory: 1000)
     code, out, err = run()

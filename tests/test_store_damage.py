@@ -26,7 +26,8 @@ from store_kit import (
 )
 from vggt_cache.errors import CorruptRecordError, ShardFormatError, StoreError
 from vggt_cache.store import FeatureCache
-from vggt_cache.store.format import parse_header
+from vggt_cache.store.parse import parse_header
+from vggt_cache.store.reader import PIECE_BYTES
 
 pytestmark = DAMAGE_WARNING
 NUMBERS = (1, 2, 3)
@@ -100,6 +101,24 @@ def test_a_file_cut_to_any_length_never_gives_a_wrong_answer(small_store: tuple[
             assert found == ["right"] * whole + ["CorruptRecordError"] * (len(NUMBERS) - whole)
         else:
             assert "right" not in found
+
+
+def test_every_piece_of_a_large_record_is_read_and_checked(tmp_path: Path) -> None:
+    spec = make_spec(embed_dim=512)
+    feature = make_feature(1, spec, h=20, w=16)
+    assert feature.nbytes > 2 * PIECE_BYTES
+    path = shard_path(tmp_path, write_shard(tmp_path, {1: feature}, spec), spec)
+    path.chmod(0o644)
+    with FeatureCache.open(tmp_path) as cache, open(path, "r+b", buffering=0) as file:
+        assert equal(cache.get_by_key(make_key(1)), feature)
+        size = path.stat().st_size
+        for position in range(size - feature.nbytes, size, PIECE_BYTES // 3):
+            (byte,) = os.pread(file.fileno(), 1, position)
+            os.pwrite(file.fileno(), bytes([byte ^ 1]), position)
+            with pytest.raises(CorruptRecordError):
+                cache.get_by_key(make_key(1))
+            os.pwrite(file.fileno(), bytes([byte]), position)
+        assert equal(cache.get_by_key(make_key(1)), feature)
 
 
 def test_bytes_behind_the_end_harm_no_record(small_store: tuple[Path, Path]) -> None:

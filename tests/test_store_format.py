@@ -27,13 +27,12 @@ from vggt_cache.store.format import (
     MAX_HEADER_BYTES,
     MAX_RECORDS,
     MAX_SIDE,
-    ForeignShardError,
     build_header,
-    parse_header,
     payload_bytes,
     record_checksum,
     reserved_header_bytes,
 )
+from vggt_cache.store.parse import ForeignShardError, parse_header
 from vggt_cache.store.rows import Record
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "format.md"

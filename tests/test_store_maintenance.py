@@ -27,7 +27,7 @@ from store_kit import (
 )
 from vggt_cache.errors import CacheAccessError, CommitError, CorruptRecordError
 from vggt_cache.store import FeatureCache, ShardWriter, create_store, describe, prune
-from vggt_cache.store.format import parse_header
+from vggt_cache.store.parse import parse_header
 
 pytestmark = DAMAGE_WARNING
 CAUSAL = make_spec(context="causal")

@@ -13,6 +13,7 @@ from vggt_cache.encoder import Encoder
 from vggt_cache.encoder.causal import encode_lists
 from vggt_cache.errors import OutOfMemoryError
 
+FEATURE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 Pixels = npt.NDArray[np.uint8]
 Encoded = tuple[Sequence[int], torch.Tensor]
 """Positions in the request, and their features [len, h, w, C] on the encoder's device."""
@@ -21,8 +22,16 @@ Encoded = tuple[Sequence[int], torch.Tensor]
 class BatchEncoder:
     """Runs the encoder over any number of frames or lists. Out of memory halves `batch_size`, for good."""
 
-    def __init__(self, encoder: Encoder, batch_size: int, on_halved: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        encoder: Encoder,
+        batch_size: int,
+        on_halved: Callable[[int], None],
+        *,
+        feature_dtype: str = "float32",
+    ) -> None:
         self.encoder = encoder
+        self._dtype = FEATURE_DTYPES[feature_dtype]
         self.batch_size = batch_size
         self._on_halved = on_halved
 
@@ -41,19 +50,31 @@ class BatchEncoder:
     def _frame_batches(self, pixels: Sequence[Pixels], positions: Sequence[int]) -> Iterator[Encoded]:
         for part in even_parts(positions, self.batch_size):
             batch = torch.from_numpy(np.stack([pixels[position] for position in part]))
-            yield part, self.encoder.frame_features(self._to_device(batch))
+            yield part, self.encoder.frame_features(self._to_device(batch)).to(self._dtype)
 
     def _list_batches(
         self, lists: Sequence[Sequence[int]], pixels: Mapping[int, Pixels], positions: Sequence[int]
     ) -> Iterator[Encoded]:
         wanted = [lists[position] for position in positions]
+        waiting: list[tuple[int, torch.Tensor]] = []
         for index, feature in encode_lists(
             self.encoder,
             wanted,
             lambda frame: torch.from_numpy(pixels[cast(int, frame)]),
             batch_size=self.batch_size,
         ):
-            yield [positions[index]], feature[None]
+            if waiting and (len(waiting) == self.batch_size or waiting[0][1].shape != feature.shape):
+                yield self._joined(waiting)
+                waiting = []
+            waiting.append((positions[index], feature))
+        if waiting:
+            yield self._joined(waiting)
+
+    def _joined(self, features: Sequence[tuple[int, torch.Tensor]]) -> Encoded:
+        """Features that came one by one, as one batch: the next step hands over batches."""
+        return [position for position, _ in features], torch.stack([one for _, one in features]).to(
+            self._dtype
+        )
 
     def _until_done(
         self, positions: Sequence[int], batches: Callable[[Sequence[int]], Iterator[Encoded]]
@@ -74,10 +95,7 @@ class BatchEncoder:
 
     def _halve(self) -> None:
         if self.batch_size == 1:
-            raise OutOfMemoryError(
-                f"{self.encoder.device} is out of memory with a batch of one frame: other processes may hold its "
-                "memory (see nvidia-smi); free it, use a smaller --image_size, or another --device"
-            )
+            raise out_of_memory(self.encoder.device, "a batch of one frame")
         self.batch_size = max(1, self.batch_size // 2)
         if self.encoder.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -92,6 +110,13 @@ class BatchEncoder:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """CUDA's own error type, or the message of the CPU allocator, which has none."""
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def out_of_memory(device: object, what: str) -> OutOfMemoryError:
+    return OutOfMemoryError(
+        f"{device} is out of memory with {what}: other processes may hold its memory (see nvidia-smi); free it, "
+        "use a smaller --image_size, or another --device"
+    )
 
 
 def even_parts(positions: Sequence[int], size: int) -> Iterator[Sequence[int]]:

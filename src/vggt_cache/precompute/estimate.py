@@ -15,10 +15,9 @@ import torch
 from vggt_cache.errors import DiskSpaceError
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.precompute.decode import DecodedFrame, decode_file
-from vggt_cache.precompute.encode import BatchEncoder
+from vggt_cache.precompute.encode import FEATURE_DTYPES, BatchEncoder
 from vggt_cache.precompute.plan import Plan
 from vggt_cache.precompute.report import bytes_text, seconds_text
-from vggt_cache.precompute.write import FEATURE_DTYPES
 
 _SAMPLED_FRAMES = 8
 _MEASURED_LISTS = 16

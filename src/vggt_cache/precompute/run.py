@@ -16,7 +16,7 @@ from vggt_cache.identity import FeatureSpec
 from vggt_cache.precompute.claims import Claims
 from vggt_cache.precompute.decode import DecodePool
 from vggt_cache.precompute.digests import DigestTable
-from vggt_cache.precompute.encode import BatchEncoder
+from vggt_cache.precompute.encode import BatchEncoder, is_out_of_memory, out_of_memory
 from vggt_cache.precompute.estimate import disk_need, time_need
 from vggt_cache.precompute.failures import FailureLog
 from vggt_cache.precompute.pipeline import Pipeline, Present
@@ -82,7 +82,7 @@ class _Run:
                 need.check(settings.cache_dir)
         encoder = None
         if pending or settings.recompute:
-            encoder = checkpoint.load(device=device, compute_dtype=spec.encoder.compute_dtype)
+            encoder = _load(checkpoint, device, spec.encoder.compute_dtype)
             self.reporter.info("Model loaded successfully")
         if settings.dry_run:
             return self._finish_dry_run(plan, spec, pending, encoder)
@@ -198,7 +198,6 @@ class _Run:
             stack.enter_context(self.stop.deferred())
             writer = FeatureWriter(
                 lambda: ShardWriter(store_dir, spec),
-                spec.feature_dtype,
                 on_commit=lambda blocks: _committed(blocks, table, claims),
                 on_written=bar.update,
                 on_bad_feature=self.failures.add,
@@ -210,7 +209,9 @@ class _Run:
                 present=present,
                 claims=claims,
                 decoder=decoder,
-                encoder=BatchEncoder(encoder, settings.batch_size, self._halved),
+                encoder=BatchEncoder(
+                    encoder, settings.batch_size, self._halved, feature_dtype=spec.feature_dtype
+                ),
                 writer=writer,
                 failures=self.failures,
                 stop=self.stop,
@@ -259,6 +260,15 @@ class _Run:
 
     def _halved(self, batch_size: int) -> None:
         self.reporter.warn(f"out of memory: going on with --batch_size {batch_size}")
+
+
+def _load(checkpoint: Checkpoint, device: str, compute_dtype: str) -> Encoder:
+    try:
+        return checkpoint.load(device=device, compute_dtype=compute_dtype)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(device, "the encoder's weights alone") from error
+        raise
 
 
 def scan(settings: PrecomputeSettings, reporter: Reporter, failures: FailureLog) -> Plan:

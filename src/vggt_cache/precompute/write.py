@@ -21,7 +21,6 @@ SHARD_BYTES = int(os.environ.get("VGGT_CACHE_SHARD_BYTES", 256 * 1024 * 1024))
 """A shard is committed when it has grown to this size, or is this old: what a crash can lose at most."""
 SHARD_SECONDS = 60.0
 _WAITING_BATCHES = 4
-FEATURE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +38,12 @@ class FeatureWriter:
     def __init__(
         self,
         new_shard: Callable[[], ShardWriter],
-        feature_dtype: str,
         *,
         on_commit: Callable[[list[BlockDone]], None],
         on_written: Callable[[int], object],
         on_bad_feature: Callable[[str, str], None],
     ) -> None:
         self._new_shard = new_shard
-        self._dtype = FEATURE_DTYPES[feature_dtype]
         self._on_commit = on_commit
         self._on_written = on_written
         self._on_bad_feature = on_bad_feature
@@ -62,10 +59,12 @@ class FeatureWriter:
         self._thread.start()
 
     def put(self, keys: Sequence[bytes], labels: Sequence[str], features: torch.Tensor) -> None:
-        """Store features [len(keys), h, w, C], on the encoder's device. `labels` name them in messages."""
-        converted = features.to(self._dtype)
-        ready = self._host_copy.mark(converted)
-        self._submit(lambda: self._write(keys, labels, self._host_copy.fetch(converted, ready)))
+        """Store features [len(keys), h, w, C], in the dtype of storage, from any device.
+
+        `labels` name them in messages.
+        """
+        ready = self._host_copy.mark(features)
+        self._submit(lambda: self._write(keys, labels, self._host_copy.fetch(features, ready)))
 
     def finish_block(self, block: BlockDone) -> None:
         """Everything of this block has been `put`; it is done once that is committed."""
@@ -117,7 +116,7 @@ class FeatureWriter:
     def _write(self, keys: Sequence[bytes], labels: Sequence[str], features: torch.Tensor) -> None:
         for key, label, feature in zip(keys, labels, features, strict=True):
             if not bool(torch.isfinite(feature).all()):
-                dtype = str(self._dtype).removeprefix("torch.")
+                dtype = str(feature.dtype).removeprefix("torch.")
                 self._on_bad_feature(label, f"its feature is not finite in {dtype}, so it is not stored")
                 continue
             if self._shard is None:
@@ -158,9 +157,9 @@ class _HostCopy:
         """The moment from which `features` are complete on the device. Called where they are computed."""
         if features.device.type != "cuda":
             return None
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        return event
+        # The stream of the features' own device: the current device may be another one.
+        ready: torch.cuda.Event = torch.cuda.current_stream(features.device).record_event()
+        return ready
 
     def fetch(self, features: torch.Tensor, ready: torch.cuda.Event | None) -> torch.Tensor:
         """The features in host memory, valid until the next call."""

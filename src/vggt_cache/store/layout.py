@@ -26,7 +26,7 @@ from vggt_cache.store.filesystem import (
     release,
     sync_directory,
 )
-from vggt_cache.store.format import parse_header, parse_spec
+from vggt_cache.store.parse import parse_header, parse_spec
 from vggt_cache.store.publish import PendingFile
 from vggt_cache.store.reader import SHARD_NAME, SHARDS_FOLDER, open_regular, read_header_bytes
 

@@ -21,16 +21,9 @@ from vggt_cache.store.filesystem import (
     release,
     sync_directory,
 )
-from vggt_cache.store.format import (
-    LENGTH_BYTES,
-    ForeignShardError,
-    ShardHeader,
-    finish_checksum,
-    header_length,
-    parse_header,
-    payload_bytes,
-)
+from vggt_cache.store.format import LENGTH_BYTES, finish_checksum, payload_bytes
 from vggt_cache.store.open_shards import OpenShards
+from vggt_cache.store.parse import ForeignShardError, ShardHeader, header_length, parse_header
 from vggt_cache.store.rows import Record
 
 SHARDS_FOLDER = "shards"
@@ -39,7 +32,7 @@ _FIRST_READ_BYTES = 64 * 1024
 """Covers the whole header of a shard of the default size."""
 
 
-_PIECE_BYTES = 256 * 1024
+PIECE_BYTES = 256 * 1024
 """Read and added to the checksum at a time, so that the checksum finds the bytes in the processor's cache."""
 
 
@@ -142,8 +135,8 @@ class ShardReader:
     def _fill(self, fd: int, target: memoryview, record: Record) -> bytes | None:
         """Read the record; returns its checksum, or None where the file ends first. Raises OSError."""
         hasher = xxhash.xxh3_128()
-        for at in range(0, len(target), _PIECE_BYTES):
-            piece = target[at : at + _PIECE_BYTES]
+        for at in range(0, len(target), PIECE_BYTES):
+            piece = target[at : at + PIECE_BYTES]
             if read_fully(self._fs, fd, piece, record.offset + at) < len(piece):
                 return None
             hasher.update(piece)

@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from vggt_cache.errors import CorruptRecordError, ShardFormatError
 from vggt_cache.identity import FeatureSpec
-from vggt_cache.store.format import ForeignShardError, payload_bytes
+from vggt_cache.store.format import payload_bytes
+from vggt_cache.store.parse import ForeignShardError
 from vggt_cache.store.reader import ShardReader, ShardVanishedError
 from vggt_cache.store.rows import Record, Rows, join_rows, key_groups, sort_rows, unpack_rows
 

@@ -74,6 +74,7 @@ class StoreView:
 
     def keys(self) -> Iterator[bytes]:
         """Every key of the present snapshot once, in order."""
+        self._require_open()
         snapshot, last = self._snapshot, b""
         while True:
             try:
@@ -82,6 +83,7 @@ class StoreView:
                     yield key
                 return
             except IndexDamagedError:
+                self._require_open()
                 snapshot = self._deriver.without_index(snapshot)
 
     def read(self, key: bytes, memory_for: Callable[[Record], memoryview]) -> bool:
