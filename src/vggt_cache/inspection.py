@@ -18,10 +18,11 @@ from vggt_cache.frames import decode_frame, read_frame
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.precompute.failures import FailureLog
 from vggt_cache.precompute.report import Reporter, bytes_text, count_of
-from vggt_cache.precompute.run import EXIT_INVALID, EXIT_OK, scan_data
+from vggt_cache.precompute.run import EXIT_INVALID, EXIT_OK
+from vggt_cache.precompute.scan import scan_data
+from vggt_cache.precompute.verify import verify_data, verify_records
 from vggt_cache.store import FeatureCache, describe, prune
 from vggt_cache.store.maintenance import CacheDescription
-from vggt_cache.verify import verify_data, verify_records
 from vggt_cache.view import draw_features
 
 Pixels = npt.NDArray[np.uint8]

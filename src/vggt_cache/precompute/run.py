@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from vggt_cache.encoder import Checkpoint, Encoder
-from vggt_cache.errors import CacheNotFoundError, DataError, NotACacheError, SpecMismatchError
+from vggt_cache.errors import CacheNotFoundError, NotACacheError, SpecMismatchError
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.precompute.claims import Claims
 from vggt_cache.precompute.decode import DecodePool
@@ -19,15 +18,17 @@ from vggt_cache.precompute.digests import DigestTable
 from vggt_cache.precompute.encode import BatchEncoder, is_out_of_memory, out_of_memory
 from vggt_cache.precompute.estimate import disk_need, time_need
 from vggt_cache.precompute.failures import FailureLog
+from vggt_cache.precompute.observer import RunObserver
 from vggt_cache.precompute.pipeline import Pipeline, Present
-from vggt_cache.precompute.plan import KnownKeys, Plan, make_plan
+from vggt_cache.precompute.plan import KnownKeys, Plan
 from vggt_cache.precompute.qwen import QwenLimits
 from vggt_cache.precompute.report import Reporter, bytes_text, count_of
+from vggt_cache.precompute.scan import scan_data
 from vggt_cache.precompute.settings import PrecomputeSettings, choose_compute_dtype, choose_device
 from vggt_cache.precompute.stop import StopRequest
+from vggt_cache.precompute.verify import LARGEST_RELATIVE_ERROR, largest_relative_error, verify_data
 from vggt_cache.precompute.write import BlockDone, FeatureWriter
 from vggt_cache.store import FeatureCache, ShardWriter, create_store
-from vggt_cache.verify import LARGEST_RELATIVE_ERROR, largest_relative_error, verify_data
 
 EXIT_OK, EXIT_INVALID, EXIT_INCOMPLETE = 0, 1, 3
 """All is well; verification found fault; some inputs could not be used (they stand in failures.jsonl)."""
@@ -59,7 +60,9 @@ class _Run:
         settings = self.settings
         device = choose_device(settings.device)
         checkpoint = Checkpoint.open(settings.vggt_model_path, layer=settings.layer)
-        plan = scan(settings, self.reporter, self.failures)
+        plan = scan_data(
+            settings.data_root, settings.context, settings.max_samples, self.reporter, self.failures
+        )
         spec = settings.feature_spec(checkpoint.spec(choose_compute_dtype(settings.compute_dtype, device)))
         cache = self._open_cache(spec)
         table = DigestTable(settings.cache_dir)
@@ -194,7 +197,7 @@ class _Run:
             decoder = stack.enter_context(DecodePool(settings.num_workers, spec.preprocessing))
             claims = stack.enter_context(Claims(store_dir / "claims"))
             bar = stack.enter_context(self.reporter.bar(len(pending), settings.noun))
-            observer = _Observer(bar, self.reporter, self.limits)
+            observer = RunObserver(bar, self.reporter, self.limits)
             stack.enter_context(self.stop.deferred())
             writer = FeatureWriter(
                 lambda: ShardWriter(store_dir, spec),
@@ -269,72 +272,6 @@ def _load(checkpoint: Checkpoint, device: str, compute_dtype: str) -> Encoder:
         if is_out_of_memory(error):
             raise out_of_memory(device, "the encoder's weights alone") from error
         raise
-
-
-def scan(settings: PrecomputeSettings, reporter: Reporter, failures: FailureLog) -> Plan:
-    """Read the data root, telling what was found in the guide's words. Raises DataError."""
-    return scan_data(settings.data_root, settings.context, settings.max_samples, reporter, failures)
-
-
-def scan_data(
-    data_root: str, context: str, max_samples: int, reporter: Reporter, failures: FailureLog
-) -> Plan:
-    reporter.info(f"Scanning data root: {data_root}")
-    plan = make_plan(
-        data_root, context, max_samples, lambda problem: failures.add(problem.where, problem.reason)
-    )
-    sources = plan.sources
-    reporter.info(f"Found {len(sources.jsonl_files)} JSONL files")
-    if sources.json_files:
-        reporter.info(f"Found {len(sources.json_files)} JSON files")
-    if sources.episode_dirs:
-        reporter.info(f"Found {len(sources.episode_dirs)} episode folders")
-    reporter.info(f"Total samples: {plan.sample_count}")
-    if plan.text_only_count:
-        reporter.info(f"{count_of(plan.text_only_count, 'sample')} without frames need no feature")
-    if not len(plan):
-        raise DataError(
-            f"no sample below {data_root} names a frame, so there is nothing to compute: check --data_root, and the "
-            "names of the fields (images, image, history_images and current_image)"
-        )
-    return plan
-
-
-@dataclass
-class _Observer:
-    """Turns the pipeline's news into lines and a truthful progress bar."""
-
-    bar: tqdm[None]
-    reporter: Reporter
-    limits: QwenLimits | None
-    waiting_said: bool = False
-    elsewhere: int = 0
-    """Features that turned out to be stored already."""
-
-    def __post_init__(self) -> None:
-        self._grids: set[tuple[int, int]] = set()
-
-    def found_elsewhere(self, features: int) -> None:
-        self.elsewhere += features
-        self._shorten(features)
-
-    def failed(self, features: int) -> None:
-        self._shorten(features)
-
-    def _shorten(self, features: int) -> None:
-        self.bar.total = (self.bar.total or 0) - features  # drawn with the next feature that is written
-
-    def waiting(self, blocks: int) -> None:
-        if not self.waiting_said:
-            self.waiting_said = True
-            self.reporter.info(f"Waiting for {count_of(blocks, 'block')} that other processes are computing")
-
-    def grid_seen(self, grid: tuple[int, int]) -> None:
-        if grid in self._grids:
-            return
-        self._grids.add(grid)
-        if self.limits and (complaint := self.limits.complaint(grid)):
-            self.reporter.warn(complaint)
 
 
 def _committed(blocks: list[BlockDone], table: DigestTable, claims: Claims) -> None:
