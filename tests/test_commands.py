@@ -252,6 +252,15 @@ def test_every_command_and_every_flag_of_precompute_is_in_both_readmes(name, cap
         assert flag.replace("--no-", "--") in readme, flag
 
 
+def test_the_readmes_figures_are_those_of_the_results():
+    import subprocess
+    import sys
+
+    script = Path(__file__).parent.parent / "benchmarks" / "table.py"
+    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
 def test_the_readmes_api_example_names_what_exists(made):
     with FeatureCache.open(made / "cache", context="frame", root=made / "data") as cache:
         assert cache.spec.fingerprint

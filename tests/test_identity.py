@@ -115,6 +115,9 @@ def test_a_specification_survives_its_json(spec):
         SPEC.to_json()[:-1] + ',"extra":1}',
         SPEC.to_json().replace('"context":"causal"', '"context":"joint"'),
         SPEC.to_json().replace('"layer":22', '"layer":99'),
+        SPEC.to_json().replace('"layer":22', '"layer":22.0'),
+        SPEC.to_json().replace('"embed_dim":1024', '"embed_dim":"1024"'),
+        SPEC.to_json().replace('"depth":24', '"depth":true'),
         SPEC.to_json().replace(":", ": "),
     ],
 )

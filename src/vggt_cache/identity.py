@@ -87,6 +87,12 @@ class EncoderSpec:
     """dtype of matrix products and attention; LayerNorm, RoPE and the residual stream are float32."""
 
     def __post_init__(self) -> None:
+        for name in ("embed_dim", "depth", "num_heads", "img_size", "patch_size", "layer"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise SettingsError(
+                    f"{name} is {value!r}, which is no count: the encoder's description is damaged"
+                )
         _one_of("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         if not 0 <= self.layer < self.depth:
             raise SettingsError(
