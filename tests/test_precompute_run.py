@@ -307,6 +307,8 @@ def test_bad_annotations_are_named_by_line(run, data, cache_dir):
     assert code == 3
     assert re.search(r"\[WARN\] .*train\.jsonl:13: ", out)
     assert re.search(r"\[WARN\] .*train\.jsonl:14: ", out)
+    failures = [json.loads(line)["path"] for line in (cache_dir / "failures.jsonl").read_text().splitlines()]
+    assert failures == [f"{data}/train.jsonl:13", f"{data}/train.jsonl:14"]
     assert "Processed 12 images" in out
 
 
@@ -447,8 +449,9 @@ def test_features_that_are_not_finite_are_not_stored(run, monkeypatch):
         return features
 
     monkeypatch.setattr(Encoder, "frame_features", overflowing)
-    code, out, _ = run("--feature_dtype", "float16", "--batch_size", 4)
+    code, out, _ = run("--feature_dtype", "float16", "--batch_size", 4, "--verify")
     assert code == 3
+    assert "9/12 valid, 3 invalid" in out
     assert "its feature is not finite in float16" in out
     assert "Processed 9 images" in out
 

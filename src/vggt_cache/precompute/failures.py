@@ -50,6 +50,7 @@ class FailureLog:
     def _append(self, path: str, reason: str) -> None:
         line = json.dumps({"path": path, "reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
         except OSError as error:

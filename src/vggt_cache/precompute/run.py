@@ -203,7 +203,7 @@ class _Run:
                 lambda: ShardWriter(store_dir, spec),
                 on_commit=lambda blocks: _committed(blocks, table, claims),
                 on_written=bar.update,
-                on_bad_feature=self.failures.add,
+                on_bad_feature=self._not_stored,
             )
             pipeline = Pipeline(
                 plan=plan,
@@ -223,7 +223,7 @@ class _Run:
             try:
                 pipeline.run(set(pending))
             finally:
-                self.lost = len(pipeline.failed)
+                self.lost += len(pipeline.failed)
                 self.elsewhere = observer.elsewhere
                 writer.close()
         return writer.committed
@@ -260,6 +260,10 @@ class _Run:
                 "features; do not train from it, and report this"
             )
         return error > LARGEST_RELATIVE_ERROR
+
+    def _not_stored(self, label: str, reason: str) -> None:
+        self.lost += 1
+        self.failures.add(label, reason)
 
     def _halved(self, batch_size: int) -> None:
         self.reporter.warn(f"out of memory: going on with --batch_size {batch_size}")
