@@ -25,10 +25,7 @@ from vggt_cache.demo.checkpoint import write_checkpoint
 from vggt_cache.encoder import Checkpoint, Encoder, FrameCache
 from vggt_cache.encoder.causal import CausalStats, encode_lists
 from vggt_cache.encoder.model import patch_grid
-
-
-def history(step: int, count: int = 9) -> list[int]:
-    return list(range(step + 1)) if step < count else np.linspace(0, step, count, dtype=int).tolist()
+from vggt_cache.samples import history_indexes
 
 
 def one_by_one(encoder: Encoder, frames: list[int], images: torch.Tensor) -> torch.Tensor:
@@ -78,7 +75,7 @@ def main() -> None:
     random = np.random.default_rng(0)
     shape = (arguments.steps, arguments.height, arguments.width, 3)
     images = torch.from_numpy(random.integers(0, 256, shape, dtype=np.uint8))
-    lists = [history(step) for step in range(arguments.steps)]
+    lists = [history_indexes(step) for step in range(arguments.steps)]
     encoder.frame_features(images[:1])  # the first call is slower
 
     stats = CausalStats()

@@ -23,6 +23,7 @@ import torch
 import record
 from vggt_cache.encoder import Encoder, EncoderConfig
 from vggt_cache.encoder.causal import CausalStats, encode_lists
+from vggt_cache.samples import history_indexes
 
 SIZES = {
     "1b": EncoderConfig(),
@@ -85,10 +86,6 @@ def random_weights(encoder: Encoder) -> Encoder:
     return encoder
 
 
-def history_lists(steps: int, count: int = 9) -> list[list[int]]:
-    return [sorted({step * part // (count - 1) for part in range(count)}) for step in range(steps)]
-
-
 def frame_speed(encoder: Encoder, width: int, batch_sizes: list[int], at_least_s: float) -> dict[str, float]:
     """The best of the batch sizes."""
     height = HEIGHT_OF_640x480[width]
@@ -118,7 +115,7 @@ def causal_speed(encoder: Encoder, width: int, batch_size: int, steps: int) -> d
     height = HEIGHT_OF_640x480[width]
     patches = width * height // 196
     images = torch.randint(0, 256, (steps, height, width, 3), dtype=torch.uint8)
-    lists = history_lists(steps)
+    lists = [history_indexes(step) for step in range(steps)]
     prefixes = {tuple(frames[: depth + 1]) for frames in lists for depth in range(len(frames))}
     flops = steps * tower_flops(encoder.config, patches)
     flops += sum(pairs_flops(encoder, patches, len(prefix)) for prefix in prefixes)

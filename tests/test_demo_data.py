@@ -22,7 +22,6 @@ from safetensors import safe_open
 from vggt_cache.demo import DatasetSummary, dataset, write_checkpoint, write_dataset
 from vggt_cache.demo.camera import Pose
 from vggt_cache.demo.checkpoint import CONFIG, draw_tensor, tensor_shapes
-from vggt_cache.demo.dataset import sampled_history
 from vggt_cache.demo.house import House, build_house
 from vggt_cache.demo.scene import Scene
 from vggt_cache.demo.walk import move, walk
@@ -223,12 +222,6 @@ def conversations(summary: DatasetSummary) -> list[dict]:
 def structured(summary: DatasetSummary) -> list[dict]:
     files = sorted(summary.structured.glob("*.jsonl"))
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
-
-
-def test_sampled_history_is_that_of_janusvln() -> None:
-    for step in range(300):
-        expected = list(range(step + 1)) if step <= 8 else np.linspace(0, step, 9, dtype=int).tolist()
-        assert sampled_history(step) == expected
 
 
 def test_all_frames_are_distinct_rgb_images_of_640_by_480(made: DatasetSummary) -> None:

@@ -28,11 +28,10 @@ from vggt_cache.demo.folder import GeneratedFolder
 from vggt_cache.demo.scene import Scene
 from vggt_cache.demo.walk import ACTIONS, Episode, walk
 from vggt_cache.errors import DataError, SettingsError
+from vggt_cache.samples import history_indexes
 
 DRAWING_VERSION = 1
 """Raised whenever the same arguments give other files."""
-HISTORY = 8
-"""Earlier frames of a sample at most, besides the current one."""
 _PNG_LEVEL = 3
 _EPISODES_A_HOUSE = 2
 
@@ -90,16 +89,6 @@ def write_dataset(
             "choose a directory that you can write to, with enough free space"
         ) from error
     return _summary(folder, episodes, episodes * steps)
-
-
-def sampled_history(step: int) -> list[int]:
-    """Indices of the frames that the sample of this step sees, the current one last (JanusVLN's sampling).
-
-    All of them up to nine; else `numpy.linspace(0, step, 9, dtype=int)`.
-    """
-    if step <= HISTORY:
-        return list(range(step + 1))
-    return [step * k // HISTORY for k in range(HISTORY + 1)]
 
 
 def _summary(folder: GeneratedFolder, episodes: int, frames: int) -> DatasetSummary:
@@ -191,7 +180,7 @@ def _write_structured(folder: GeneratedFolder, told: _Told) -> None:
     names = [f"{told.name}/{index:04d}.png" for index in range(len(told.pictures))]
     for index, step in enumerate(told.episode.steps):
         folder.put_link(f"structured/{names[index]}", f"{_stem(told, index)}.png")
-        history = [names[i] for i in sampled_history(index)[:-1]]
+        history = [names[i] for i in history_indexes(index)[:-1]]
         samples.append(
             {
                 "id": f"{told.name}_{index:04d}",
@@ -213,7 +202,7 @@ def _write_conversations(folder: GeneratedFolder, told: _Told) -> list[dict[str,
     names = [f"{told.name}/{index:04d}_{step.action.lower()}.png" for index, step in enumerate(steps)]
     for index, step in enumerate(steps):
         folder.put_link(f"conversations/{names[index]}", f"{_stem(told, index)}.png")
-        images = [names[i] for i in sampled_history(index)]
+        images = [names[i] for i in history_indexes(index)]
         talk = [
             {"from": "human", "value": _question(told.episode.instruction, len(images) - 1)},
             {"from": "gpt", "value": step.action},
