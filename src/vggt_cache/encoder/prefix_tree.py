@@ -31,18 +31,6 @@ class Node:
             stack += reversed(node.children)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PassCounts:
-    """What encoding a set of lists costs, in single frames through the encoder."""
-
-    unshared: int
-    """Every list alone, frame by frame."""
-    prefixes: int
-    """Distinct prefixes: passes with sharing."""
-    frames: int
-    """Distinct frames: passes through the patch tower with sharing."""
-
-
 def build_tree(lists: Iterable[Sequence[Hashable]]) -> list[Node]:
     """The first nodes of all lists, in the order of their first occurrence. Raises ValueError for an empty list."""
     roots: list[Node] = []
@@ -58,17 +46,3 @@ def build_tree(lists: Iterable[Sequence[Hashable]]) -> list[Node]:
             raise ValueError(f"list {position} has no frames")
         node.ends.append(position)
     return roots
-
-
-def count_passes(lists: Iterable[Sequence[Hashable]]) -> PassCounts:
-    """The cost of encoding `lists`, without an encoder. Memory: one entry per distinct prefix."""
-    unshared = 0
-    numbers: dict[tuple[int, Hashable], int] = {}
-    frames: set[Hashable] = set()
-    for one in lists:
-        unshared += len(one)
-        prefix = -1
-        for frame in one:
-            prefix = numbers.setdefault((prefix, frame), len(numbers))
-        frames.update(one)
-    return PassCounts(unshared=unshared, prefixes=len(numbers), frames=len(frames))

@@ -9,7 +9,6 @@ were decoded for it.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -118,8 +117,6 @@ class Pipeline:
         self._observer = observer
         self.failed: set[int] = set()
         """Wanted features that could not be computed."""
-        self.decode_wait_s = 0.0
-        """Time in which the encoder had nothing to do because no frame was decoded yet."""
 
     def run(self, pending: set[int]) -> None:
         """Compute the `pending` features of the plan (indexes)."""
@@ -192,7 +189,6 @@ class Pipeline:
 
     def _decode(self, opened: _OpenBlock) -> dict[int, DecodedFrame]:
         """The block's frames, without those that cannot be used."""
-        began_s = time.monotonic()
         decoded = {}
         for frame, pending in opened.frames.items():
             if self._stop.requested:
@@ -203,7 +199,6 @@ class Pipeline:
                 continue
             decoded[frame] = one
             self._known.learn(frame, one.digest)
-        self.decode_wait_s += time.monotonic() - began_s
         return decoded
 
     def _is_usable(self, feature: int, decoded: dict[int, DecodedFrame]) -> bool:

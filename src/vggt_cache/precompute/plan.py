@@ -183,9 +183,6 @@ class KnownKeys:
             return None
         return feature_key(self._spec, [self._digests[frame].tobytes() for frame in frames])
 
-    def signature(self, frame: int) -> bytes:
-        return bytes(self._signatures[frame].tobytes())
-
     def _refresh_digests(self) -> None:
         known, digests = self._table.lookup(self._signatures)
         fresh = known & self._signatures.any(axis=1) & ~self._known  # what was read here stands

@@ -29,10 +29,6 @@ class Reporter:
     def success(self, text: str) -> None:
         self._line("SUCCESS", text)
 
-    def error(self, text: str) -> None:
-        with tqdm.external_write_mode(file=sys.stderr):
-            print(f"[ERROR] {text}", file=sys.stderr, flush=True)
-
     def _line(self, level: str, text: str) -> None:
         mark = f" [rank {self.rank}]" if self.world_size > 1 and self.rank else ""
         with tqdm.external_write_mode(file=sys.stdout):
