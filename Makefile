@@ -67,5 +67,5 @@ distclean: clean ## remove .venv as well
 	@touch $@
 
 $(READY): pyproject.toml .venv/.torch
-	$(PIP) install $(PIP_ARGS) "$(TORCH)" --editable ".[dev]"
+	$(PIP) install $(PIP_ARGS) "$(TORCH)" --editable ".[dev,train]"
 	@touch $@

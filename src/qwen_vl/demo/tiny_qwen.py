@@ -1,0 +1,114 @@
+"""A tiny Qwen2.5-VL directory with the real names: random weights, byte-level tokenizer, all special tokens.
+
+It is loaded by the same code as `Qwen/Qwen2.5-VL-3B-Instruct`. A token is one byte, so it can say anything,
+though not shortly. The same seed gives the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+SPECIAL_TOKENS = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+"""As in Qwen2.5-VL; there they begin at 151643, here behind the 256 bytes."""
+VOCABULARY = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+TOKEN_IDS = {token: len(VOCABULARY) + index for index, token in enumerate(SPECIAL_TOKENS)}
+
+PREPROCESSOR = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "do_convert_rgb": True,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "merge_size": 2,
+    "min_pixels": 784,
+    "max_pixels": 12845056,
+    "patch_size": 14,
+    "rescale_factor": 1 / 255,
+    "temporal_patch_size": 2,
+}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_config() -> Qwen2_5_VLConfig:
+    """Two layers of 64 channels on a two-block vision tower of 32."""
+    return Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(VOCABULARY) + len(SPECIAL_TOKENS),
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 32768,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]},
+            "bos_token_id": TOKEN_IDS["<|endoftext|>"],
+            "eos_token_id": TOKEN_IDS["<|im_end|>"],
+            "pad_token_id": TOKEN_IDS["<|endoftext|>"],
+        },
+        vision_config={
+            "depth": 2,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_heads": 2,
+            "out_hidden_size": 64,
+            "window_size": 56,
+            "fullatt_block_indexes": [1],
+        },
+        image_token_id=TOKEN_IDS["<|image_pad|>"],
+        video_token_id=TOKEN_IDS["<|video_pad|>"],
+        vision_start_token_id=TOKEN_IDS["<|vision_start|>"],
+        vision_end_token_id=TOKEN_IDS["<|vision_end|>"],
+    )
+
+
+def write_tiny_qwen(directory: str | Path, *, seed: int = 0) -> Path:
+    """Write config, weights (float32), tokenizer and preprocessor settings; returns the directory."""
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(tiny_config())
+    model.save_pretrained(path)
+    _write_tokenizer(path)
+    (path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
+    return path
+
+
+def _write_tokenizer(path: Path) -> None:
+    tokenizer = Tokenizer(models.BPE(vocab=VOCABULARY, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.save(str(path / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "model_max_length": 131072,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "errors": "replace",
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (path / "vocab.json").write_text(json.dumps(VOCABULARY))
+    (path / "merges.txt").write_text("#version: 0.2\n")

@@ -1,0 +1,1 @@
+"""Where features come from: the cache, the encoder, or nowhere (refused)."""
