@@ -158,6 +158,13 @@ class FeatureCache:
     def stats(self) -> CacheStats:
         return self._stats
 
+    def with_shards(self, names: Sequence[str]) -> FeatureCache:
+        """The same cache with exactly these shards as its snapshot, as another process sees it.
+
+        Raises CacheAccessError where one of them is not there.
+        """
+        return _reopen(self.cache_dir, self.spec, "\n".join(names), self._root, self._fs)
+
     def refresh(self) -> None:
         """Take in shards that were committed since. Features are lost only if their shards were removed."""
         known = self.damaged_shards

@@ -1,0 +1,41 @@
+"""Features that training had to compute, put into the cache: the first epoch fills it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from qwen_vl.features.request import FeatureRequest
+from vggt_cache.identity import FeatureSpec
+from vggt_cache.precompute.write import FeatureWriter
+from vggt_cache.store import ShardWriter, create_store
+
+
+class CacheFiller:
+    """Writes into the store of one specification. Every rank has its own; shards never collide."""
+
+    def __init__(self, cache_dir: str, spec: FeatureSpec) -> None:
+        """Makes the store where there is none yet. Raises CommitError, CacheAccessError."""
+        store_dir = create_store(cache_dir, spec)
+        self._known: set[bytes] = set()
+        self._writer = FeatureWriter(
+            lambda: ShardWriter(store_dir, spec),
+            on_commit=lambda blocks: None,
+            on_written=lambda count: None,
+            on_bad_feature=lambda label, reason: print(f"[WARN] {label}: {reason}", flush=True),
+        )
+
+    def put(self, requests: Sequence[FeatureRequest], features: Sequence[torch.Tensor]) -> None:
+        """Hand over features [h, w, C], each stored once. The caller may change them only on a GPU's stream."""
+        for request, feature in zip(requests, features, strict=True):
+            if request.key not in self._known:
+                self._known.add(request.key)
+                self._writer.put([request.key], [request.paths[-1]], feature.unsqueeze(0))
+
+    def flush(self) -> None:
+        """Commit all that was handed over; returns when it is on disk."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()

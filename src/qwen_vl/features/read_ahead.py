@@ -1,0 +1,112 @@
+"""Features read ahead of the training step, by threads of the training process.
+
+    announced keys ──> reader threads: pread into a reused buffer, checksum ──> copy to the device
+                                                                       (on a stream of its own)
+
+Features do not go through DataLoader workers: sent through torch's queue they arrive about ten times more
+slowly than threads read them here. Reading and hashing release the interpreter lock.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from qwen_vl.features.host_buffers import HostBuffers
+from vggt_cache.errors import CacheAccessError
+from vggt_cache.precompute.encode import FEATURE_DTYPES
+from vggt_cache.store import FeatureCache
+
+THREADS = 2
+RETRY_PAUSES_S = (0.2, 1.0)
+"""Between attempts at a read that the operating system refuses: a mount may only stumble."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrived:
+    """What a reader thread delivers; `feature` is None where the cache has not the key."""
+
+    feature: torch.Tensor | None
+    copied: torch.cuda.Event | None = None
+    """When the copy to the device is complete; None on a CPU."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PendingRead:
+    buffer: torch.Tensor
+    """Host memory [h, w, C] that the record is read into."""
+    result: Future[Arrived]
+
+
+class ReadAhead:
+    """Reads features of one cache onto one device. All methods are for the training thread."""
+
+    def __init__(self, cache: FeatureCache, device: torch.device, *, threads: int = THREADS) -> None:
+        self._cache = cache
+        self._device = device
+        self._on_gpu = device.type == "cuda"
+        self._channels = cache.spec.encoder.channels
+        self._buffers = HostBuffers(FEATURE_DTYPES[cache.spec.feature_dtype], pinned=self._on_gpu)
+        self._copying: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
+        self._stream = torch.cuda.Stream(device) if self._on_gpu else None  # type: ignore[no-untyped-call]
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="feature-reader")
+
+    def start(self, key: bytes, grid: tuple[int, int]) -> PendingRead:
+        """Begin to read the feature of a key, whose grid (h, w) is known from its frame."""
+        self._reclaim()
+        buffer = self._buffers.take((*grid, self._channels))
+        return PendingRead(buffer=buffer, result=self._threads.submit(self._read, key, buffer))
+
+    def wait(self, read: PendingRead) -> torch.Tensor | None:
+        """The feature [h, w, C] on the device; None when the cache has not the key.
+
+        On a CPU it lies in the read's buffer, and is valid until `release`. Raises what reading raised: a
+        StoreError.
+        """
+        arrived = read.result.result()
+        if arrived.feature is not None and arrived.copied is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(arrived.copied)
+            arrived.feature.record_stream(current)
+        return arrived.feature
+
+    def release(self, read: PendingRead) -> None:
+        """The step that used the feature is over: its buffer may be used again."""
+        if not read.result.cancel():
+            copied = None if read.result.exception() else read.result.result().copied
+            if copied is not None:
+                self._copying.append((copied, read.buffer))
+                return
+        self._buffers.give_back(read.buffer)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _reclaim(self) -> None:
+        while self._copying and self._copying[0][0].query():  # type: ignore[no-untyped-call]
+            self._buffers.give_back(self._copying.popleft()[1])
+
+    # ------------------------------------------------------------ in the threads
+
+    def _read(self, key: bytes, buffer: torch.Tensor) -> Arrived:
+        feature = with_retries(lambda: self._cache.get_by_key(key, out=buffer))
+        if feature is None or self._stream is None:
+            return Arrived(feature=feature)
+        with torch.cuda.stream(self._stream):
+            on_device = feature.to(self._device, non_blocking=True)
+            return Arrived(feature=on_device, copied=self._stream.record_event())
+
+
+def with_retries(read: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
+    """Call `read` again after a pause where the operating system refused, a bounded number of times."""
+    for pause_s in RETRY_PAUSES_S:
+        try:
+            return read()
+        except CacheAccessError:
+            time.sleep(pause_s)
+    return read()

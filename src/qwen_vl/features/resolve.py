@@ -1,0 +1,169 @@
+"""Which features a training run uses: the cache's, or those of an encoder that runs live.
+
+Context, image size, layer and numerics come from the cache. Flags can only agree with it, or say which of
+several caches in a directory is meant.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from vggt_cache.encoder.checkpoint import Checkpoint
+from vggt_cache.errors import AmbiguousCacheError, CacheNotFoundError, NotACacheError, SettingsError
+from vggt_cache.identity import FeatureSpec, Preprocessing
+from vggt_cache.precompute.settings import choose_compute_dtype
+from vggt_cache.store import FeatureCache, create_store, list_stores
+from vggt_cache.store.selection import describe_spec
+
+
+@dataclass(frozen=True, kw_only=True)
+class WantedFeatures:
+    """What the flags say about features; None where they say nothing."""
+
+    context: str | None = None
+    image_size: int | None = None
+    resize_mode: str | None = None
+    alpha: str | None = None
+    layer: int | None = None
+    feature_dtype: str | None = None
+    compute_dtype: str | None = None
+    fingerprint: str | None = None
+    """First hex digits of a specification's fingerprint."""
+
+    def contradictions(self, spec: FeatureSpec) -> list[str]:
+        """Flags that do not agree with a specification, each with both values."""
+        has = {
+            "context": spec.context,
+            "image_size": spec.preprocessing.image_size,
+            "resize_mode": spec.preprocessing.resize_mode,
+            "alpha": spec.preprocessing.alpha,
+            "layer": spec.encoder.layer,
+            "feature_dtype": spec.feature_dtype,
+            "compute_dtype": spec.encoder.compute_dtype,
+        }
+        wanted = asdict(self)
+        if self.layer is not None and self.layer < 0:
+            wanted["layer"] = self.layer + spec.encoder.depth
+        found = [
+            f"--{name} {getattr(self, name)} (the cache: {value})"
+            for name, value in has.items()
+            if wanted[name] not in (None, value)
+        ]
+        if self.fingerprint and not spec.fingerprint.startswith(self.fingerprint):
+            found.append(f"--vggt_cache_fingerprint {self.fingerprint} (the cache: {spec.fingerprint[:16]})")
+        return found
+
+    def spec_of(self, checkpoint: Checkpoint, device: str) -> FeatureSpec:
+        """A new specification; what the flags leave open is as JanusVLN was published: causal, 644 wide."""
+        compute_dtype = self.compute_dtype or choose_compute_dtype("auto", device)
+        return FeatureSpec(
+            encoder=checkpoint.spec(compute_dtype),
+            preprocessing=Preprocessing(
+                image_size=self.image_size or 644,
+                resize_mode=self.resize_mode or "crop",
+                alpha=self.alpha or "white",
+            ),
+            context=self.context or "causal",
+            feature_dtype=self.feature_dtype or "bfloat16",
+        )
+
+
+def open_cache(
+    cache_dir: str, wanted: WantedFeatures, *, fill: bool, location: str | None, device: str
+) -> FeatureCache:
+    """The cache to train from; with `fill`, made where there is none that agrees with the flags.
+
+    Raises SettingsError where the flags contradict the cache, and what opening raises.
+    """
+    specs = _stores(cache_dir, fill)
+    agreeing = [spec for spec in specs if not wanted.contradictions(spec)]
+    if len(agreeing) == 1:
+        return FeatureCache.open(cache_dir, spec=agreeing[0])
+    if len(agreeing) > 1:
+        raise AmbiguousCacheError(
+            f"{cache_dir} holds {len(agreeing)} caches that could be meant: "
+            f"{'; '.join(map(describe_spec, agreeing))}; say which one, by --context or --vggt_cache_fingerprint"
+        )
+    if not fill:
+        raise _contradiction(cache_dir, wanted, specs)
+    spec = live_spec(wanted, location, device)
+    create_store(cache_dir, spec)
+    return FeatureCache.open(cache_dir, spec=spec)
+
+
+def live_spec(wanted: WantedFeatures, location: str | None, device: str) -> FeatureSpec:
+    """The specification of features that are computed here. Reads all weights once, for their digest."""
+    if not location:
+        raise SettingsError(
+            "neither VGGT_CACHE_DIR (or --vggt_cache_dir) nor --vggt_model_path is given, so there are no features to "
+            "train on: give a cache, or VGGT's path to compute them live"
+        )
+    return wanted.spec_of(
+        Checkpoint.open(location, layer=-2 if wanted.layer is None else wanted.layer), device
+    )
+
+
+def summary(spec: FeatureSpec) -> dict[str, object]:
+    """What a trained model's config says about the features it was trained with."""
+    return {
+        "context": spec.context,
+        "image_size": spec.preprocessing.image_size,
+        "resize_mode": spec.preprocessing.resize_mode,
+        "alpha": spec.preprocessing.alpha,
+        "layer": spec.encoder.layer,
+        "weights_digest": spec.encoder.weights_digest,
+        "feature_dtype": spec.feature_dtype,
+        "compute_dtype": spec.encoder.compute_dtype,
+        "fingerprint": spec.fingerprint,
+    }
+
+
+MUST_AGREE = ("context", "layer", "weights_digest")
+"""A model trained on one value of these has learned nothing about another."""
+
+
+def check_trained_with(trained: dict[str, object] | None, spec: FeatureSpec, model: str) -> list[str]:
+    """Raises SettingsError where a checkpoint was trained with other features.
+
+    `trained` is the checkpoint's own summary, None for a model that has seen no features. Returns the
+    differences that a user may want (another image size), as sentences.
+    """
+    if not trained:
+        return []
+    now = summary(spec)
+    differing = [name for name in now if trained.get(name) not in (None, now[name])]
+    for name in MUST_AGREE:
+        if name in differing:
+            raise SettingsError(
+                f"{model} was trained with features of {name} {trained[name]}, and those of this run have {name} "
+                f"{now[name]}: they are different numbers, so the model would be wrong without a word; use a cache "
+                f"with {name} {trained[name]}, or start from a model that was not trained with others"
+            )
+    return [
+        f"{model} was trained with features of {name} {trained[name]}, and goes on with {name} {now[name]}"
+        for name in differing
+        if name in ("image_size", "resize_mode")
+    ]
+
+
+def _stores(cache_dir: str, fill: bool) -> Sequence[FeatureSpec]:
+    try:
+        return list_stores(cache_dir)
+    except (CacheNotFoundError, NotACacheError):
+        if fill:
+            return []
+        raise
+
+
+def _contradiction(cache_dir: str, wanted: WantedFeatures, specs: Sequence[FeatureSpec]) -> Exception:
+    if not specs:
+        return NotACacheError(
+            f"{os.path.abspath(cache_dir)} holds no feature cache: check VGGT_CACHE_DIR, or make the cache with "
+            "scripts/precompute_vggt_features.py (or train with --vggt_cache_miss fill)"
+        )
+    return SettingsError(
+        f"{' and '.join(wanted.contradictions(specs[0]))} contradicts {cache_dir}, which holds "
+        f"{'; '.join(map(describe_spec, specs))}: leave the flag out to use the cache as it is, or precompute with it"
+    )

@@ -1,0 +1,1 @@
+"""The training command: `python -m qwen_vl.train.train_vln`."""

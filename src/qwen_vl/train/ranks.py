@@ -1,0 +1,106 @@
+"""What the processes of one run tell each other outside the engine: through the launcher's key-value store.
+
+No collective: a rank that has something to say never waits for a rank that is computing. One that must stop
+leaves its sentence in the store; a thread of every other rank finds it there and ends its process, even
+while the main thread waits in a collective that will never be completed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+
+from vggt_cache.errors import VggtCacheError
+
+POLL_S = 0.2
+_PATIENCE_S = 5.0
+_STOP = "stop"
+_STOPPED = "stopped"
+
+
+class Ranks:
+    """The processes of this run, all of them or this one alone."""
+
+    def __init__(self, store: Store | None, rank: int, world_size: int) -> None:
+        self.rank = rank
+        self.world_size = world_size
+        self._store = store
+        self._stopping = threading.Event()
+        if store is not None:
+            threading.Thread(target=self._watch, name="stop-watch", daemon=True).start()
+
+    @classmethod
+    def of_this_run(cls) -> Ranks:
+        """After the process group has been made, if there is one."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return cls(None, 0, 1)
+        store = PrefixStore("vggt_cache", _get_default_store())
+        return cls(store, dist.get_rank(), dist.get_world_size())
+
+    def exchange(self, name: str, text: str) -> list[str]:
+        """Every rank's text, by rank. All ranks must call it, once for each name."""
+        if self._store is None:
+            return [text]
+        self._store.set(f"{name}/{self.rank}", text)
+        return [self._read(f"{name}/{rank}") for rank in range(self.world_size)]
+
+    def stop_all(self, error: VggtCacheError) -> int:
+        """Print the sentence here and, within seconds, on every rank; returns the exit code."""
+        self._stopping.set()
+        mine = json.dumps({"sentence": str(error), "exit_code": error.exit_code})
+        if self._store is None:
+            return self._say(mine)
+        first = self._store.compare_set(_STOP, "", mine).decode() or mine  # of several, all say the first
+        exit_code = self._say(first)
+        self._wait_until_all_have_said_it(self._store)
+        return exit_code
+
+    def _read(self, name: str) -> str:
+        assert self._store is not None
+        # Asked again and again: a waiting `get` would keep the connection from the thread that watches for a stop.
+        while not self._store.check([name]):
+            time.sleep(POLL_S / 4)
+        return self._store.get(name).decode()
+
+    def _say(self, message: str) -> int:
+        content = json.loads(message)
+        if (
+            self._store is None and self.rank
+        ):  # all ranks have the same settings: one of them is enough to say it
+            return int(content["exit_code"])
+        where = f" [rank {self.rank}]" if self.rank else ""
+        print(f"[ERROR]{where} {content['sentence']}", file=sys.stderr, flush=True)
+        return int(content["exit_code"])
+
+    def _wait_until_all_have_said_it(self, store: Store) -> None:
+        """A launcher kills the others as soon as one process has ended; and the store ends with its host."""
+        store.add(_STOPPED, 1)
+        deadline_s = time.monotonic() + _PATIENCE_S
+        while store.add(_STOPPED, 0) < self.world_size and time.monotonic() < deadline_s:
+            time.sleep(POLL_S / 4)
+
+    def _watch(self) -> None:
+        assert self._store is not None
+        while True:
+            time.sleep(POLL_S)
+            try:
+                if not self._store.check([_STOP]):
+                    continue
+                message = self._store.get(_STOP).decode()
+            except Exception:  # the store has gone with its host: the run is over
+                return
+            if self._stopping.is_set():  # the main thread says it
+                return
+            exit_code = self._say(message)
+            sys.stdout.flush()
+            try:
+                self._wait_until_all_have_said_it(self._store)
+            finally:
+                # The main thread may be in a collective, from which nothing else returns.
+                os._exit(exit_code)

@@ -1,0 +1,330 @@
+"""Settings of a training run: which features are meant, in which order samples come, what is trained."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from qwen_vl.features.coverage import measure_coverage
+from qwen_vl.features.resolve import WantedFeatures, check_trained_with, open_cache, summary
+from qwen_vl.train.arguments import MEANINGLESS, parse_arguments
+from qwen_vl.train.checkpoints import checkpoint_to_resume
+from qwen_vl.train.learning_rates import freeze, parameter_groups, part_of
+from qwen_vl.train.order import EpochOrder, LengthGroupedOrder
+from qwen_vl.train.ranks import Ranks
+from small_data import write_dataset
+from store_kit import make_spec, write_shard
+from vggt_cache.errors import (
+    AmbiguousCacheError,
+    CacheNotFoundError,
+    DataError,
+    NotACacheError,
+    SettingsError,
+)
+from vggt_cache.precompute.run import precompute
+from vggt_cache.precompute.settings import PrecomputeSettings
+from vggt_cache.samples import find_sources
+from vggt_cache.store import FeatureCache
+
+
+def opened(cache_dir: Path, wanted: WantedFeatures, **options: object) -> FeatureCache:
+    arguments = {"fill": False, "location": None, "device": "cpu", **options}
+    return open_cache(str(cache_dir), wanted, **arguments)  # type: ignore[arg-type]
+
+
+class TestWhichCache:
+    def test_without_flags_the_cache_says_what_features_are(self, tmp_path: Path) -> None:
+        spec = make_spec(context="causal", image_size=644)
+        write_shard(tmp_path, [1], spec)
+        assert opened(tmp_path, WantedFeatures()).spec == spec
+
+    @pytest.mark.parametrize(
+        ("flag", "value"),
+        [("context", "frame"), ("image_size", 518), ("layer", 1), ("resize_mode", "pad"), ("alpha", "drop"),
+         ("feature_dtype", "float32"), ("compute_dtype", "bfloat16"), ("fingerprint", "0000")],
+    )  # fmt: skip
+    def test_a_flag_that_contradicts_the_cache_is_refused_with_both_values(
+        self, tmp_path: Path, flag: str, value: object
+    ) -> None:
+        write_shard(tmp_path, [1], make_spec(context="causal", image_size=644))
+        with pytest.raises(SettingsError, match=rf"{flag} {value} \(the cache: .*contradicts"):
+            opened(tmp_path, WantedFeatures(**{flag: value}))  # type: ignore[arg-type]
+
+    def test_a_flag_that_agrees_changes_nothing(self, tmp_path: Path) -> None:
+        spec = make_spec(context="causal", image_size=644)
+        write_shard(tmp_path, [1], spec)
+        wanted = WantedFeatures(context="causal", image_size=644, layer=-2, fingerprint=spec.fingerprint[:8])
+        assert opened(tmp_path, wanted).spec == spec
+
+    def test_of_several_caches_one_must_be_named(self, tmp_path: Path) -> None:
+        frame, causal = make_spec(context="frame"), make_spec(context="causal")
+        write_shard(tmp_path, [1], frame)
+        write_shard(tmp_path, [1], causal)
+        with pytest.raises(AmbiguousCacheError, match="--context or --vggt_cache_fingerprint"):
+            opened(tmp_path, WantedFeatures())
+        assert opened(tmp_path, WantedFeatures(context="causal")).spec == causal
+        assert opened(tmp_path, WantedFeatures(fingerprint=frame.fingerprint[:12])).spec == frame
+
+    def test_no_cache_is_refused_and_fill_makes_one(self, tmp_path: Path, small_checkpoint: Path) -> None:
+        missing = tmp_path / "new"
+        with pytest.raises(CacheNotFoundError):
+            opened(missing, WantedFeatures())
+        tmp_path.joinpath("empty").mkdir()
+        with pytest.raises(NotACacheError):
+            opened(tmp_path / "empty", WantedFeatures())
+        wanted = WantedFeatures(context="frame", image_size=56)
+        cache = opened(missing, wanted, fill=True, location=str(small_checkpoint))
+        assert (cache.spec.context, cache.spec.preprocessing.image_size, len(cache)) == ("frame", 56, 0)
+
+    def test_what_nobody_says_is_as_janusvln_was_published(
+        self, tmp_path: Path, small_checkpoint: Path
+    ) -> None:
+        spec = opened(tmp_path / "new", WantedFeatures(), fill=True, location=str(small_checkpoint)).spec
+        assert (spec.context, spec.preprocessing.image_size, spec.feature_dtype) == (
+            "causal",
+            644,
+            "bfloat16",
+        )
+
+
+class TestTrainedWith:
+    def test_a_model_without_a_past_may_use_any_features(self) -> None:
+        assert check_trained_with(None, make_spec(), "m") == []
+
+    def test_the_same_features_are_welcome(self) -> None:
+        assert check_trained_with(summary(make_spec()), make_spec(), "m") == []
+
+    @pytest.mark.parametrize(
+        ("name", "value"), [("context", "causal"), ("layer", 1), ("weights_digest", "cd" * 32)]
+    )
+    def test_other_features_are_refused(self, name: str, value: object) -> None:
+        trained = summary(make_spec()) | {name: value}
+        with pytest.raises(SettingsError, match=rf"my/model was trained with features of {name} {value}"):
+            check_trained_with(trained, make_spec(), "my/model")
+
+    def test_another_image_size_is_said(self) -> None:
+        (sentence,) = check_trained_with(summary(make_spec(image_size=644)), make_spec(), "m")
+        assert "image_size 644, and goes on with image_size 518" in sentence
+
+    def test_what_a_checkpoint_does_not_say_is_not_compared(self) -> None:
+        assert check_trained_with({"context": "frame"}, make_spec(), "m") == []
+
+
+NEEDED = ["--model_name_or_path", "qwen", "--train_data_root", "data", "--output_dir", "out", "--use_cpu"]
+
+
+class TestFlags:
+    def test_the_published_launchers_flags_are_understood(self) -> None:
+        given = """
+            --vggt_model_path facebook/VGGT-1B --tune_mm_llm True --tune_mm_vision False --tune_mm_mlp True
+            --per_device_train_batch_size 1 --gradient_accumulation_steps 8 --learning_rate 2e-5
+            --mm_projector_lr 1e-5 --vision_tower_lr 1e-6 --optim adamw_torch --model_max_length 163840
+            --data_flatten False --max_pixels 451584 --min_pixels 12544 --num_train_epochs 1 --warmup_ratio 0.03
+            --lr_scheduler_type cosine --weight_decay 0.01 --logging_steps 10 --save_steps 1000
+            --save_total_limit 1 --gradient_checkpointing --dataloader_num_workers 8
+            --group_by_modality_length true --seed 42 --report_to none --reference_frame first
+            --evaluation_strategy no --lam 0.2 --max_history_images 8
+        """
+        model, data, features, training = parse_arguments([*NEEDED, *given.split()])
+        assert (model.tune_mm_llm, model.tune_mm_vision, model.lam) == (True, False, 0.2)
+        assert (data.max_pixels, data.max_history_images) == (451584, 8)
+        assert features.vggt_model_path == "facebook/VGGT-1B"
+        assert (training.mm_projector_lr, training.vision_tower_lr, training.warmup_steps) == (
+            1e-5,
+            1e-6,
+            0.03,
+        )
+        assert training.group_by_modality_length
+        assert not training.remove_unused_columns
+
+    @pytest.mark.parametrize("name", sorted(MEANINGLESS))
+    def test_a_flag_that_would_have_no_effect_is_refused(self, name: str) -> None:
+        with pytest.raises(SettingsError, match=f"--{name}: "):
+            parse_arguments([*NEEDED, f"--{name}", "1"])
+
+    @pytest.mark.parametrize(
+        ("more", "sentence"),
+        [
+            (["--no_such_flag", "1"], "no_such_flag"),
+            (["--tune_mm_l", "True"], "tune_mm_l"),
+            (["--reference_frame", "last"], "every released model was trained with first"),
+            (["--annotation_path", "a.jsonl"], "exactly one"),
+            (["--data_path", "d"], "--annotation_path"),
+            (["--vggt_cache_miss", "error"], "needs a cache"),
+            (["--vggt_cache_miss", "never", "--vggt_cache_dir", "c"], "none of encode, fill, error"),
+            (["--context", "joint"], "none of frame, causal"),
+            (["--max_samples", "0"], "selects nothing"),
+            (["--distill_loss_weight", "2"], "no action head"),
+            (["--group_by_modality_length", "True", "--train_sampling_strategy", "sequential"], "both set the order"),
+            (["--mm_projector_lr", "-1"], "negative"),
+            (["--action_weight", "-1"], "negative"),
+            (["--learning_rate", "fast"], "learning_rate"),
+        ],
+    )  # fmt: skip
+    def test_what_is_unknown_or_contradictory_is_refused(
+        self, monkeypatch: pytest.MonkeyPatch, more: list[str], sentence: str
+    ) -> None:
+        monkeypatch.delenv("VGGT_CACHE_DIR", raising=False)
+        with pytest.raises(SettingsError, match=sentence):
+            parse_arguments([*NEEDED, *more])
+
+    def test_the_environment_names_the_cache_unless_the_flag_does(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("VGGT_CACHE_DIR", "/environment")
+        assert parse_arguments(NEEDED)[2].vggt_cache_dir == "/environment"
+        assert parse_arguments([*NEEDED, "--vggt-cache-dir", "/flag"])[2].vggt_cache_dir == "/flag"
+
+
+class TestOrder:
+    def test_every_sample_comes_once_and_epochs_differ(self) -> None:
+        order = EpochOrder(100, seed=1)
+        first, again = list(order), list(order)
+        order.set_epoch(1)
+        assert sorted(first) == list(range(100))
+        assert first == again != list(order)
+
+    def test_another_seed_is_another_order(self) -> None:
+        assert list(EpochOrder(100, seed=1)) != list(EpochOrder(100, seed=2))
+
+    @pytest.mark.parametrize("count", [1, 7, 64, 1001])
+    def test_grouping_loses_no_sample_and_brings_lengths_together(self, count: int) -> None:
+        lengths = torch.randint(1, 3000, (count,), generator=torch.Generator().manual_seed(0)).tolist()
+        order = LengthGroupedOrder(lengths, group_size=4, seed=3)
+        found = list(order)
+        assert sorted(found) == list(range(count))
+        if count > 100:
+            spread = [max(group) - min(group) for group in _groups([lengths[at] for at in found], 4)]
+            plain = [max(group) - min(group) for group in _groups(lengths, 4)]
+            assert sum(spread) < sum(plain) / 5
+
+    def test_a_group_that_is_not_full_shifts_no_other(self) -> None:
+        lengths = [length for length in range(50) for _ in range(4)] + [1000]
+        found = list(LengthGroupedOrder(lengths, group_size=4, seed=0))
+        groups = _groups([lengths[at] for at in found], 4)
+        assert all(len(group) == 4 for group in groups[:-1])
+
+
+def _groups(values: list[int], size: int) -> list[list[int]]:
+    return [values[at : at + size] for at in range(0, len(values), size)]
+
+
+class _Parts(nn.Module):
+    """The names of a JanusVLN model's parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = nn.ModuleDict({
+            "visual": nn.ModuleDict({"blocks": nn.Linear(2, 2), "merger": nn.Linear(2, 2)}),
+            "language_model": nn.ModuleDict({"layers": nn.Linear(2, 2)}),
+        })  # fmt: skip
+        self.merger = nn.Linear(2, 2)
+        self.action_head = nn.Linear(2, 2)
+        self.lm_head = nn.Linear(2, 2)
+
+
+class TestWhatIsTrained:
+    @pytest.mark.parametrize(
+        ("flags", "trained"),
+        [
+            ([], {"added"}),
+            (["--tune_mm_llm", "True"], {"added", "language"}),
+            (["--tune_mm_mlp", "True"], {"added", "projector"}),
+            (["--tune_mm_vision", "True"], {"added", "vision"}),
+        ],
+    )
+    def test_flags_choose_the_parts(self, flags: list[str], trained: set[str]) -> None:
+        model = _Parts()
+        freeze(model, parse_arguments([*NEEDED, *flags])[0])
+        assert {part_of(name) for name, value in model.named_parameters() if value.requires_grad} == trained
+
+    def test_learning_rates_go_by_part_and_decay_by_name(self) -> None:
+        model = _Parts()
+        _, _, _, training = parse_arguments([
+            *NEEDED, "--learning_rate", "1", "--mm_projector_lr", "2", "--vision_tower_lr", "3", "--weight_decay", "0.5"
+        ])  # fmt: skip
+        decaying = {name for name, _ in model.named_parameters() if name.endswith("weight")}
+        groups = parameter_groups(model, training, decaying)
+        rate_of = {id(value): (g["lr"], g["weight_decay"]) for g in groups for value in g["params"]}
+        expected = {"language": 1.0, "added": 2.0, "projector": 2.0, "vision": 3.0}
+        for name, value in model.named_parameters():
+            assert rate_of[id(value)] == (expected[part_of(name)], 0.5 if name in decaying else 0.0), name
+
+    def test_rates_that_are_not_given_are_the_learning_rate(self) -> None:
+        training = parse_arguments([*NEEDED, "--learning_rate", "1"])[3]
+        assert {group["lr"] for group in parameter_groups(_Parts(), training, set())} == {1.0}
+
+    def test_a_rate_of_zero_is_zero(self) -> None:
+        training = parse_arguments([*NEEDED, "--learning_rate", "1", "--mm_projector_lr", "0"])[3]
+        assert {group["lr"] for group in parameter_groups(_Parts(), training, set())} == {0.0, 1.0}
+
+
+class TestResuming:
+    def make(self, root: Path, step: int, *, ranks: int = 1, state: str = "{}") -> None:
+        folder = root / f"checkpoint-{step}"
+        folder.mkdir()
+        for rank in range(ranks):
+            (folder / ("rng_state.pth" if ranks == 1 else f"rng_state_{rank}.pth")).write_bytes(b"")
+        (folder / "trainer_state.json").write_text(state)
+
+    def test_the_latest_whole_checkpoint_is_taken(self, tmp_path: Path) -> None:
+        for step in (5, 10, 100):
+            self.make(tmp_path, step)
+        self.make(tmp_path, 200, state='{"torn')
+        self.make(tmp_path, 300)
+        (tmp_path / "checkpoint-300" / "rng_state.pth").unlink()
+        assert checkpoint_to_resume(str(tmp_path), alone()) == str(tmp_path / "checkpoint-100")
+
+    def test_without_one_training_begins(self, tmp_path: Path) -> None:
+        assert checkpoint_to_resume(str(tmp_path), alone()) is None
+
+    def test_ranks_take_what_all_of_them_have(self, tmp_path: Path) -> None:
+        self.make(tmp_path, 5, ranks=2)
+        self.make(tmp_path, 10, ranks=2)
+        other = json.dumps({"host": "b", "steps": [5]})
+        assert checkpoint_to_resume(str(tmp_path), _Answers(other)) == str(tmp_path / "checkpoint-5")
+
+    def test_a_node_that_sees_none_is_told(self, tmp_path: Path) -> None:
+        self.make(tmp_path, 5, ranks=2)
+        with pytest.raises(DataError, match="none that is complete on b: to resume, all nodes must share"):
+            checkpoint_to_resume(str(tmp_path), _Answers(json.dumps({"host": "b", "steps": []})))
+
+
+class _Answers(Ranks):
+    """Two ranks, of which the other one says this."""
+
+    def __init__(self, other: str) -> None:
+        super().__init__(None, 0, 2)
+        self._other = other
+
+    def exchange(self, name: str, text: str) -> list[str]:
+        return [text, self._other]
+
+
+def alone() -> Ranks:
+    return Ranks(None, 0, 1)
+
+
+@pytest.mark.parametrize("context", ["frame", "causal"])
+def test_coverage_is_known_without_opening_an_image(
+    tmp_path: Path, small_checkpoint: Path, context: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    write_dataset(data, episodes=1, steps=4)
+    settings = PrecomputeSettings(
+        vggt_model_path=str(small_checkpoint), data_root=str(data), cache_dir=str(tmp_path / "cache"), context=context,
+        image_size=56, num_workers=0, device="cpu", max_samples=3,
+    )  # fmt: skip
+    assert precompute(settings) == 0
+    monkeypatch.setattr("vggt_cache.frames.read_frame", None)
+    cache = FeatureCache.open(tmp_path / "cache")
+    coverage = measure_coverage(find_sources(str(data)), cache)
+    assert (coverage.total, coverage.present) == (4, 3)
+    assert coverage.missing + coverage.unknown == 1
+    whole = dataclasses.replace(coverage, present=4, unknown=0)
+    assert whole.sentence("image") == "Coverage of this data set: 4/4 images are in the cache (100.0 %)"

@@ -1,0 +1,269 @@
+"""Where a training step gets its features from: hits, misses, damage, and what is put back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwen_vl.features.fill import CacheFiller
+from qwen_vl.features.live import LiveEncoder
+from qwen_vl.features.read_ahead import ReadAhead
+from qwen_vl.features.request import FeatureRequest
+from store_kit import SPEC, make_feature, make_key, shard_path, write_shard
+from train_kit import CPU, make_request, make_source, small_spec, write_images
+from vggt_cache.errors import CacheAccessError, CheckpointError, CorruptRecordError, DataError, SettingsError
+from vggt_cache.precompute.run import precompute
+from vggt_cache.precompute.settings import PrecomputeSettings
+from vggt_cache.store import FeatureCache, FileSystem
+
+CONTEXTS = ("frame", "causal")
+
+
+def stored_request(number: int, *, index: int = 0) -> FeatureRequest:
+    """A request for a feature that `store_kit.write_shard` has written."""
+    return FeatureRequest(
+        index=index,
+        key=make_key(number),
+        paths=(f"{number}.png",),
+        digests=(bytes(32),),
+        grid=(2, 3),
+        frames=None,
+    )
+
+
+def requests_for(numbers: Sequence[int]) -> list[FeatureRequest]:
+    return [stored_request(number, index=number) for number in numbers]
+
+
+def flip_a_bit(path: Path) -> None:
+    os.chmod(path, 0o644)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+class TestHits:
+    @pytest.fixture
+    def cache(self, tmp_path: Path) -> FeatureCache:
+        write_shard(tmp_path, range(8))
+        return FeatureCache.open(tmp_path)
+
+    @pytest.mark.parametrize("announced", [True, False])
+    def test_a_stored_feature_arrives_as_it_was_written(self, cache: FeatureCache, announced: bool) -> None:
+        source = make_source(SPEC, cache, None)
+        batch = requests_for([3, 5])
+        if announced:
+            source.expect(batch)
+        features = source.take(batch)
+        assert torch.equal(features[0], make_feature(3))
+        assert torch.equal(features[1], make_feature(5))
+        assert (source.counts.hits, source.counts.misses) == (2, 0)
+
+    def test_batches_announced_ahead_keep_their_features_apart(self, cache: FeatureCache) -> None:
+        source = make_source(SPEC, cache, None)
+        batches = [requests_for([number, (number + 1) % 8]) for number in range(8)]
+        source.expect(batches[0])
+        for batch, following in zip(batches, [*batches[1:], None], strict=True):
+            if following is not None:
+                source.expect(following)
+            features = source.take(batch)
+            for request, feature in zip(batch, features, strict=True):
+                assert torch.equal(feature, make_feature(request.index))
+            source.step_done()
+        assert cache.stats.hits == 16  # each once: what was announced is not read again
+
+    def test_buffers_are_used_again_after_the_step_and_not_before(self, cache: FeatureCache) -> None:
+        source = make_source(SPEC, cache, None)
+        (first,) = source.take(requests_for([0]))
+        (second,) = source.take(requests_for([1]))
+        assert first.data_ptr() != second.data_ptr()
+        assert torch.equal(first, make_feature(0))
+        source.step_done()
+        (third,) = source.take(requests_for([2]))
+        assert third.data_ptr() in (first.data_ptr(), second.data_ptr())
+
+    def test_what_was_announced_and_never_taken_is_forgotten(self, cache: FeatureCache) -> None:
+        source = make_source(SPEC, cache, None)
+        source.expect(requests_for([1]))
+        source.forget()
+        (feature,) = source.take(requests_for([2]))
+        assert torch.equal(feature, make_feature(2))
+
+    def test_each_hit_is_told_by_the_index_of_its_sample(self, cache: FeatureCache) -> None:
+        told: list[int] = []
+        make_source(SPEC, cache, None, on_hit=told.append).take(requests_for([4, 6]))
+        assert told == [4, 6]
+
+    def test_counts_start_anew_when_they_are_taken(self, cache: FeatureCache) -> None:
+        source = make_source(SPEC, cache, None)
+        source.take(requests_for([4, 6]))
+        assert source.take_counts().hits == 2
+        assert source.take_counts().hits == 0
+
+
+class TestMisses:
+    def test_error_names_the_frame_and_the_remedy(self, tmp_path: Path) -> None:
+        write_shard(tmp_path, range(2))
+        source = make_source(SPEC, FeatureCache.open(tmp_path), None, miss="error")
+        with pytest.raises(DataError, match=r"9\.png is not in the cache .* --vggt_cache_miss encode"):
+            source.take(requests_for([1, 9]))
+
+    def test_without_an_encoder_the_sentence_says_what_to_give(self, tmp_path: Path) -> None:
+        write_shard(tmp_path, range(2))
+        source = make_source(SPEC, FeatureCache.open(tmp_path), None)
+        with pytest.raises(CheckpointError, match="--vggt_model_path is not given"):
+            source.take(requests_for([9]))
+
+    @pytest.mark.parametrize("context", CONTEXTS)
+    def test_a_computed_feature_equals_the_stored_one(
+        self, tmp_path: Path, small_checkpoint: Path, context: str
+    ) -> None:
+        images = write_images(tmp_path / "data", 4)
+        (tmp_path / "data" / "a.jsonl").write_text(
+            "".join(
+                f'{{"images": {[path.name for path in images[: n + 1]]!r}}}\n'.replace("'", '"')
+                for n in range(4)
+            )
+        )
+        settings = PrecomputeSettings(
+            vggt_model_path=str(small_checkpoint), data_root=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"),
+            context=context, image_size=56, feature_dtype="float32", num_workers=0, device="cpu",
+        )  # fmt: skip
+        assert precompute(settings) == 0
+        spec = small_spec(small_checkpoint, context)
+        cache = FeatureCache.open(tmp_path / "cache")
+        requests = [make_request(spec, images[: n + 1], index=n) for n in range(4)]
+        stored = make_source(spec, cache, None).take(requests)
+        live = make_source(spec, None, small_checkpoint)
+        for one, two in zip(stored, live.take(requests), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+        assert (live.counts.hits, live.counts.misses) == (0, 4)
+        assert live.counts.encode_s > 0
+
+    def test_a_feature_is_computed_in_the_dtype_of_storage(
+        self, tmp_path: Path, small_checkpoint: Path
+    ) -> None:
+        spec = small_spec(small_checkpoint, "frame", feature_dtype="bfloat16")
+        request = make_request(spec, write_images(tmp_path, 1))
+        (feature,) = make_source(spec, None, small_checkpoint).take([request])
+        assert feature.dtype == torch.bfloat16
+        assert feature.shape == (3, 4, 768)
+
+    def test_an_encoder_with_other_weights_is_refused(self, tmp_path: Path, small_checkpoint: Path) -> None:
+        request = make_request(small_spec(small_checkpoint, "frame"), write_images(tmp_path, 1))
+        with pytest.raises(SettingsError, match="another encoder"):
+            LiveEncoder(str(small_checkpoint), SPEC, CPU).encode([request])
+
+    def test_frames_that_were_not_sent_are_read_again(self, tmp_path: Path, small_checkpoint: Path) -> None:
+        spec = small_spec(small_checkpoint, "causal")
+        images = write_images(tmp_path, 3)
+        encoder = LiveEncoder(str(small_checkpoint), spec, CPU)
+        sent = encoder.encode([make_request(spec, images)])[0]
+        read = encoder.encode([make_request(spec, images, with_frames=False)])[0]
+        assert torch.equal(sent, read)
+
+    def test_an_image_that_changed_meanwhile_is_never_encoded(
+        self, tmp_path: Path, small_checkpoint: Path
+    ) -> None:
+        spec = small_spec(small_checkpoint, "frame")
+        images = write_images(tmp_path, 2)
+        request = make_request(spec, images[:1], with_frames=False)
+        images[0].write_bytes(images[1].read_bytes())
+        with pytest.raises(DataError, match=r"0\.png changed while it was being trained on"):
+            LiveEncoder(str(small_checkpoint), spec, CPU).encode([request])
+
+
+class TestDamage:
+    def test_a_damaged_record_is_computed_with_one_warning(
+        self, tmp_path: Path, small_checkpoint: Path
+    ) -> None:
+        spec = small_spec(small_checkpoint, "frame")
+        request = make_request(spec, write_images(tmp_path, 1), with_frames=False)
+        encoder = LiveEncoder(str(small_checkpoint), spec, CPU)
+        (right,) = encoder.encode([request])
+        filler = CacheFiller(str(tmp_path / "cache"), spec)
+        filler.put([request], [right])
+        filler.close()
+        (shard,) = (tmp_path / "cache").rglob("*.safetensors")
+        flip_a_bit(shard)
+        source = make_source(spec, FeatureCache.open(tmp_path / "cache"), small_checkpoint)
+        with pytest.warns(UserWarning, match="cannot be read from the cache and is computed") as warned:
+            taken = [source.take([request])[0], source.take([request])[0]]
+        assert torch.equal(taken[0], right)
+        assert torch.equal(taken[1], right)
+        assert len(warned) == 1
+        assert (source.counts.hits, source.counts.misses) == (0, 2)
+
+    def test_with_error_a_damaged_record_stops(self, tmp_path: Path) -> None:
+        name = write_shard(tmp_path, [1])
+        flip_a_bit(shard_path(tmp_path, name))
+        source = make_source(SPEC, FeatureCache.open(tmp_path), None, miss="error")
+        with pytest.raises(CorruptRecordError):
+            source.take(requests_for([1]))
+
+    @pytest.mark.parametrize(("failures", "succeeds"), [(2, True), (3, False)])
+    def test_a_mount_that_stumbles_is_tried_again_a_bounded_number_of_times(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int, succeeds: bool
+    ) -> None:
+        monkeypatch.setattr("qwen_vl.features.read_ahead.RETRY_PAUSES_S", (0.0, 0.0))
+        write_shard(tmp_path, [1])
+        disk = StumblingDisk()
+        cache = FeatureCache.open(tmp_path, fs=disk)
+        disk.failures = failures
+        reader = ReadAhead(cache, CPU)
+        read = reader.start(make_key(1), (2, 3))
+        if succeeds:
+            feature = reader.wait(read)
+            assert feature is not None
+            assert torch.equal(feature, make_feature(1))
+        else:
+            with pytest.raises(CacheAccessError):
+                reader.wait(read)
+
+
+class StumblingDisk(FileSystem):
+    """Refuses the next `failures` reads of records."""
+
+    failures = 0
+
+    def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        if self.failures:
+            self.failures -= 1
+            raise OSError(5, "Input/output error")
+        return super().preadv(fd, buffers, offset)
+
+
+class TestFilling:
+    @pytest.mark.parametrize("context", CONTEXTS)
+    def test_what_was_computed_is_found_after_a_refresh(
+        self, tmp_path: Path, small_checkpoint: Path, context: str
+    ) -> None:
+        spec = small_spec(small_checkpoint, context)
+        images = write_images(tmp_path, 3)
+        requests = [make_request(spec, images[: n + 1]) for n in range(3)]
+        filler = CacheFiller(str(tmp_path / "cache"), spec)
+        cache = FeatureCache.open(tmp_path / "cache")
+        source = make_source(spec, cache, small_checkpoint, miss="fill", filler=filler)
+        computed = [feature.clone() for feature in source.take([*requests, requests[0]])]
+        source.flush()
+        source.refresh()
+        assert len(cache) == 3  # each once
+        stored = source.take(requests)
+        for one, two in zip(computed, stored, strict=False):
+            assert torch.equal(one, two)
+        assert (source.counts.hits, source.counts.misses) == (3, 4)
+        source.close()
+
+    def test_closing_commits(self, tmp_path: Path, small_checkpoint: Path) -> None:
+        spec = small_spec(small_checkpoint, "frame")
+        filler = CacheFiller(str(tmp_path / "cache"), spec)
+        cache = FeatureCache.open(tmp_path / "cache")
+        source = make_source(spec, cache, small_checkpoint, miss="fill", filler=filler)
+        source.take([make_request(spec, write_images(tmp_path, 1))])
+        source.close()
+        cache.refresh()
+        assert len(cache) == 1
