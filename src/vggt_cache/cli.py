@@ -62,6 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
     for add in (_add_precompute, _add_verify, _add_info, _add_view, _add_prune, _add_doctor, _add_demo):
         add(commands)
+    _add_monitor(commands)
     return parser
 
 
@@ -179,6 +180,35 @@ def _add_demo(commands: Any) -> None:
     parser.add_argument("directory", metavar="DIR", help="where to make it")
 
 
+def _add_monitor(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "monitor",
+        _monitor,
+        "Watch a training run through its log: speed, loss, cache, time left, and what is wrong. Ctrl-C ends it.",
+    )
+    parser.add_argument(
+        "logs", metavar="LOG", nargs="+", help="log files, glob patterns, or directories with *.log and *.out"
+    )
+    parser.flag(
+        "once", action="store_true", help="say what there is now and stop; 1 where something is wrong"
+    )
+    parser.flag("json", action="store_true", help="one JSON object on a line at each look")
+    parser.flag("interval", type=float, default=5.0, metavar="S", help="seconds between two looks")
+    parser.flag(
+        "stall_s",
+        type=float,
+        metavar="S",
+        help="warn when no step has come for so long; the larger of 5 x s/it and 120 s where not given",
+    )
+    parser.flag(
+        "hit_rate_drop", type=float, default=0.05, metavar="SHARE", help="warn when the hit rate fell by more"
+    )
+    parser.flag(
+        "samples_per_step", type=int, metavar="N", help="for samples/s, where the log does not say it"
+    )
+
+
 def _add_choice_of_spec(parser: _Parser) -> None:
     parser.flag("context", choices=CONTEXTS, help="which cache is meant, where several share the directory")
     parser.flag("fingerprint", help="the same, by the first digits of its fingerprint (see vggt-cache info)")
@@ -268,6 +298,13 @@ def _doctor(arguments: argparse.Namespace) -> int:
     findings = examine(arguments.directory)
     print(format_findings(findings))
     return int(any(finding.status == "fail" for finding in findings))
+
+
+def _monitor(arguments: argparse.Namespace) -> int:
+    from vggt_cache.monitor import MonitorSettings, monitor
+
+    given = {name: value for name, value in vars(arguments).items() if name != "command"}
+    return monitor(MonitorSettings(**{**given, "logs": tuple(arguments.logs)}))
 
 
 def _demo(arguments: argparse.Namespace) -> int:

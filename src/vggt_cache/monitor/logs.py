@@ -1,0 +1,164 @@
+"""Which logs are meant, and which of them tells of the run that is going on."""
+
+from __future__ import annotations
+
+import glob
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from vggt_cache.errors import SettingsError
+from vggt_cache.monitor.bars import RECENT_STEPS
+from vggt_cache.monitor.parse import bars_in, events_in
+from vggt_cache.monitor.snapshot import Snapshot
+from vggt_cache.monitor.state import TrainingState
+from vggt_cache.monitor.tail import Tail
+
+MOST_LOGS = 16
+"""Of many logs only the newest are looked at."""
+IN_A_DIRECTORY = ("*.log", "*.out")
+_LINES_OF_METRICS = 3
+
+
+def found_logs(patterns: Iterable[str]) -> list[str]:
+    """The regular files that names, glob patterns and directories stand for; the newest last, at most MOST_LOGS.
+
+    Raises SettingsError for a name of something that is no file and no directory.
+    """
+    times: dict[str, float] = {}
+    for pattern in patterns:
+        for path in _matches(os.path.expanduser(pattern)):
+            try:
+                status = os.stat(path)
+            except FileNotFoundError:
+                continue  # gone since it was listed
+            except OSError as error:
+                raise _unreadable(path, error) from error
+            if stat.S_ISREG(status.st_mode):
+                times[path] = status.st_mtime
+            elif path == pattern:
+                raise SettingsError(
+                    f"{path} is not a regular file, so there is no end to read: give a log file"
+                )
+    return sorted(times, key=lambda path: (times[path], path))[-MOST_LOGS:]
+
+
+def _matches(pattern: str) -> Iterator[str]:
+    if os.path.isdir(pattern):
+        for ending in IN_A_DIRECTORY:
+            yield from glob.iglob(os.path.join(glob.escape(pattern), ending))
+    elif os.path.lexists(pattern):
+        yield pattern  # brackets and stars may be part of a name
+    else:
+        yield from glob.iglob(pattern, recursive=True)
+
+
+class WatchedLog:
+    """One log and what it says. Raises OSError where the file cannot be read."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.tail = Tail(path, _tells_enough)
+        self.state = TrainingState()
+        self._seen = False
+
+    def refresh(self, now_s: float) -> None:
+        """Take in what is new; at first everything there is, dated by the file's modification time."""
+        for piece in self.tail.new_pieces():
+            at_s = self._written_at_s(now_s)
+            for event in events_in(piece):
+                self.state.fold(event, at_s)
+        for bar in bars_in(self.tail.unfinished):
+            self.state.fold(bar, self._written_at_s(now_s))
+        self._seen = True
+
+    def _written_at_s(self, now_s: float) -> float:
+        return now_s if self._seen else min(now_s, self.tail.modified_at_s)
+
+    @property
+    def modified_at_s(self) -> float:
+        return self.tail.modified_at_s
+
+    def snapshot(self, samples_per_step: int | None) -> Snapshot:
+        known = self.state.snapshot(samples_per_step)
+        return replace(known, log=self.path, log_bytes=self.tail.size, modified_at_s=self.tail.modified_at_s)
+
+
+def _tells_enough(pieces: Iterator[bytes]) -> bool:
+    """Whether the end of a log holds the recent speed and some lines of metrics."""
+    state = TrainingState()
+    lines = 0
+    for piece in pieces:
+        for event in events_in(piece):
+            state.fold(event, 0.0)
+        lines += b"'loss'" in piece
+    return state.steps_seen >= RECENT_STEPS and lines >= _LINES_OF_METRICS
+
+
+class LogSet:
+    """All logs that are meant, read again at each refresh; new ones that match are taken in."""
+
+    def __init__(self, patterns: tuple[str, ...]) -> None:
+        self.patterns = patterns
+        self._watched: dict[str, WatchedLog] = {}
+
+    def __enter__(self) -> LogSet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for watched in self._watched.values():
+            watched.tail.close()
+
+    def refresh(self, now_s: float) -> None:
+        """Read what is new. Raises SettingsError where none of the logs can be read."""
+        refusal: SettingsError | None = None
+        paths = found_logs(self.patterns)
+        for path in paths:
+            try:
+                self._take_in(path, now_s)
+            except OSError as error:
+                refusal = _unreadable(path, error)
+                self._drop(path)
+        for path in set(self._watched) - set(paths):
+            if os.path.exists(path):  # not among the newest any more; one that was removed is still shown
+                self._drop(path)
+        if refusal and not self._watched:
+            raise refusal
+
+    def _take_in(self, path: str, now_s: float) -> None:
+        if path not in self._watched:
+            self._watched[path] = WatchedLog(path)
+        self._watched[path].refresh(now_s)
+
+    def _drop(self, path: str) -> None:
+        if watched := self._watched.pop(path, None):
+            watched.tail.close()
+
+    def snapshot(self, samples_per_step: int | None = None) -> Snapshot:
+        """The run whose bar moved last; before there is any, the newest log."""
+        if not self._watched:
+            return Snapshot()
+        shown = max(self._watched.values(), key=_liveliness)
+        known = shown.snapshot(samples_per_step)
+        return replace(known, failure=known.failure or self._failure_elsewhere(shown))
+
+    def _failure_elsewhere(self, shown: WatchedLog) -> str | None:
+        """The error of another node: its log has no bar, and was written after the last step of the one shown."""
+        since_s = shown.state.progress_at_s or 0.0
+        for other in self._watched.values():
+            failure = other.state.facts.failure
+            if failure and other.state.progress_at_s is None and other.modified_at_s >= since_s:
+                return f"{failure} ({other.path})"
+        return None
+
+
+def _liveliness(log: WatchedLog) -> tuple[float, float, str]:
+    return (log.state.progress_at_s or 0.0, log.modified_at_s, log.path)
+
+
+def _unreadable(path: str, error: OSError) -> SettingsError:
+    reason = error.strerror or error
+    return SettingsError(
+        f"{path} cannot be read ({reason}), so nothing of it can be shown: check its permissions"
+    )

@@ -1,0 +1,162 @@
+"""From one piece of a log (between two line ends or carriage returns) to what it says.
+
+One function per shape of line. The shapes are those of tqdm, of transformers' Trainer (4.x prints numbers, 5.x
+prints them as strings), of DeepSpeed, and of our own trainer. A piece may hold several: bars end without a line
+end, so whatever is printed next follows on the same line. Anything that is not understood says nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """A state of a progress bar that has no description: the training's, or an evaluation's."""
+
+    step: int
+    total: int
+    elapsed_s: int
+    """Since the bar was made, which after a resume is not the time since step 0; whole seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metrics:
+    """Known numbers of a line that the trainer logs; they may be nan or infinite."""
+
+    values: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """The line with which the trainer ends."""
+
+    runtime_s: float
+    train_loss: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a trainer announces about the run; None where this line does not say it."""
+
+    total_steps: int | None = None
+    samples_per_step: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheNote:
+    """What our trainer says about its cache; None where this line does not say it."""
+
+    directory: str | None = None
+    coverage: tuple[int, int] | None = None
+    """Features that the cache has, features that the data needs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """An exception or a refusal that was printed."""
+
+    text: str
+
+
+Event = Bar | Metrics | Ended | Plan | CacheNote | Failure
+
+METRICS = {
+    *("loss", "grad_norm", "learning_rate", "epoch", "samples_per_s", "slowest_rank", "slowest_rank_s"),
+    *("cache_hit_rate", "cache_wait_ms", "cache_read_mb_per_s", "encode_ms"),
+}
+
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_RANK_LABEL = re.compile(r"^\s*(?:\[(?:default|rank)?\d+\]:|\d+:) ?")  # torchrun --tee, torch, srun --label
+_BAR = re.compile(
+    r"\d{1,3}%(?:\|[^|]*\|)? +(?P<step>\d+)/(?P<total>\d+) "
+    r"\[(?:(?P<days>\d+) ?d(?:ays?)?,? ?)?(?:(?P<hours>\d+):)?(?P<minutes>\d+):(?P<seconds>\d\d)"
+    r"<[^\],]*(?:, \d[^\],]*)?, *[\d.?]+(?:s/it|it/s)[^\]]*\]"
+)
+_LINE_OF_METRICS = re.compile(r"\{'[^{}]*\}")
+_NUMBER = re.compile(
+    r"'(\w+)': *(?:[\w.]+\()?'?([-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|nan|inf(?:inity)?))\b", re.I
+)
+_TOTAL_STEPS = re.compile(r"Total optimization steps *= *([\d,]+)")
+_SAMPLES_PER_STEP = re.compile(
+    r"(?:Total train batch size(?: \([^)]*\))?|Total batch size) *= *([\d,]+)|\btrain_batch_size \.+ (\d+)"
+)
+_DEEPSPEED_SPEED = re.compile(r"RunningAvgSamplesPerSec=([\d.]+(?:e[-+]?\d+)?)")
+_CACHE = re.compile(r"\[INFO\] VGGT feature cache enabled: (.*\S)")
+_COVERAGE = re.compile(r"\[INFO\] Coverage: ([\d,]+)/([\d,]+)")
+_FAILURE = re.compile(r"^(?:\[ERROR\] .*|(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt)(?::.*)?$)")
+
+
+def events_in(piece: bytes) -> Iterator[Event]:
+    """What a complete piece of a log says, in no particular order. Cheap for pieces that say nothing."""
+    yield from bars_in(piece)
+    if b"{'" in piece:
+        yield from _logged(_text(piece))
+    if b" = " in piece or b"train_batch_size" in piece:
+        yield from _announced(_text(piece))
+    if b"SamplesPerSec=" in piece and (found := _DEEPSPEED_SPEED.search(_text(piece))):
+        yield Metrics(values={"deepspeed_samples_per_s": float(found[1])})
+    if b"[INFO] " in piece:
+        yield from _about_the_cache(_text(piece))
+    if b"Err" in piece or b"[ERROR]" in piece or b"Exception" in piece or b"Interrupt" in piece:
+        yield from _failed(_text(piece))
+
+
+def bars_in(piece: bytes) -> Iterator[Bar]:
+    """The bars alone. They are whole as soon as their closing bracket is there, whatever may follow."""
+    if b"s/it" not in piece and b"it/s" not in piece:
+        return
+    text = _text(piece)
+    end = 0
+    for found in _BAR.finditer(text):
+        # tqdm puts a colon after a description: such a bar counts files or shards, not steps.
+        if not text[end : found.start()].rstrip().endswith(":"):
+            yield _bar(found)
+        end = found.end()
+
+
+def _bar(found: re.Match[str]) -> Bar:
+    days, hours, minutes, seconds = (
+        int(found[part] or 0) for part in ("days", "hours", "minutes", "seconds")
+    )
+    elapsed_s = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    return Bar(step=int(found["step"]), total=int(found["total"]), elapsed_s=elapsed_s)
+
+
+def _logged(text: str) -> Iterator[Event]:
+    for line in _LINE_OF_METRICS.findall(text):
+        values = {name: float(number) for name, number in _NUMBER.findall(line) if number.count(".") <= 1}
+        if "train_runtime" in values:
+            yield Ended(runtime_s=values["train_runtime"], train_loss=values.get("train_loss"))
+        elif not any(name.startswith("eval_") for name in values):
+            yield Metrics(values={name: value for name, value in values.items() if name in METRICS})
+
+
+def _announced(text: str) -> Iterator[Plan]:
+    if found := _TOTAL_STEPS.search(text):
+        yield Plan(total_steps=_whole(found[1]))
+    if found := _SAMPLES_PER_STEP.search(text):
+        yield Plan(samples_per_step=_whole(found[1] or found[2]))
+
+
+def _about_the_cache(text: str) -> Iterator[CacheNote]:
+    if found := _CACHE.search(text):
+        yield CacheNote(directory=found[1])
+    if found := _COVERAGE.search(text):
+        yield CacheNote(coverage=(_whole(found[1]), _whole(found[2])))
+
+
+def _failed(text: str) -> Iterator[Failure]:
+    line = _RANK_LABEL.sub("", _BAR.split(text)[-1]).strip()  # a bar ends without a line end
+    if _FAILURE.match(line):
+        yield Failure(text=line.removeprefix("[ERROR] ")[:300])
+
+
+def _text(piece: bytes) -> str:
+    return _RANK_LABEL.sub("", _ANSI.sub("", piece.decode("utf-8", "replace")))
+
+
+def _whole(digits: str) -> int:
+    return int(digits.replace(",", "") or 0)

@@ -1,0 +1,160 @@
+"""Folds the events of one log, in order, into what is known of the run that it ends with."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from vggt_cache.monitor.bars import Track
+from vggt_cache.monitor.facts import RunFacts
+from vggt_cache.monitor.parse import Bar, CacheNote, Ended, Event, Failure, Metrics, Plan
+from vggt_cache.monitor.snapshot import Snapshot
+
+_MOST_TRACKS = 16
+_SHOWN = (
+    *("loss", "grad_norm", "learning_rate", "epoch", "cache_hit_rate", "cache_wait_ms"),
+    *("cache_read_mb_per_s", "encode_ms", "slowest_rank_s"),
+)
+
+
+class TrainingState:
+    """The run that a log ends with. Bounded in memory, whatever is folded in."""
+
+    def __init__(self) -> None:
+        self.facts = RunFacts()
+        self.progress_at_s: float | None = None
+        self._tracks: dict[int, Track] = {}
+        """By total; the one whose state changed last is the last."""
+        self._training: Track | None = None
+        self._settled = False
+        """Whether lines of metrics have shown which bar is the training's."""
+        self._moved: Track | None = None
+        self._training_moved = False
+        self._step_at_s: float | None = None
+        self._total_steps: int | None = None
+        self._samples_per_step: int | None = None
+        self._cache = CacheNote()
+
+    def fold(self, event: Event, at_s: float) -> None:
+        """Take one event in; `at_s` is when it was written, as near as is known (seconds since 1970)."""
+        if isinstance(event, Bar):
+            self._fold_bar(event, at_s)
+        elif isinstance(event, Metrics):
+            self._settle(event)
+            self.facts.log(event.values, self.training_step)
+        elif isinstance(event, Ended):
+            self.facts.ended = event
+        elif isinstance(event, Failure):
+            self.facts.fail(event.text)
+        elif isinstance(event, Plan):
+            self._total_steps = event.total_steps or self._total_steps
+            self._samples_per_step = event.samples_per_step or self._samples_per_step
+        else:
+            directory = event.directory or self._cache.directory
+            self._cache = CacheNote(directory=directory, coverage=event.coverage or self._cache.coverage)
+
+    @property
+    def training_step(self) -> int | None:
+        return self._training.last.step if self._training and self._training.last else None
+
+    @property
+    def steps_seen(self) -> int:
+        return self._training.steps_seen if self._training else 0
+
+    # ------------------------------------------------------------ which bar is the training's
+
+    def _fold_bar(self, bar: Bar, at_s: float) -> None:
+        track = self._tracks.get(bar.total) or Track(bar.total)
+        runs = track.runs
+        if not track.update(bar):
+            return
+        self._tracks.pop(bar.total, None)
+        self._tracks[bar.total] = track
+        if len(self._tracks) > _MOST_TRACKS:
+            self._tracks.pop(
+                next(total for total, other in self._tracks.items() if other is not self._training)
+            )
+        self.progress_at_s = at_s
+        self._moved = track
+        self._choose()
+        if track is self._training:
+            self._step_made(at_s, began_again=track.runs > runs > 0)
+
+    def _step_made(self, at_s: float, *, began_again: bool) -> None:
+        self._step_at_s = at_s
+        self._training_moved = True
+        if began_again:
+            self.facts = RunFacts()
+        self.facts.ended = None
+        self.facts.failure = None
+
+    def _choose(self) -> None:
+        """The announced total; else what the metrics showed; else the bar that has run for the longest time."""
+        if self._total_steps in self._tracks and self._total_steps is not None:
+            self._switch(self._tracks[self._total_steps])
+        elif not self._settled:
+            self._switch(max(self._tracks.values(), key=lambda track: (not track.finished, track.elapsed_s)))
+
+    def _settle(self, metrics: Metrics) -> None:
+        """A line with a loss belongs to the bar that moved since the last one.
+
+        Evaluation bars move too, but then no loss is logged until the training's bar has moved again.
+        """
+        if "loss" not in metrics.values or self._moved is None:
+            return
+        if not self._training_moved:
+            self._total_steps = None
+            self._switch(self._moved)
+        self._settled = True
+        self._training_moved = False
+        self._moved = None
+
+    def _switch(self, track: Track) -> None:
+        if track is not self._training:
+            if self._training is not None:
+                self.facts = RunFacts()
+            self._training = track
+            self._step_at_s = self.progress_at_s
+
+    # ------------------------------------------------------------ what is known
+
+    def snapshot(self, samples_per_step: int | None = None) -> Snapshot:
+        """What is known now; `samples_per_step` is taken for what the log says, where it is given."""
+        of_the_bar = self._of_the_bar(samples_per_step or self._samples_per_step)
+        return Snapshot(
+            **{**of_the_bar, **self._of_the_lines()},
+            last_step_at_s=self._step_at_s,
+            last_progress_at_s=self.progress_at_s,
+            cache_dir=self._cache.directory,
+            coverage=self._cache.coverage,
+        )
+
+    def _of_the_bar(self, samples_per_step: int | None) -> dict[str, Any]:
+        known: dict[str, Any] = {"total": self._total_steps, "samples_per_s": self._logged_speed()}
+        track = self._training
+        if track is None or track.last is None:
+            return known
+        recent, overall = track.recent_s_per_it(), track.overall_s_per_it()
+        known |= {"step": track.last.step, "total": track.total, "elapsed_s": track.last.elapsed_s}
+        known |= {"s_per_it": recent, "s_per_it_overall": overall}
+        if recent:
+            known["left_s"] = (track.total - track.last.step) * recent
+            if samples_per_step:
+                known["samples_per_s"] = samples_per_step / recent
+        return known
+
+    def _logged_speed(self) -> float | None:
+        values = self.facts.values
+        return values.get("samples_per_s", values.get("deepspeed_samples_per_s"))
+
+    def _of_the_lines(self) -> dict[str, Any]:
+        facts = self.facts
+        known: dict[str, Any] = {name: facts.values.get(name) for name in _SHOWN}
+        rank = facts.values.get("slowest_rank")
+        known["slowest_rank"] = int(rank) if rank is not None and math.isfinite(rank) else None
+        known |= {"cache_hit_rate_recent": facts.hit_rate, "cache_hit_rate_best": facts.best_hit_rate}
+        known |= {"not_finite": tuple(facts.not_finite.values()), "failure": facts.failure}
+        if facts.ended:
+            known |= {"ended": True, "train_runtime_s": facts.ended.runtime_s, "left_s": 0.0}
+            known["train_loss"] = facts.ended.train_loss
+        return known
