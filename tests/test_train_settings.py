@@ -161,6 +161,7 @@ class TestFlags:
             (["--max_samples", "0"], "selects nothing"),
             (["--distill_loss_weight", "2"], "no action head"),
             (["--group_by_modality_length", "True", "--train_sampling_strategy", "sequential"], "both set the order"),
+            (["--evaluation_strategy", "steps", "--eval_steps", "5"], "evaluated in the simulator"),
             (["--mm_projector_lr", "-1"], "negative"),
             (["--action_weight", "-1"], "negative"),
             (["--learning_rate", "fast"], "learning_rate"),

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from qwen_vl.demo.tiny_qwen import write_tiny_qwen
 from qwen_vl.features.live import LiveEncoder
 from qwen_vl.features.read_ahead import ReadAhead
 from qwen_vl.features.request import FeatureRequest
 from qwen_vl.features.source import FeatureSource
-from small_data import write_image
+from small_data import history, write_episode, write_image
 from vggt_cache.encoder.checkpoint import Checkpoint
 from vggt_cache.frames import decode_frame, read_frame
 from vggt_cache.identity import PATCH_SIZE, FeatureSpec, Preprocessing, feature_key, frame_digest
+from vggt_cache.precompute.run import precompute
+from vggt_cache.precompute.settings import PrecomputeSettings
 from vggt_cache.store import FeatureCache
 
 CPU = torch.device("cpu")
@@ -62,3 +68,95 @@ def make_source(
         encoder=LiveEncoder(None if checkpoint is None else str(checkpoint), spec, CPU),
         **options,  # type: ignore[arg-type]
     )
+
+
+# ---------------------------------------------------------------- whole runs
+
+PROMPT = (
+    "You are a visual language navigation model.\n This is your historical observation:{history}\n This is your "
+    "current observation:<image>\n Your task is to {task}\n You should take one of the following actions:\n "
+    "MOVE_FORWARD\n TURN_LEFT\n TURN_RIGHT\n STOP."
+)
+ACTIONS = ("MOVE_FORWARD", "TURN_LEFT", "TURN_RIGHT", "STOP")
+SMALL_IMAGES = ["--min_pixels", "784", "--max_pixels", "100000"]
+
+
+def write_conversations(root: Path, *, episodes: int = 2, steps: int = 16) -> Path:
+    """A data root in JanusVLN's layout, prompts and all: episodes x steps samples of 1 to 9 frames."""
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / "train.jsonl", "w") as file:
+        for episode in range(episodes):
+            names = write_episode(root, f"ep{episode}", steps, seed=episode)
+            for step in range(steps):
+                frames = [names[at] for at in history(step)]
+                prompt = PROMPT.format(history="<image>" * (len(frames) - 1), task=f"walk to room {episode}")
+                turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": ACTIONS[step % 4]}]
+                file.write(
+                    json.dumps({"id": f"{episode}/{step}", "conversations": turns, "images": frames}) + "\n"
+                )
+    return root
+
+
+@dataclass(frozen=True)
+class Kit:
+    """Everything that a training run needs, on disk."""
+
+    data: Path
+    qwen: Path
+    vggt: Path
+    cache: Path
+    """Holds all features of `data`, both contexts, float32."""
+
+    def flags(
+        self, output_dir: Path, *more: object, context: str = "frame", cached: bool = True
+    ) -> list[str]:
+        """Of a run that logs every step: from the cache, where a miss is an error, or live."""
+        flags: list[object] = [
+            "--model_name_or_path", self.qwen, "--train_data_root", self.data, "--output_dir", output_dir,
+            "--context", context, "--use_cpu", "True", "--tune_mm_llm", "True", "--tune_mm_mlp", "True",
+            "--tune_mm_vision", "True", "--learning_rate", "1e-3", "--lr_scheduler_type", "constant",
+            "--logging_steps", "1", "--report_to", "none", "--save_strategy", "no", "--disable_tqdm", "True",
+            *SMALL_IMAGES,
+        ]  # fmt: skip
+        if cached:
+            # A path that does not exist: what is covered never looks at it.
+            flags += [
+                "--vggt_cache_dir",
+                self.cache,
+                "--vggt_cache_miss",
+                "error",
+                "--vggt_model_path",
+                "/no/vggt",
+            ]
+        else:
+            flags += ["--vggt_model_path", self.vggt, "--image_size", "56", "--feature_dtype", "float32"]
+        return [str(flag) for flag in [*flags, *more]]
+
+
+def write_kit(root: Path, vggt: Path) -> Kit:
+    kit = Kit(
+        data=write_conversations(root / "data"),
+        qwen=write_tiny_qwen(root / "qwen"),
+        vggt=vggt,
+        cache=root / "cache",
+    )
+    for context in ("frame", "causal"):
+        settings = PrecomputeSettings(
+            vggt_model_path=str(vggt), data_root=str(kit.data), cache_dir=str(kit.cache), context=context,
+            image_size=56, feature_dtype="float32", num_workers=0, device="cpu",
+        )  # fmt: skip
+        assert precompute(settings) == 0
+    return kit
+
+
+def logged(output_dir: Path) -> list[dict[str, Any]]:
+    """What a finished run logged in each step, at full precision."""
+    state = json.loads((output_dir / "trainer_state.json").read_text())
+    return [entry for entry in state["log_history"] if "loss" in entry]
+
+
+def largest_difference(one: list[dict[str, Any]], two: list[dict[str, Any]]) -> float:
+    """Between losses and gradient norms of two runs, relative, over all steps."""
+    assert [entry["step"] for entry in one] == [entry["step"] for entry in two]
+    pairs = [(a[name], b[name]) for a, b in zip(one, two, strict=True) for name in ("loss", "grad_norm")]
+    return max(abs(a - b) / abs(a) for a, b in pairs)

@@ -27,6 +27,7 @@ SPECIAL_TOKENS = (
 VOCABULARY = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
 TOKEN_IDS = {token: len(VOCABULARY) + index for index, token in enumerate(SPECIAL_TOKENS)}
 
+SPATIAL_HIDDEN_SIZE = 128
 PREPROCESSOR = {
     "image_processor_type": "Qwen2VLImageProcessor",
     "do_convert_rgb": True,
@@ -81,12 +82,16 @@ def tiny_config() -> Qwen2_5_VLConfig:
 
 
 def write_tiny_qwen(directory: str | Path, *, seed: int = 0) -> Path:
-    """Write config, weights (float32), tokenizer and preprocessor settings; returns the directory."""
+    """Write config, weights (float32), tokenizer and preprocessor settings; returns the directory.
+
+    The configuration asks for a spatial merger that is small too; all else is a plain Qwen2.5-VL's.
+    """
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(tiny_config())
+    model.config.spatial_hidden_size = SPATIAL_HIDDEN_SIZE
     model.save_pretrained(path)
     _write_tokenizer(path)
     (path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")

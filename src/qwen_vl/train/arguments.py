@@ -165,6 +165,11 @@ class TrainingArguments(transformers.TrainingArguments):
                 f"--group_by_modality_length and --train_sampling_strategy {self.train_sampling_strategy} both set the "
                 "order of samples: give one of them"
             )
+        if self.do_eval or self.load_best_model_at_end:
+            raise SettingsError(
+                "--eval_strategy, --do_eval and --load_best_model_at_end need an evaluation data set, and there is "
+                "none: a navigation model is evaluated in the simulator; leave them out"
+            )
         for name in ("mm_projector_lr", "vision_tower_lr"):
             value = getattr(self, name)
             if value is not None and value < 0:

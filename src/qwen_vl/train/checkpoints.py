@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the latest that every rank finds complete."""
+"""Which checkpoint a run goes on from (the latest that every rank finds complete), and its weights."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ import re
 import socket
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from qwen_vl.model.checkpoints import name_in_model
 from qwen_vl.train.ranks import Ranks
-from vggt_cache.errors import DataError
+from vggt_cache.encoder.locate import find_files
+from vggt_cache.errors import CheckpointError, DataError
 
 _NAME = re.compile(r"checkpoint-([0-9]+)")
 
@@ -40,6 +46,25 @@ def complete_steps(output_dir: str, rank: int, world_size: int) -> list[int]:
         if name and (path / random_state).is_file() and _is_json(path / "trainer_state.json"):
             found.append(int(name[1]))
     return sorted(found)
+
+
+def load_weights(model: nn.Module, directory: str) -> None:
+    """Put a checkpoint's weights into the model. Raises CheckpointError unless they are exactly the model's.
+
+    transformers' Trainer takes the names in the files for the model's, which they are not (files keep Qwen2.5-VL's
+    published names), and goes on from random weights with a warning.
+    """
+    weights: dict[str, torch.Tensor] = {}
+    for path in find_files(Path(directory)):
+        weights |= {name_in_model(name): weight for name, weight in load_file(path).items()}
+    result = model.load_state_dict(weights, strict=False)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    wrong = [name for name in result.missing_keys if name not in tied] + result.unexpected_keys
+    if wrong:
+        raise CheckpointError(
+            f"{directory} does not hold this model's weights ({wrong[0]} and {len(wrong) - 1} more differ), so nothing "
+            "can be resumed from it: use the flags it was trained with, or an empty --output_dir"
+        )
 
 
 def _is_json(path: Path) -> bool:

@@ -44,9 +44,9 @@ class LengthGroupedOrder(EpochOrder):
 
     def _order(self, generator: torch.Generator) -> torch.Tensor:
         groups: list[torch.Tensor] = []
-        for pool in super()._order(generator).split(self._group_size * GROUPS_PER_POOL):
+        for pool in torch.split(super()._order(generator), self._group_size * GROUPS_PER_POOL):
             by_length = pool[self._lengths[pool].argsort(descending=True, stable=True)]
-            groups += by_length.split(self._group_size)
+            groups += torch.split(by_length, self._group_size)
         # A group that is not full stays last: in the middle it would shift all that follow.
         full = [group for group in groups if len(group) == self._group_size]
         rest = [group for group in groups if len(group) < self._group_size]

@@ -16,8 +16,6 @@ import time
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
-from vggt_cache.errors import VggtCacheError
-
 POLL_S = 0.2
 _PATIENCE_S = 5.0
 _STOP = "stop"
@@ -32,8 +30,9 @@ class Ranks:
         self.world_size = world_size
         self._store = store
         self._stopping = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="stop-watch", daemon=True)
         if store is not None:
-            threading.Thread(target=self._watch, name="stop-watch", daemon=True).start()
+            self._watcher.start()
 
     @classmethod
     def of_this_run(cls) -> Ranks:
@@ -50,16 +49,16 @@ class Ranks:
         self._store.set(f"{name}/{self.rank}", text)
         return [self._read(f"{name}/{rank}") for rank in range(self.world_size)]
 
-    def stop_all(self, error: VggtCacheError) -> int:
+    def stop_all(self, sentence: str, exit_code: int) -> int:
         """Print the sentence here and, within seconds, on every rank; returns the exit code."""
         self._stopping.set()
-        mine = json.dumps({"sentence": str(error), "exit_code": error.exit_code})
+        mine = json.dumps({"sentence": sentence, "exit_code": exit_code})
         if self._store is None:
             return self._say(mine)
         first = self._store.compare_set(_STOP, "", mine).decode() or mine  # of several, all say the first
-        exit_code = self._say(first)
+        agreed = self._say(first)
         self._wait_until_all_have_said_it(self._store)
-        return exit_code
+        return agreed
 
     def _read(self, name: str) -> str:
         assert self._store is not None
@@ -67,6 +66,12 @@ class Ranks:
         while not self._store.check([name]):
             time.sleep(POLL_S / 4)
         return self._store.get(name).decode()
+
+    def close(self) -> None:
+        """Nothing will be said any more. To be called before the process group ends."""
+        self._stopping.set()
+        if self._watcher.is_alive():
+            self._watcher.join()
 
     def _say(self, message: str) -> int:
         content = json.loads(message)
@@ -88,14 +93,15 @@ class Ranks:
     def _watch(self) -> None:
         assert self._store is not None
         while True:
-            time.sleep(POLL_S)
+            if self._stopping.wait(POLL_S):  # the main thread says it, or has nothing more to say
+                return
             try:
                 if not self._store.check([_STOP]):
                     continue
                 message = self._store.get(_STOP).decode()
             except Exception:  # the store has gone with its host: the run is over
                 return
-            if self._stopping.is_set():  # the main thread says it
+            if self._stopping.is_set():
                 return
             exit_code = self._say(message)
             sys.stdout.flush()

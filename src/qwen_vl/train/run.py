@@ -23,7 +23,8 @@ from qwen_vl.features.live import LiveEncoder
 from qwen_vl.features.read_ahead import ReadAhead
 from qwen_vl.features.resolve import check_trained_with, live_spec, open_cache, summary
 from qwen_vl.features.source import FeatureSource
-from qwen_vl.model import Qwen2_5_VLForConditionalGenerationForJanusVLN, attention_implementation
+from qwen_vl.model.attention import attention_implementation
+from qwen_vl.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenerationForJanusVLN as _Model
 from qwen_vl.train.agree import agree_on_snapshot
 from qwen_vl.train.arguments import Arguments
 from qwen_vl.train.checkpoints import checkpoint_to_resume
@@ -49,6 +50,7 @@ class TrainingRun:
         self.model_arguments, self.data, self.features, self.training = arguments
         self.ranks = ranks
         self.device = self.training.device
+        self.output_dir = str(self.training.output_dir)
 
     def run(self) -> None:
         """Raises VggtCacheError for everything that a user can cause or cure."""
@@ -108,7 +110,7 @@ class TrainingRun:
             noun = "image" if cache.spec.context == "frame" else "feature"
             self._say(found[0].sentence(noun))
             if told.is_set() and self._refusal(found[0], cache):
-                os._exit(self.ranks.stop_all(self._refusal(found[0], cache) or DataError("")))
+                os._exit(self.ranks.stop_all(str(self._refusal(found[0], cache)), DataError.exit_code))
 
         thread = threading.Thread(target=measure, name="coverage", daemon=True)
         thread.start()
@@ -166,14 +168,15 @@ class TrainingRun:
 
     # ------------------------------------------------------------ model
 
-    def _model(self, spec: FeatureSpec) -> Qwen2_5_VLForConditionalGenerationForJanusVLN:
+    def _model(self, spec: FeatureSpec) -> _Model:
         arguments = self.model_arguments
         path = str(arguments.model_name_or_path)
-        model = Qwen2_5_VLForConditionalGenerationForJanusVLN.from_pretrained(
+        model: _Model = _Model.from_pretrained(
             path,
             cache_dir=self.training.cache_dir,
             attn_implementation=arguments.attn_implementation or attention_implementation(),
-            dtype=torch.bfloat16 if self.training.bf16 else torch.float32,
+            # DeepSpeed keeps float32 copies of bfloat16 weights. Without it they are float32, under autocast.
+            dtype=torch.bfloat16 if self.training.bf16 and self.training.deepspeed else torch.float32,
             spatial_channels=spec.encoder.channels,
             action_head=arguments.action_head,
             distill_loss_weight=arguments.distill_loss_weight,
@@ -192,12 +195,12 @@ class TrainingRun:
 
     def _train(
         self,
-        model: Qwen2_5_VLForConditionalGenerationForJanusVLN,
+        model: _Model,
         dataset: NavigationDataset,
         tokenizer: PreTrainedTokenizerBase,
         source: FeatureSource,
     ) -> None:
-        collator = (PackedCollator if self.data.data_flatten else PaddedCollator)(model.config, tokenizer)
+        collator = PackedCollator() if self.data.data_flatten else PaddedCollator(tokenizer.pad_token_id)
         trainer = FeatureTrainer(
             model=model,
             args=self.training,
@@ -209,16 +212,14 @@ class TrainingRun:
         )
         fills = self.features.vggt_cache_miss == "fill"
         trainer.add_callback(EpochCallback(trainer, self.ranks, fills=fills))
-        checkpoint = self.training.resume_from_checkpoint or checkpoint_to_resume(
-            self.training.output_dir, self.ranks
-        )
+        checkpoint = self.training.resume_from_checkpoint or checkpoint_to_resume(self.output_dir, self.ranks)
         if checkpoint:
             self._say(f"Resuming from {checkpoint}")
         trainer.train(resume_from_checkpoint=checkpoint)
         trainer.save_state()
         model.config.use_cache = True
         trainer.save_model()
-        self._say(f"Model saved in {os.path.abspath(self.training.output_dir)}", "SUCCESS")
+        self._say(f"Model saved in {os.path.abspath(self.output_dir)}", "SUCCESS")
 
     def _companions(self) -> list[str]:
         folder = Path(str(self.model_arguments.model_name_or_path))

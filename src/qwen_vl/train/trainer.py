@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -11,17 +12,20 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from qwen_vl.features.source import FeatureSource
+from qwen_vl.train.arguments import TrainingArguments
+from qwen_vl.train.checkpoints import load_weights
 from qwen_vl.train.learning_rates import parameter_groups
 from qwen_vl.train.order import EpochOrder, LengthGroupedOrder
 from qwen_vl.train.ranks import Ranks
 from qwen_vl.train.speed import Speed
 
 Batch = dict[str, Any]
-NOT_FOR_THE_MODEL = ("feature_requests", "num_samples")
 
 
 class FeatureTrainer(Trainer):
     """A Trainer whose batches carry `feature_requests`, which become `spatial_features` before the model sees them."""
+
+    args: TrainingArguments
 
     def __init__(
         self, *args: Any, source: FeatureSource, companions: Sequence[str] = (), **kwargs: Any
@@ -51,12 +55,12 @@ class FeatureTrainer(Trainer):
         requests = inputs.get("feature_requests")
         if requests:
             inputs = {**inputs, "spatial_features": self.source.take(requests)}
-        inputs = {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}
+        inputs = {name: value for name, value in inputs.items() if name != "feature_requests"}
         prepared: Batch = super()._prepare_inputs(inputs)
         return prepared
 
     def training_step(self, model: torch.nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.speed.samples += int(inputs["num_samples"])
+        self.speed.samples += _samples_in(inputs)
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         self.source.step_done()
         return loss
@@ -68,7 +72,7 @@ class FeatureTrainer(Trainer):
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            trained = self.model if model is None else model
+            trained: Any = self.model if model is None else model
             decaying = set(self.get_decay_parameter_names(trained))
             groups = parameter_groups(trained, self.args, decaying)
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, trained)
@@ -76,7 +80,7 @@ class FeatureTrainer(Trainer):
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         if self.args.group_by_modality_length:
             at_once = self.args.train_batch_size * self.args.world_size
@@ -85,10 +89,17 @@ class FeatureTrainer(Trainer):
             self.order = EpochOrder(len(dataset), seed=seed)
         return self.order
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        trained: Any = self.model if model is None else model
+        load_weights(trained, resume_from_checkpoint)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict=state_dict)
-        for name in self.companions:
-            shutil.copy2(name, output_dir or self.args.output_dir)
+        if self.args.should_save:
+            for path in self.companions:
+                shutil.copy2(
+                    path, os.path.join(output_dir or str(self.args.output_dir), os.path.basename(path))
+                )
 
 
 class EpochCallback(TrainerCallback):
@@ -107,6 +118,11 @@ class EpochCallback(TrainerCallback):
             self._trainer.source.flush()
             self._ranks.exchange(f"filled/{epoch}", "")
             self._trainer.source.refresh()
+
+
+def _samples_in(batch: Batch) -> int:
+    """Samples of a padded batch, one a row; of a packed one, those that have images."""
+    return len(batch["input_ids"]) if "attention_mask" in batch else len(batch.get("feature_requests", ()))
 
 
 class _LookAhead:

@@ -1,0 +1,174 @@
+"""Training in several processes: real torchrun, real DeepSpeed, on the CPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+import pytest
+
+from small_data import write_image
+from store_kit import shards_dir
+from train_kit import Kit, largest_difference, logged, write_kit
+from vggt_cache.samples import SampleIndex, find_sources
+from vggt_cache.store import FeatureCache, ShardWriter
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 8
+SAME = 1e-5
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> Kit:
+    return write_kit(tmp_path_factory.mktemp("kit"), small_checkpoint)
+
+
+def start(flags: Sequence[str], *, processes: int = 2, log: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    environment = {name: value for name, value in os.environ.items() if name != "VGGT_CACHE_DIR"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), "DS_ACCELERATOR": "cpu"}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "wb") as file:
+        return subprocess.Popen(
+            [*command, "-m", "qwen_vl.train.train_vln", *flags],
+            stdout=file, stderr=file, env=environment, start_new_session=True,
+        )  # fmt: skip
+
+
+def train(
+    kit: Kit, output_dir: Path, *more: object, config: str | None, **options: object
+) -> list[dict[str, float]]:
+    """Run to the end on two processes; returns what was logged."""
+    zero = [] if config is None else ["--deepspeed", ROOT / "scripts" / config]
+    flags = kit.flags(output_dir, "--per_device_train_batch_size", 1, *zero, *more, **options)  # type: ignore[arg-type]
+    log = output_dir / "log"
+    code = start(flags, log=log).wait(timeout=240)
+    assert code == 0, log.read_text()[-3000:]
+    return logged(output_dir)
+
+
+@pytest.fixture(scope="module")
+def live(kit: Kit, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    """Live training on two processes without DeepSpeed: what all others are compared with."""
+    return train(
+        kit,
+        tmp_path_factory.mktemp("live"),
+        "--max_steps",
+        STEPS,
+        config=None,
+        context="causal",
+        cached=False,
+    )
+
+
+@pytest.mark.parametrize("config", ["zero2.json", "zero2_offload.json", "zero3.json"])
+def test_training_from_the_cache_is_live_training(
+    kit: Kit, tmp_path: Path, live: list[dict[str, float]], config: str
+) -> None:
+    cached = train(kit, tmp_path, "--max_steps", STEPS, config=config, context="causal")
+    assert largest_difference(live, cached) < SAME
+    assert {entry["cache_hit_rate"] for entry in cached} == {1.0}
+
+
+def test_a_rank_that_misses_alone_keeps_nobody_waiting(
+    kit: Kit, tmp_path: Path, live: list[dict[str, float]]
+) -> None:
+    """ZeRO-3, where any call that one rank makes alone would wait for ever."""
+    cache = tmp_path / "cache"
+    store_without(kit, cache, missing_for_rank_0(kit))
+    flags = ["--vggt_cache_dir", cache, "--vggt_cache_miss", "encode", "--vggt_model_path", kit.vggt]
+    found = train(kit, tmp_path / "out", "--max_steps", STEPS, *flags, config="zero3.json", context="causal")
+    assert largest_difference(live, found) < SAME
+    rates = [entry["cache_hit_rate"] for entry in found]
+    assert 0.5 in rates  # one of two samples of the step
+    assert 1.0 in rates
+
+
+def test_with_error_all_ranks_stop_with_the_same_sentence(kit: Kit, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(kit.data, data)
+    # New images: what precompute has not seen cannot be known to be missing before it is read.
+    for number, image in enumerate(sorted(data.glob("ep0/*.png"))):
+        write_image(image, 5000 + number)
+    flags = kit.flags(
+        tmp_path / "out", "--train_data_root", data, "--max_steps", 30, "--deepspeed", ROOT / "scripts" / "zero3.json",
+        "--per_device_train_batch_size", 1, context="causal",
+    )  # fmt: skip
+    log = tmp_path / "log"
+    assert start(flags, log=log).wait(timeout=120) != 0
+    said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("[ERROR] ")]
+    sentences = {line.removeprefix("[ERROR] ").removeprefix("[rank 1] ") for line in said}
+    assert len(said) == 2, said
+    assert len(sentences) == 1
+    assert "is not in the cache" in sentences.pop()
+
+
+def test_a_killed_run_under_zero_3_goes_on_as_if_it_had_not_been(kit: Kit, tmp_path: Path) -> None:
+    more = ["--save_strategy", "steps", "--save_steps", 2, "--max_steps", 6]
+    whole = train(kit, tmp_path / "whole", *more, config="zero3.json")
+    flags = kit.flags(
+        tmp_path / "killed",
+        "--per_device_train_batch_size",
+        1,
+        "--deepspeed",
+        ROOT / "scripts" / "zero3.json",
+        *more,
+    )
+    process = start(flags, log=tmp_path / "first.log")
+    wanted = [
+        tmp_path / "killed" / "checkpoint-4" / name for name in ("rng_state_1.pth", "trainer_state.json")
+    ]
+    while not all(path.exists() for path in wanted):
+        assert process.poll() is None, (tmp_path / "first.log").read_text()[-3000:]
+        time.sleep(0.02)
+    _kill_all(process)
+    shutil.rmtree(tmp_path / "killed" / "checkpoint-6", ignore_errors=True)
+    resumed = train(kit, tmp_path / "killed", *more, config="zero3.json")
+    assert "Resuming from" in (tmp_path / "killed" / "log").read_text()
+    assert largest_difference(whole, resumed) == 0.0
+
+
+# ---------------------------------------------------------------- steps
+
+
+def _kill_all(launcher: subprocess.Popen[bytes]) -> None:
+    """The launcher and its ranks, which torchrun starts in sessions of their own."""
+    ranks = psutil.Process(launcher.pid).children(recursive=True)
+    for process in [psutil.Process(launcher.pid), *ranks]:
+        process.kill()
+    psutil.wait_procs(ranks, timeout=10)
+    launcher.wait()
+
+
+def missing_for_rank_0(kit: Kit) -> set[str]:
+    """The sources of some samples that rank 0 gets, as `order.EpochOrder` deals them out: every other one is its."""
+    from qwen_vl.train.order import EpochOrder
+
+    index = SampleIndex.build(find_sources(str(kit.data)), on_problem=print)
+    dealt = list(EpochOrder(len(index), seed=42))
+    return {index[at].source for at in dealt[0 : 2 * STEPS : 4]}
+
+
+def store_without(kit: Kit, cache_dir: Path, sources: set[str]) -> None:
+    """A cache of the whole data set except for these samples."""
+    index = SampleIndex.build(find_sources(str(kit.data)), on_problem=print)
+    whole = FeatureCache.open(kit.cache, context="causal", root=kit.data)
+    store = cache_dir / whole.spec.short_name
+    shutil.copytree(kit.cache / whole.spec.short_name, store)
+    for shard in shards_dir(cache_dir, whole.spec).iterdir():
+        shard.unlink()
+    shutil.rmtree(store / "index", ignore_errors=True)
+    with ShardWriter(store, whole.spec) as writer:
+        for sample in index:
+            if sample.source not in sources:
+                key = whole.key_of(sample.frames)
+                feature = whole.get_by_key(key)
+                assert feature is not None
+                writer.append(key, feature)
+        writer.commit()

@@ -1,0 +1,247 @@
+"""Training from the cache is the same training: whole runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen_vl.train.train_vln import main
+from small_data import write_image
+from train_kit import Kit, largest_difference, logged, write_kit
+from vggt_cache.store import FeatureCache
+
+STEPS = 30
+SAME = 1e-5
+"""Relative; what float32 noise between batches of different composition may make."""
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> Kit:
+    return write_kit(tmp_path_factory.mktemp("kit"), small_checkpoint)
+
+
+@pytest.fixture(autouse=True)
+def no_cache_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VGGT_CACHE_DIR", raising=False)
+
+
+def refusal(capfd: pytest.CaptureFixture[str], flags: list[str]) -> str:
+    """The one sentence with which a run ends before it begins."""
+    assert main(flags) != 0
+    (sentence,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("[ERROR] ")]
+    return sentence
+
+
+@pytest.mark.parametrize("context", ["frame", "causal"])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_losses_and_gradients_are_those_of_live_training(
+    kit: Kit, tmp_path: Path, context: str, batch: int, accumulation: int
+) -> None:
+    more = [
+        "--max_steps",
+        STEPS,
+        "--per_device_train_batch_size",
+        batch,
+        "--gradient_accumulation_steps",
+        accumulation,
+    ]
+    assert main(kit.flags(tmp_path / "live", *more, context=context, cached=False)) == 0
+    assert main(kit.flags(tmp_path / "cached", *more, context=context)) == 0
+    live, cached = logged(tmp_path / "live"), logged(tmp_path / "cached")
+    assert len(live) == STEPS
+    assert largest_difference(live, cached) < SAME
+    assert {entry["cache_hit_rate"] for entry in live} == {0.0}
+    assert {entry["cache_hit_rate"] for entry in cached} == {1.0}
+    assert {entry["encode_ms"] for entry in cached} == {0.0}
+
+
+def test_the_features_matter_to_the_loss(kit: Kit, tmp_path: Path) -> None:
+    """Else the comparisons of this file would say nothing."""
+    for lam in ("0.2", "0.0"):
+        assert main(kit.flags(tmp_path / lam, "--max_steps", 3, "--lam", lam)) == 0
+    assert largest_difference(logged(tmp_path / "0.2"), logged(tmp_path / "0.0")) > 1e-4
+
+
+def test_packed_batches_train_as_padded_ones_do(kit: Kit, tmp_path: Path) -> None:
+    more = ["--max_steps", 6, "--per_device_train_batch_size", 2]
+    for packed in (True, False):
+        assert main(kit.flags(tmp_path / str(packed), *more, "--data_flatten", packed)) == 0
+    assert largest_difference(logged(tmp_path / "True"), logged(tmp_path / "False")) < 1e-4
+
+
+def test_grouping_by_length_and_workers_change_no_feature(kit: Kit, tmp_path: Path) -> None:
+    more = ["--max_steps", 6, "--per_device_train_batch_size", 2, "--group_by_modality_length", "True"]
+    assert main(kit.flags(tmp_path / "workers", *more, "--dataloader_num_workers", 2)) == 0
+    assert main(kit.flags(tmp_path / "alone", *more)) == 0
+    assert largest_difference(logged(tmp_path / "workers"), logged(tmp_path / "alone")) < 1e-7
+    assert main(kit.flags(tmp_path / "random", *more[:4])) == 0
+    assert largest_difference(logged(tmp_path / "random"), logged(tmp_path / "alone")) > 1e-4
+
+
+# ---------------------------------------------------------------- what is said
+
+
+def test_the_start_says_what_the_guide_promises(
+    kit: Kit, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VGGT_CACHE_DIR", str(kit.cache))
+    monkeypatch.setenv("VGGT_CACHE_DEBUG", "1")
+    flags = kit.flags(tmp_path, "--max_steps", 1)
+    at = flags.index("--vggt_cache_dir")
+    del flags[at : at + 2]
+    assert main(flags) == 0
+    out = capfd.readouterr().out
+    assert f"[INFO] VGGT feature cache enabled: {kit.cache}\n" in out
+    assert "[INFO] Coverage of this data set: 32/32 images are in the cache (100.0 %)\n" in out
+    assert "[DEBUG] Using cached features for sample " in out
+
+
+def test_live_training_says_so(kit: Kit, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(kit.flags(tmp_path, "--max_steps", 1, cached=False)) == 0
+    assert "[INFO] No feature cache: VGGT runs in every step; frame-" in capfd.readouterr().out
+
+
+def test_tensorboard_gets_the_figures(kit: Kit, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    flags = [*kit.flags(tmp_path, "--max_steps", 2), "--report_to", "tensorboard"]
+    assert main(flags) == 0
+    (events,) = {path.parent for path in tmp_path.rglob("events.out.*")}
+    tags = EventAccumulator(str(events)).Reload().Tags()["scalars"]
+    names = ("loss", "cache_hit_rate", "cache_wait_ms", "cache_read_mb_per_s", "encode_ms")
+    assert {f"train/{name}" for name in names} <= set(tags)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def test_a_flag_that_contradicts_the_cache_is_refused(
+    kit: Kit, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sentence = refusal(capfd, kit.flags(tmp_path, "--image_size", 70))
+    assert "--image_size 70 (the cache: 56)" in sentence
+
+
+def test_a_model_trained_with_another_context_is_refused(
+    kit: Kit, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(kit.flags(tmp_path / "frame", "--max_steps", 1)) == 0
+    capfd.readouterr()
+    flags = kit.flags(tmp_path / "causal", "--max_steps", 1, context="causal")
+    flags[flags.index("--model_name_or_path") + 1] = str(tmp_path / "frame")
+    assert "was trained with features of context frame" in refusal(capfd, flags)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_missing_image_is_one_sentence(
+    kit: Kit, tmp_path: Path, capfd: pytest.CaptureFixture[str], workers: int
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(kit.data, data)
+    for image in data.glob("ep0/*.png"):
+        image.unlink()
+    flags = kit.flags(tmp_path / "out", "--max_steps", 30, "--dataloader_num_workers", workers)
+    flags[flags.index("--train_data_root") + 1] = str(data)
+    sentence = refusal(capfd, flags)
+    assert "train.jsonl:" in sentence
+    assert "does not exist" in sentence
+
+
+def test_known_gaps_stop_a_run_that_must_not_miss_before_it_begins(
+    kit: Kit, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Precompute has seen all images, and then shards were lost."""
+    cache = tmp_path / "cache"
+    shutil.copytree(kit.cache, cache)
+    for shard in cache.glob("frame-*/shards/*"):
+        shard.unlink()
+    flags = kit.flags(tmp_path / "out", "--max_steps", 5, "--vggt_cache_dir", cache)
+    assert "32 of the 32 features that this data needs are not in" in refusal(capfd, flags)
+    assert not (tmp_path / "out" / "trainer_state.json").exists()
+
+
+def test_an_image_replaced_in_place_is_never_given_its_old_feature(
+    kit: Kit, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(kit.data, data)
+    for number, image in enumerate(sorted(data.glob("*/*.png"))):
+        write_image(image, 5000 + number)
+    flags = kit.flags(tmp_path / "out", "--max_steps", 5)
+    flags[flags.index("--train_data_root") + 1] = str(data)
+    assert "is not in the cache" in refusal(capfd, flags)
+
+
+# ---------------------------------------------------------------- filling
+
+
+@pytest.mark.parametrize("context", ["frame", "causal"])
+def test_the_first_epoch_fills_the_cache_and_the_second_reads_it(
+    kit: Kit, tmp_path: Path, context: str
+) -> None:
+    more: list[Any] = ["--num_train_epochs", 2, "--per_device_train_batch_size", 2]
+    assert main(kit.flags(tmp_path / "live", *more, context=context, cached=False)) == 0
+    filling = ["--vggt_cache_dir", tmp_path / "cache", "--vggt_cache_miss", "fill"]
+    assert main(kit.flags(tmp_path / "fill", *more, *filling, context=context, cached=False)) == 0
+    live, filled = logged(tmp_path / "live"), logged(tmp_path / "fill")
+    assert largest_difference(live, filled) < SAME
+    assert [entry["cache_hit_rate"] for entry in filled] == [0.0] * 16 + [1.0] * 16
+    with FeatureCache.open(tmp_path / "cache") as cache:
+        assert len(cache) == 32
+
+
+# ---------------------------------------------------------------- resuming
+
+
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(kit: Kit, tmp_path: Path) -> None:
+    saving = ["--save_strategy", "steps", "--save_steps", 5, "--disable_tqdm", "True"]
+    more = [*saving, "--num_train_epochs", 2, "--per_device_train_batch_size", 2]
+    assert main(kit.flags(tmp_path / "whole", *more)) == 0
+    flags = kit.flags(tmp_path / "killed", *more)
+    # Killed in the second epoch, whose order of samples is another one.
+    _kill_when(tmp_path / "killed" / "checkpoint-20" / "trainer_state.json", flags)
+    assert not (tmp_path / "killed" / "trainer_state.json").exists()
+    for later in (25, 30, 32):
+        shutil.rmtree(tmp_path / "killed" / f"checkpoint-{later}", ignore_errors=True)
+    torn = tmp_path / "killed" / "checkpoint-25"
+    torn.mkdir()
+    (torn / "model.safetensors").write_bytes(b"torn")
+    assert main(flags) == 0
+    whole, resumed = logged(tmp_path / "whole"), logged(tmp_path / "killed")
+    assert len(whole) == 32
+    assert largest_difference(whole, resumed) == 0.0
+
+
+def _kill_when(path: Path, flags: list[str]) -> None:
+    command = [sys.executable, "-m", "qwen_vl.train.train_vln", *flags]
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        while not path.exists():
+            assert process.poll() is None, "the run ended by itself"
+            time.sleep(0.02)
+        _wait_for_json(path)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _wait_for_json(path: Path) -> None:
+    while True:
+        try:
+            json.loads(path.read_text())
+        except ValueError:
+            time.sleep(0.01)
+        else:
+            return
