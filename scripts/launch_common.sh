@@ -1,0 +1,222 @@
+#!/usr/bin/env bash
+# What the launchers share: functions that act on the settings of train_h800.sh. Not to be started by itself.
+#
+#   prepare_node              interpreter, device, number of processes
+#   meet_on_this_machine      sets rendezvous: one node
+#   meet_over_the_network     sets rendezvous: several nodes, and the interfaces
+#   train                     checks everything, says what will be done, starts torchrun, keeps a log
+#
+# Needs bash 4.4 or newer.
+# shellcheck disable=SC2153,SC2154  # the settings come from train_h800.sh and train_2node_h800.sh
+
+# Otherwise a check that fails inside $(...) would be passed over.
+shopt -s inherit_errexit
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+export PYTHONPATH="$root/src${PYTHONPATH:+:$PYTHONPATH}"
+
+refuse() {
+  echo "[ERROR] $1" >&2
+  exit 2
+}
+
+whole_number() {
+  [[ ${!1} =~ ^[0-9]+$ ]] || refuse "$1 is '${!1}', which is not a whole number: give one"
+}
+
+choose_python() {
+  python=${PYTHON:-$root/.venv/bin/python}
+  if ! command -v "$python" >/dev/null; then
+    [[ -z $PYTHON ]] || refuse "PYTHON is '$PYTHON', which is no program: give the interpreter that has torch and transformers"
+    python=python3
+  fi
+}
+
+# The visible GPUs. An empty CUDA_VISIBLE_DEVICES, or -1, hides all of them.
+count_gpus() {
+  local visible=()
+  if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+    if [[ $CUDA_VISIBLE_DEVICES != "-1" ]]; then IFS=', ' read -r -a visible <<<"$CUDA_VISIBLE_DEVICES" || true; fi
+    echo "${#visible[@]}"
+  elif command -v nvidia-smi >/dev/null; then
+    nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU ' || true
+  else
+    echo 0
+  fi
+}
+
+prepare_node() {
+  choose_python
+  local gpus
+  gpus=$(count_gpus)
+  case "$DEVICE" in
+    auto | cuda | gpu)
+      if [[ $gpus -eq 0 && ${ALLOW_CPU:-0} != 1 ]]; then
+        refuse "no GPU is visible (CUDA_VISIBLE_DEVICES, nvidia-smi), so there is nothing to train on: set DEVICE=cpu to try things out on the CPU"
+      fi
+      if [[ $gpus -eq 0 ]]; then device=cpu; else device=cuda; fi
+      ;;
+    cpu) device=cpu ;;
+    *) refuse "DEVICE is '$DEVICE', and auto, cuda and cpu are known: give one of them" ;;
+  esac
+
+  if [[ $device == cpu ]]; then
+    # Without this, libraries would still find the GPUs of a machine that has some.
+    export CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu
+    gpus=1
+  fi
+  NPROC_PER_NODE=${NPROC_PER_NODE:-$gpus}
+  whole_number NPROC_PER_NODE
+  whole_number PER_DEVICE_BATCH_SIZE
+  whole_number GRAD_ACCUM_STEPS
+  if [[ $device == cuda && $NPROC_PER_NODE -gt $gpus ]]; then
+    refuse "NPROC_PER_NODE is $NPROC_PER_NODE and $gpus GPUs are visible, so two processes would share one: give at most $gpus"
+  fi
+  if [[ -z $BF16 ]]; then
+    if [[ $device == cpu ]]; then BF16=False; else BF16=True; fi
+  fi
+
+  # A path such as scripts/zero3.json is meant from the project, wherever the script is started.
+  if [[ $DS_CONFIG != none && ! -e $DS_CONFIG && -e $root/$DS_CONFIG ]]; then DS_CONFIG=$root/$DS_CONFIG; fi
+}
+
+# ---- Where the processes meet
+
+require_nodes() {
+  [[ -n $NODE_RANK ]] || refuse "NODE_RANK is not set, so this node does not know which one it is: export NODE_RANK=0 on the master node, 1 on the next"
+  [[ -n $MASTER_ADDR ]] || refuse "MASTER_ADDR is not set, so the nodes cannot meet: export the IP address of node 0, the same on every node"
+  whole_number NNODES
+  whole_number NODE_RANK
+  whole_number MASTER_PORT
+}
+
+meet_on_this_machine() {
+  # The variables of a run on several nodes may still be exported: here they do not count, except the port.
+  NNODES=1 NODE_RANK=0 MASTER_ADDR=127.0.0.1
+  if [[ -z $MASTER_PORT ]]; then MASTER_PORT=$("$python" -m vggt_cache.cluster port); fi
+  whole_number MASTER_PORT
+  "$python" -m vggt_cache.cluster rendezvous --nodes 1 --node_rank 0 --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT"
+}
+
+meet_over_the_network() {
+  require_nodes
+  local line lines
+  lines=$("$python" -m vggt_cache.cluster rendezvous --nodes "$NNODES" --node_rank "$NODE_RANK" \
+    --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" --nccl "$NCCL_SOCKET_IFNAME" --gloo "$GLOO_SOCKET_IFNAME")
+  while IFS= read -r line; do
+    if [[ -n $line ]]; then export "${line?}"; fi
+  done <<<"$lines"
+  # An empty value would be taken for a choice.
+  if [[ -n $NCCL_IB_HCA ]]; then export NCCL_IB_HCA; else unset NCCL_IB_HCA; fi
+}
+
+# ---- Start
+
+training_flags() {
+  flags=(
+    --model_name_or_path "$MODEL_PATH"
+    --vggt_model_path "$VGGT_MODEL_PATH"
+    --output_dir "$OUTPUT_DIR"
+    --tune_mm_llm "$TUNE_MM_LLM"
+    --tune_mm_vision "$TUNE_MM_VISION"
+    --tune_mm_mlp "$TUNE_MM_MLP"
+    --bf16 "$BF16"
+    --per_device_train_batch_size "$PER_DEVICE_BATCH_SIZE"
+    --gradient_accumulation_steps "$GRAD_ACCUM_STEPS"
+    --num_train_epochs "$NUM_EPOCHS"
+    --max_steps "$MAX_STEPS"
+    --learning_rate "$LEARNING_RATE"
+    --mm_projector_lr "$MM_PROJECTOR_LR"
+    --weight_decay "$WEIGHT_DECAY"
+    --warmup_ratio "$WARMUP_RATIO"
+    --lr_scheduler_type "$LR_SCHEDULER_TYPE"
+    --optim "$OPTIM"
+    --seed "$SEED"
+    --model_max_length "$MODEL_MAX_LENGTH"
+    --max_pixels "$MAX_PIXELS"
+    --min_pixels "$MIN_PIXELS"
+    --max_history_images "$MAX_HISTORY_IMAGES"
+    --group_by_modality_length "$GROUP_BY_MODALITY_LENGTH"
+    --dataloader_num_workers "$NUM_WORKERS"
+    --gradient_checkpointing "$GRADIENT_CHECKPOINTING"
+    --logging_steps "$LOGGING_STEPS"
+    --save_steps "$SAVE_STEPS"
+    --save_total_limit "$SAVE_TOTAL_LIMIT"
+    --report_to "$REPORT_TO"
+  )
+  if [[ -n $DATA_ROOT ]]; then flags+=(--train_data_root "$DATA_ROOT"); fi
+  if [[ -n $ANNOTATION_PATH ]]; then flags+=(--annotation_path "$ANNOTATION_PATH"); fi
+  if [[ -n $DATA_PATH ]]; then flags+=(--data_path "$DATA_PATH"); fi
+  if [[ -n $VGGT_CACHE_DIR ]]; then flags+=(--vggt_cache_dir "$VGGT_CACHE_DIR" --vggt_cache_miss "$VGGT_CACHE_MISS"); fi
+  if [[ $DS_CONFIG != none ]]; then flags+=(--deepspeed "$DS_CONFIG"); fi
+  # A frozen tower has no learning rate, and the training command warns of one.
+  if [[ ${TUNE_MM_VISION,,} == true ]]; then flags+=(--vision_tower_lr "$VISION_TOWER_LR"); fi
+  if [[ -n $LAM ]]; then flags+=(--lam "$LAM"); fi
+  if [[ $device == cpu ]]; then flags+=(--use_cpu True); fi
+  local extra=()
+  read -r -a extra <<<"$EXTRA_ARGS" || true
+  flags+=("${extra[@]}" "$@")
+}
+
+check_and_describe() {
+  "$python" -m vggt_cache.cluster preflight --model_path "$MODEL_PATH" --vggt_model_path "$VGGT_MODEL_PATH" \
+    --data_root "$DATA_ROOT" --annotation_path "$ANNOTATION_PATH" --data_path "$DATA_PATH" --output_dir "$OUTPUT_DIR" \
+    --cache_dir "$VGGT_CACHE_DIR" --cache_miss "$VGGT_CACHE_MISS" --ds_config "$DS_CONFIG" --device "$device" \
+    --report_to "$REPORT_TO" --nodes "$NNODES" --processes "$NPROC_PER_NODE" \
+    --batch_size "$PER_DEVICE_BATCH_SIZE" --accumulation "$GRAD_ACCUM_STEPS"
+  if [[ $NNODES -gt 1 ]]; then
+    echo "[INFO] node $NODE_RANK of $NNODES, meeting at $MASTER_ADDR:$MASTER_PORT"
+    echo "[INFO] network: NCCL_SOCKET_IFNAME=$NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME=$GLOO_SOCKET_IFNAME NCCL_IB_HCA=${NCCL_IB_HCA:-(not set: NCCL takes all InfiniBand cards that are up)}"
+  fi
+}
+
+# Each process its share of the cores; torchrun's own default of 1 would slow down an optimizer that is offloaded to the CPU.
+threads_of_a_process() {
+  local threads=$(($(nproc) / NPROC_PER_NODE))
+  if ((threads < 1)); then threads=1; fi
+  if ((threads > 16)); then threads=16; fi
+  echo "$threads"
+}
+
+train() {
+  training_flags "$@"
+  local summary
+  summary=$(check_and_describe)
+  # Nodes may share OUTPUT_DIR, and only the log of node 0 has the run's progress.
+  local log=train
+  if [[ $NODE_RANK -gt 0 ]]; then log=node$NODE_RANK; fi
+  log="$OUTPUT_DIR/${log}_$(date +%Y%m%d_%H%M%S).log"
+  summary+=$'\n'"[INFO] log: $log"
+  echo "$summary" | tee "$log"
+
+  # These are read by libraries: exported, so that an edited line counts too.
+  export VGGT_CACHE_DIR DS_CONFIG OMP_NUM_THREADS PYTHONUNBUFFERED=1
+  OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(threads_of_a_process)}
+  export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0} # NVLink SHARP takes memory at the start, and fails on some drivers
+  run_logged "$log" "$python" -m torch.distributed.run --nnodes "$NNODES" --node_rank "$NODE_RANK" \
+    --nproc_per_node "$NPROC_PER_NODE" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
+    -m qwen_vl.train.train_vln "${flags[@]}"
+}
+
+# Runs a command with a log; a signal goes to the command once, and the exit code is the command's.
+run_logged() {
+  local log=$1 code=0 signalled=1
+  shift
+  # Own process group: Ctrl-C then reaches this script alone, which passes it on.
+  set -m
+  "$@" 2>&1 </dev/null | tee -i -a "$log" &
+  local job=$! command
+  command=$(jobs -p %+)
+  trap 'signalled=1; kill -s INT "$command" 2>/dev/null || true' INT
+  trap 'signalled=1; kill -s TERM "$command" 2>/dev/null || true' TERM HUP
+  # A signal ends a wait early; the same wait again then gives the true code.
+  while [[ -n $signalled ]]; do
+    signalled="" code=0
+    wait "$job" || code=$?
+  done
+  if ((code != 0)); then
+    echo "[INFO] training ended with exit code $code: see $log"
+    grep -a '^\[ERROR\]' "$log" | sort -u | head -n 5 >&2 || true
+  fi
+  exit "$code"
+}
