@@ -21,8 +21,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 
-demo: $(READY) ## make a small data set and encoder, precompute, verify, draw the features
+demo: $(READY) ## small data and models: precompute, verify, draw; then train live and from the cache
 	$(BIN)/vggt-cache demo "$(DEMO_DIR)"
+	$(BIN)/python -m qwen_vl.demo "$(DEMO_DIR)"
 
 test: lint ## all checks: ruff, mypy, pytest
 	$(BIN)/python -m pytest

@@ -228,7 +228,7 @@ def test_make_test_sets_up_and_runs_every_check(made: Made) -> None:
     order = [
         "-m venv .venv",
         "install",
-        "--editable .[dev]",
+        "--editable .[dev,train]",
         "ruff check",
         "ruff format --check",
         "mypy",
@@ -243,9 +243,10 @@ def test_a_second_call_installs_nothing_and_a_changed_pyproject_installs_without
     made: Made,
 ) -> None:
     assert made.run("demo").returncode == 0
-    assert made.calls()[-1] == "vggt-cache demo demo"
+    demo = ["vggt-cache demo demo", "-m qwen_vl.demo demo"]
+    assert made.calls()[-2:] == demo
     assert made.run("demo").returncode == 0
-    assert made.calls() == ["vggt-cache demo demo"]
+    assert made.calls() == demo
     pyproject = made.folder / "pyproject.toml"
     later = (made.folder / ".venv" / ".ready").stat().st_mtime + 10
     os.utime(pyproject, (later, later))

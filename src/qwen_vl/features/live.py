@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from qwen_vl.features.request import FeatureRequest
+from vggt_cache.encoder import Encoder
 from vggt_cache.encoder.checkpoint import Checkpoint
 from vggt_cache.errors import CheckpointError, DataError, SettingsError
 from vggt_cache.frames import decode_frame, read_frame
@@ -24,11 +25,14 @@ BATCH_SIZE = 8
 class LiveEncoder:
     """The encoder of one specification, loaded on first need."""
 
-    def __init__(self, location: str | None, spec: FeatureSpec, device: torch.device) -> None:
+    def __init__(
+        self, location: str | None, spec: FeatureSpec, device: torch.device, *, encoder: Encoder | None = None
+    ) -> None:
+        """`encoder`: one that is in memory already, in place of the checkpoint at `location`."""
         self._location = location
         self._spec = spec
         self._device = device
-        self._encoder: BatchEncoder | None = None
+        self._encoder = None if encoder is None else self._batched(encoder)
 
     @property
     def is_loaded(self) -> bool:
@@ -71,10 +75,11 @@ class LiveEncoder:
             checkpoint = Checkpoint.open(self._location, layer=self._spec.encoder.layer)
             check_weights(checkpoint, self._spec)
             encoder = checkpoint.load(device=self._device, compute_dtype=self._spec.encoder.compute_dtype)
-            self._encoder = BatchEncoder(
-                encoder, BATCH_SIZE, lambda size: None, feature_dtype=self._spec.feature_dtype
-            )
+            self._encoder = self._batched(encoder)
         return self._encoder
+
+    def _batched(self, encoder: Encoder) -> BatchEncoder:
+        return BatchEncoder(encoder, BATCH_SIZE, lambda size: None, feature_dtype=self._spec.feature_dtype)
 
 
 def check_weights(checkpoint: Checkpoint, spec: FeatureSpec) -> None:
