@@ -243,7 +243,7 @@ def test_a_second_call_installs_nothing_and_a_changed_pyproject_installs_without
     made: Made,
 ) -> None:
     assert made.run("demo").returncode == 0
-    demo = ["vggt-cache demo demo", "-m qwen_vl.demo demo"]
+    demo = ["vggt-cache demo demo", "python -m qwen_vl.demo demo"]
     assert made.calls()[-2:] == demo
     assert made.run("demo").returncode == 0
     assert made.calls() == demo

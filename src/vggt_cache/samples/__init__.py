@@ -1,8 +1,8 @@
 """Training data as users bring it: one reader, shared by precompute and training.
 
     find_sources(data_root) ──> Sources ──> iter_samples ──> Sample(ordered frame names, record)
-                                                                │
-                                                         FrameTable ──> paths and states of the image files
+    listed_sources(files)          │                            │
+                             SampleIndex[i] ──> Sample   FrameTable ──> paths and states of the image files
 
 Precompute and training see the same ordered frame lists because both read them here. Nothing in this
 package opens an image. `docs/data.md` describes the layouts.
@@ -11,6 +11,8 @@ package opens an image. `docs/data.md` describes the layouts.
 from vggt_cache.samples.episodes import EpisodeText, read_episode_text
 from vggt_cache.samples.frame_table import FrameTable
 from vggt_cache.samples.history import history_indexes
+from vggt_cache.samples.index import SampleIndex
+from vggt_cache.samples.listed import listed_sources
 from vggt_cache.samples.paths import FileState, locate_frame
 from vggt_cache.samples.reader import iter_samples
 from vggt_cache.samples.sample import Problem, Sample
@@ -22,10 +24,12 @@ __all__ = [
     "FrameTable",
     "Problem",
     "Sample",
+    "SampleIndex",
     "Sources",
     "find_sources",
     "history_indexes",
     "iter_samples",
+    "listed_sources",
     "locate_frame",
     "read_episode_text",
 ]

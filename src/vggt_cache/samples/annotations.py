@@ -26,6 +26,16 @@ class Entry:
     number: int
     record: dict[str, Any] | None
     reason: str = ""
+    offset: int = 0
+    """Where a record begins in its file, in bytes."""
+    length: int = 0
+    """Bytes of a record; 0 where there is none."""
+
+    def at(self, offset: int, length: int) -> Entry:
+        """The same, with its place in the file."""
+        return (
+            Entry(self.number, self.record, self.reason, offset, length) if self.record is not None else self
+        )
 
 
 # ---------------------------------------------------------------- JSON Lines
@@ -34,19 +44,24 @@ class Entry:
 def iter_json_lines(file: IO[bytes]) -> Iterator[Entry]:
     """One record a line; `number` is the line's, from 1. Blank lines are passed over."""
     values = _Values()
-    number = 0
+    number = offset = 0
     while line := file.readline(MAX_RECORD_BYTES + 1):
         number += 1
-        if len(line) > MAX_RECORD_BYTES:
-            _skip_line(file, line)
+        length = len(line)
+        if length > MAX_RECORD_BYTES:
+            length += _skip_line(file, line)
             yield Entry(
                 number, None, f"is longer than {MAX_RECORD_BYTES} bytes: no sample is; check the file"
             )
-            continue
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        if not line.isspace() and line:
-            yield _parsed_line(values, number, line)
+        elif not line.isspace():
+            yield from _read_line(values, number, line, offset)
+        offset += length
+
+
+def _read_line(values: _Values, number: int, line: bytes, offset: int) -> Iterator[Entry]:
+    text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+    if text and not text.isspace():
+        yield _parsed_line(values, number, text).at(offset + len(line) - len(text), len(text))
 
 
 def _parsed_line(values: _Values, number: int, line: bytes) -> Entry:
@@ -57,9 +72,18 @@ def _parsed_line(values: _Values, number: int, line: bytes) -> Entry:
         return Entry(number, None, reason)
 
 
-def _skip_line(file: IO[bytes], part: bytes) -> None:
+def _skip_line(file: IO[bytes], part: bytes) -> int:
+    """Read on to the end of the line; returns how many bytes that took."""
+    skipped = 0
     while part and not part.endswith(b"\n"):
         part = file.readline(_CHUNK_BYTES)
+        skipped += len(part)
+    return skipped
+
+
+def parse_line(data: bytes, number: int) -> Entry:
+    """The line that `iter_json_lines` found at an entry's place, once more."""
+    return _parsed_line(_Values(), number, data)
 
 
 # ---------------------------------------------------------------- JSON lists
@@ -90,6 +114,16 @@ def iter_json_list(file: IO[bytes]) -> Iterator[Entry]:
         window.at += 1
 
 
+def parse_item(data: bytes, number: int) -> Entry:
+    """The item that `iter_json_list` found at an entry's place, once more."""
+    text = data.decode("utf-8", "surrogateescape")
+    try:
+        entry, end = _Values().first(number, text, 0)
+    except (ValueError, RecursionError) as error:
+        return Entry(number, None, f"is not valid JSON ({error})")
+    return entry if end == len(text) else Entry(number, None, "is not one JSON value")
+
+
 def _instead_of_comma(found: str) -> str:
     if not found:
         return "the file ends before its list does; make it again"
@@ -103,6 +137,8 @@ class _Window:
         self.at = 0
         self._file = file
         self._text = ""
+        self._counted = 0
+        self._offset = 0
         self._ended = False
         # Bytes that are no text become lone surrogates, so that only the items that hold them are lost.
         self._decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
@@ -119,6 +155,7 @@ class _Window:
     def take(self, values: _Values, number: int) -> tuple[Entry, bool]:
         """Parse one item and go behind it; also whether there is a behind."""
         self.next_character()
+        start = self._byte_offset()
         while True:
             length = len(self._text) - self.at
             try:
@@ -133,17 +170,27 @@ class _Window:
             else:
                 if end < len(self._text) or self._ended:  # else a number might go on behind what was read
                     self.at = end
-                    return entry, True
+                    return entry.at(start, self._byte_offset() - start), True
             self._read_on()
+
+    def _byte_offset(self) -> int:
+        """Where `at` is in the file."""
+        part = self._text[self._counted : self.at]
+        self._offset += len(part) if part.isascii() else len(part.encode("utf-8", "surrogateescape"))
+        self._counted = self.at
+        return self._offset
 
     def _read_on(self) -> None:
         """Read at least as much again as is waiting, so that a long item is not parsed once per chunk."""
+        begins = not self._byte_offset() and not self._text
         waiting = self._text[self.at :]
         wanted = max(_CHUNK_BYTES, len(waiting))
         data = self._file.read(wanted)
         self._ended = len(data) < wanted
         self._text = waiting + self._decoder.decode(data, self._ended)
-        self.at = 0
+        self.at = self._counted = 0
+        if begins and data.startswith(codecs.BOM_UTF8):
+            self._offset = len(codecs.BOM_UTF8)  # which the decoder leaves out
 
 
 def _lost(number: int, why: str) -> Entry:

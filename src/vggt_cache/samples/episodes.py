@@ -34,21 +34,37 @@ def iter_episode(folder: str, on_problem: Callable[[Problem], None]) -> Iterator
     `record` has `episode` (the folder), `step` (the number in the image's name), `action` (upper case) and
     `sidecar` (the path that the step's descriptions have, if there are any).
     """
+    names, problems = list_steps(folder)
+    for problem in problems:
+        on_problem(problem)
+    for position in range(len(names)):
+        yield step_sample(folder, position, names.__getitem__)
 
+
+def list_steps(folder: str) -> tuple[list[str], list[Problem]]:
+    """The images of an episode in the order of their steps, and what is wrong with the folder."""
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
-        on_problem(_of(folder, f"cannot be listed ({error.strerror or error}): check its mode and its mount"))
-        return
+        reason = f"cannot be listed ({error.strerror or error}): check its mode and its mount"
+        return [], [_of(folder, reason)]
     steps = sorted(_Step.of(match) for name in names if (match := _STEP_IMAGE.fullmatch(name)))
-    for name in names:
-        if _ANY_STEP_IMAGE.fullmatch(name) and not _STEP_IMAGE.fullmatch(name):
-            on_problem(_of(folder, f"has an image {name!r} whose name gives no step and action: rename it"))
+    problems = [
+        _of(folder, f"has an image {name!r} whose name gives no step and action: rename it")
+        for name in names
+        if _ANY_STEP_IMAGE.fullmatch(name) and not _STEP_IMAGE.fullmatch(name)
+    ]
     if reason := _complaint(steps):
-        on_problem(_of(folder, reason))
-        return
-    for index, step in enumerate(steps):
-        yield _sample(folder, step, tuple([steps[at].name for at in padded_history_indexes(index)]))
+        return [], [*problems, _of(folder, reason)]
+    return [step.name for step in steps], problems
+
+
+def step_sample(folder: str, position: int, name_at: Callable[[int], str]) -> Sample:
+    """The sample at a position among the steps of an episode; `name_at` gives the image at a position."""
+    match = _STEP_IMAGE.fullmatch(name_at(position))
+    assert match is not None, "list_steps gives no other names"
+    frames = tuple([name_at(at) for at in padded_history_indexes(position)])
+    return _sample(folder, _Step.of(match), frames)
 
 
 def _of(folder: str, reason: str) -> Problem:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar, overload
 
+from vggt_cache.samples.ahead import map_ahead
 from vggt_cache.samples.paths import FileState, locate_frame
 from vggt_cache.samples.sample import Sample
 
@@ -26,7 +26,6 @@ _STATE = struct.Struct("<qqqQ")
 _MISSING = _STATE.pack(-1, 0, 0, 0)
 
 _T = TypeVar("_T")
-_R = TypeVar("_R")
 
 
 class FrameTable:
@@ -72,7 +71,7 @@ class FrameTable:
         frame_at: dict[str, dict[str, int]] = {}
         with ThreadPoolExecutor(max(1, threads)) as pool:
             parts = _parts(self._take_references(), _NAMES_PER_CALL)
-            for located in _ahead(pool, _locate_all, parts, max(1, threads) * _CALLS_AHEAD):
+            for located in map_ahead(pool, _locate_all, parts, max(1, threads) * _CALLS_AHEAD):
                 for path, state in located:
                     folder, _, name = path.rpartition("/")
                     frame = frame_at.setdefault(folder, {}).setdefault(name, len(paths))
@@ -166,16 +165,3 @@ def _parts(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
     iterator = iter(items)
     while part := list(islice(iterator, size)):
         yield part
-
-
-def _ahead(
-    pool: ThreadPoolExecutor, function: Callable[[_T], _R], items: Iterable[_T], ahead: int
-) -> Iterator[_R]:
-    """`map` in order with at most `ahead` calls under way: the executor's own would start all at once."""
-    waiting: deque[Future[_R]] = deque()
-    for item in items:
-        waiting.append(pool.submit(function, item))
-        if len(waiting) >= ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()

@@ -6,7 +6,13 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from vggt_cache.samples.annotations import Entry, iter_json_lines, iter_json_list
+from vggt_cache.samples.annotations import (
+    Entry,
+    iter_json_lines,
+    iter_json_list,
+    parse_item,
+    parse_line,
+)
 from vggt_cache.samples.episodes import iter_episode
 from vggt_cache.samples.paths import tidy
 from vggt_cache.samples.sample import (
@@ -28,27 +34,41 @@ def iter_samples(sources: Sources, *, on_problem: Callable[[Problem], None]) -> 
     """
     for problem in sources.problems:
         on_problem(problem)
-    for path in (*sources.jsonl_files, *sources.json_files):
-        yield from _iter_file(path, sources.root, on_problem)
+    for path in sources.files:
+        for _, sample in iter_file(path, sources.folder_of(path), on_problem):
+            yield sample
     for folder in sources.episode_dirs:
         yield from iter_episode(folder, on_problem)
 
 
-def _iter_file(path: str, root: str, on_problem: Callable[[Problem], None]) -> Iterator[Sample]:
-    bases = _Bases(root, path)
+def iter_file(
+    path: str, folder: str, on_problem: Callable[[Problem], None]
+) -> Iterator[tuple[Entry, Sample]]:
+    """The samples of one annotation file with their places; relative names belong below `folder`."""
+    bases = _Bases(folder, path)
     number = 0
     try:
         with open(path, "rb") as file:
-            entries = iter_json_lines(file) if path.lower().endswith(".jsonl") else iter_json_list(file)
+            entries = iter_json_lines(file) if _has_lines(path) else iter_json_list(file)
             for entry in entries:
                 number = entry.number
                 try:
-                    yield _sample(entry, path, bases)
+                    yield entry, _sample(entry, path, bases)
                 except UnusableSampleError as error:
                     on_problem(Problem(path=path, line=number, reason=str(error)))
     except OSError as error:
         reason = f"cannot be read ({error.strerror or error}), nor what follows: check its mode and its mount"
         on_problem(Problem(path=path, line=number + 1, reason=reason))
+
+
+def parse_sample(data: bytes, number: int, path: str, folder: str) -> Sample:
+    """The sample that `iter_file` found at an entry's place, once more. Raises UnusableSampleError."""
+    entry = parse_line(data, number) if _has_lines(path) else parse_item(data, number)
+    return _sample(entry, path, _Bases(folder, path))
+
+
+def _has_lines(path: str) -> bool:
+    return path.lower().endswith(".jsonl")
 
 
 def _sample(entry: Entry, path: str, bases: _Bases) -> Sample:

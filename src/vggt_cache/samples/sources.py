@@ -6,7 +6,7 @@ import io
 import os
 import stat
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -34,6 +34,17 @@ class Sources:
     episode_dirs: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()
     """Folders and files that could not be looked into."""
+    folders: Mapping[str, str] = field(default_factory=dict)
+    """For annotation files that were named one by one: where their relative names begin, if not at the root."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The annotation files in the order in which they are read."""
+        return (*self.jsonl_files, *self.json_files)
+
+    def folder_of(self, path: str) -> str:
+        """Below which folder the relative names of an annotation file are looked for first."""
+        return self.folders.get(path, self.root)
 
 
 def find_sources(data_root: str | os.PathLike[str]) -> Sources:
