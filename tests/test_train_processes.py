@@ -90,6 +90,15 @@ def test_a_rank_that_misses_alone_keeps_nobody_waiting(
     assert 1.0 in rates
 
 
+def test_ranks_that_fill_a_cache_find_each_others_features_in_the_next_epoch(
+    kit: Kit, tmp_path: Path
+) -> None:
+    filling = ["--vggt_cache_dir", tmp_path / "cache", "--vggt_cache_miss", "fill", "--num_train_epochs", 2]
+    found = train(kit, tmp_path / "out", *filling, config=None, cached=False)
+    # One sample fewer on a rank's first step of the second epoch would be a rank that did not wait.
+    assert [entry["cache_hit_rate"] for entry in found] == [0.0] * 16 + [1.0] * 16
+
+
 def test_with_error_all_ranks_stop_with_the_same_sentence(kit: Kit, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(kit.data, data)
@@ -110,7 +119,8 @@ def test_with_error_all_ranks_stop_with_the_same_sentence(kit: Kit, tmp_path: Pa
 
 
 def test_a_killed_run_under_zero_3_goes_on_as_if_it_had_not_been(kit: Kit, tmp_path: Path) -> None:
-    more = ["--save_strategy", "steps", "--save_steps", 2, "--max_steps", 6]
+    # Sixteen steps are an epoch: it goes on in the second one, whose order of samples is another.
+    more = ["--save_strategy", "steps", "--save_steps", 18, "--max_steps", 20]
     whole = train(kit, tmp_path / "whole", *more, config="zero3.json")
     flags = kit.flags(
         tmp_path / "killed",
@@ -122,13 +132,13 @@ def test_a_killed_run_under_zero_3_goes_on_as_if_it_had_not_been(kit: Kit, tmp_p
     )
     process = start(flags, log=tmp_path / "first.log")
     wanted = [
-        tmp_path / "killed" / "checkpoint-4" / name for name in ("rng_state_1.pth", "trainer_state.json")
+        tmp_path / "killed" / "checkpoint-18" / name for name in ("rng_state_1.pth", "trainer_state.json")
     ]
     while not all(path.exists() for path in wanted):
         assert process.poll() is None, (tmp_path / "first.log").read_text()[-3000:]
         time.sleep(0.02)
     _kill_all(process)
-    shutil.rmtree(tmp_path / "killed" / "checkpoint-6", ignore_errors=True)
+    shutil.rmtree(tmp_path / "killed" / "checkpoint-20", ignore_errors=True)
     resumed = train(kit, tmp_path / "killed", *more, config="zero3.json")
     assert "Resuming from" in (tmp_path / "killed" / "log").read_text()
     assert largest_difference(whole, resumed) == 0.0
