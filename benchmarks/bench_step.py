@@ -102,7 +102,6 @@ class Bench:
             index,
             AutoTokenizer.from_pretrained(qwen),
             spec=self.spec,
-            cache=None,
             options=DataOptions(model_dir=str(qwen), min_pixels=784),
         )
         full = [at for at in range(len(index)) if index.frame_counts[at] == 9]
@@ -110,7 +109,11 @@ class Bench:
         size = self.arguments.batch_size
         chosen = [full[(7 * at) % len(full)] for at in range(size * self.arguments.batches)]
         groups = [chosen[at : at + size] for at in range(0, len(chosen), size)]
-        return [collate([dataset[at] for at in group]) for group in groups]
+        batches = [collate([dataset[at] for at in group]) for group in groups]
+        for batch in batches:
+            frames = [request.frames for request in batch["feature_requests"]]
+            batch["pixel_values"] = torch.cat([dataset.pixels.values(one) for one in frames])
+        return batches
 
     def _fill(self, cache_dir: Path) -> list[Features]:
         """Store every feature; returns them, per batch, on the device."""
@@ -197,7 +200,6 @@ class Bench:
 
 
 def _published(encoder: Encoder, request: FeatureRequest) -> torch.Tensor:
-    assert request.frames is not None
     return one_by_one(encoder, list(range(len(request.frames))), request.frames).bfloat16()
 
 

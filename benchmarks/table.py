@@ -27,6 +27,9 @@ TEXTS = {
         "planning": "a second, unchanged run, {samples} samples, {images} images",
         "planning_value": "**{seconds} s**, {memory} MB, {opened} images opened",
         "planning_limit": "{parse} s to parse the JSON, {stat} s to stat the images",
+        "step": "training step from the cache ({size} models, {tokens} tokens, 9 frames)",
+        "step_value": "{cached} s, **{over} x** the step with its features in memory",
+        "step_limit": "{resident} s with features in memory; live {live} s, as published {reference} s (**{speedup} x**)",
         "encoder": "encoder ({size}, {dtype}), {context}, {width} wide",
         "encoder_value": "{frames} passes/s, **{share} %** of the peak",
         "encoder_limit": "{peak} TFLOP/s: the largest matrix product",
@@ -42,6 +45,9 @@ TEXTS = {
         "planning": "第二次、未改动的运行，{samples} 个样本，{images} 张图像",
         "planning_value": "**{seconds} s**，{memory} MB，打开 {opened} 张图像",
         "planning_limit": "解析 JSON {parse} s，stat 图像 {stat} s",
+        "step": "用缓存训练一步（{size} 模型，{tokens} 个 token，9 帧）",
+        "step_value": "{cached} s，是特征已在内存时的 **{over} 倍**",
+        "step_limit": "特征已在内存 {resident} s；实时计算 {live} s，原始方式 {reference} s（**{speedup} 倍**）",
         "encoder": "编码器（{size}，{dtype}），{context}，宽 {width}",
         "encoder_value": "{frames} 次前向/s，峰值的 **{share} %**",
         "encoder_limit": "{peak} TFLOP/s：最大的矩阵乘法",
@@ -95,6 +101,15 @@ def _values(theme: str, figures: dict[str, Any], settings: dict[str, Any]) -> It
             "opened": run["opened"]["images"],
             "parse": f"{limits['json_parse_s']:.2f}",
             "stat": f"{limits['stat_s']:.2f}",
+        }
+    elif theme == "step":
+        seconds = figures["seconds_per_step"]
+        yield {
+            "size": settings["size"],
+            "tokens": figures["tokens"],
+            **{way: f"{seconds[way]:.3f}" for way in seconds},
+            "over": f"{figures['cached_over_resident']:.3f}",
+            "speedup": f"{figures['reference_over_cached']:.1f}",
         }
     elif theme == "encoder":
         for width in settings["widths"]:

@@ -72,7 +72,8 @@ def decoded(path: Path) -> torch.Tensor:
 
 
 def test_a_sample_holds_its_tokens_and_the_pixels_of_the_frames_that_vggt_sees(root: Path) -> None:
-    item = make_dataset(root)[0]
+    dataset = make_dataset(root)
+    item = dataset[0]
     assert text_of(item["input_ids"]) == (
         f"{SYSTEM}<|im_start|>user\n{IMAGE}{IMAGE}Now:{IMAGE} Go.<|im_end|>\n".replace(
             f"{IMAGE}Now", f"{IMAGE}Now"
@@ -85,7 +86,7 @@ def test_a_sample_holds_its_tokens_and_the_pixels_of_the_frames_that_vggt_sees(r
     processor = AutoImageProcessor.from_pretrained(tiny_qwen())
     shown = [decoded(root / f"{number}.png")[:28].numpy() for number in range(3)]
     expected = processor(shown, input_data_format="channels_last", return_tensors="pt")
-    assert torch.equal(item["pixel_values"], expected["pixel_values"])
+    assert torch.equal(dataset.pixels.values(item["feature_request"].frames), expected["pixel_values"])
     assert torch.equal(item["image_grid_thw"], expected["image_grid_thw"])
     assert not {"loss_weights", "action_label", "action_position"} & set(item)
 
@@ -101,19 +102,8 @@ def test_the_key_is_the_caches_own_for_the_same_frames(root: Path, tmp_path: Pat
     assert request.digests == tuple(frame_digest(path.read_bytes()) for path in used)
     assert request.grid == (3, 4)
     assert request.index == 0
-    assert torch.equal(request.frames, torch.stack([decoded(path) for path in used]))
-
-
-@pytest.mark.parametrize("spec", [SPEC, CAUSAL], ids=["frame", "causal"])
-def test_frames_travel_only_where_the_cache_has_not_the_feature(
-    root: Path, tmp_path: Path, spec: FeatureSpec
-) -> None:
-    paths = [root / f"{number}.png" for number in range(3)]
-    with cache_of(tmp_path / "cache", spec, [paths]) as cache:
-        dataset = make_dataset(root, spec, cache)
-        assert dataset[0]["feature_request"].frames is None
-        # The last frame alone is the same feature in frame context, another one in causal context.
-        assert (dataset[1]["feature_request"].frames is None) == (spec is SPEC)
+    assert torch.equal(request.frames, torch.stack([decoded(path) for path in paths]))
+    assert torch.equal(request.frames_used, torch.stack([decoded(path) for path in used]))
 
 
 def test_a_sample_of_text_alone_has_no_images(root: Path) -> None:
@@ -131,13 +121,11 @@ def test_a_file_is_read_once_for_pixels_and_digest_however_often_it_is_named(
     read: list[str] = []
     real = frames_module.read_frame
     monkeypatch.setattr(frames_module, "read_frame", lambda path: read.append(str(path)) or real(path))
-    item = make_dataset(root, CAUSAL)[0]
+    request = make_dataset(root, CAUSAL)[0]["feature_request"]
     assert read == [str(root / "0.png"), str(root / "1.png")]
-    assert item["feature_request"].frames.shape[0] == 4
-    parts = item["pixel_values"].chunk(4)
-    assert torch.equal(parts[0], parts[1])
-    assert torch.equal(parts[0], parts[2])
-    assert not torch.equal(parts[0], parts[3])
+    assert torch.equal(
+        request.frames, torch.stack([decoded(root / f"{number}.png") for number in (0, 0, 0, 1)])
+    )
 
 
 def test_a_step_of_an_episode_folder_is_a_structured_sample(tmp_path: Path) -> None:
@@ -289,7 +277,7 @@ def test_a_directory_without_a_model_is_refused(root: Path, tmp_path: Path) -> N
             (tmp_path / "config.json").write_text(content)
         options = DataOptions(model_dir=str(tmp_path))
         with pytest.raises(SettingsError, match=r"config\.json that can be read|holds a llama"):
-            NavigationDataset(index, tiny_tokenizer(), spec=SPEC, cache=None, options=options)
+            NavigationDataset(index, tiny_tokenizer(), spec=SPEC, options=options)
 
 
 # ---------------------------------------------------------------- workers
@@ -315,13 +303,12 @@ def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_workers_make_the_same_samples(root: Path, tmp_path: Path, method: str) -> None:
-    with cache_of(tmp_path / "cache", CAUSAL, [[root / "2.png"]]) as cache:
-        dataset = make_dataset(root, CAUSAL, cache)
-        loader = DataLoader(dataset, num_workers=2, multiprocessing_context=method, collate_fn=only)
-        for at, item in enumerate(loader):
-            assert same(item, dataset[at])
-        assert at == 2
+def test_workers_make_the_same_samples(root: Path, method: str) -> None:
+    dataset = make_dataset(root, CAUSAL)
+    loader = DataLoader(dataset, num_workers=2, multiprocessing_context=method, collate_fn=only)
+    for at, item in enumerate(loader):
+        assert same(item, dataset[at])
+    assert at == 2
 
 
 def test_a_workers_error_keeps_its_class_and_its_sentence(root: Path) -> None:

@@ -327,5 +327,9 @@ def test_coverage_is_known_without_opening_an_image(
     coverage = measure_coverage(find_sources(str(data)), cache)
     assert (coverage.total, coverage.present) == (4, 3)
     assert coverage.missing + coverage.unknown == 1
+    for shard in (tmp_path / "cache").rglob("*.safetensors"):
+        shard.unlink()
+    lost = measure_coverage(find_sources(str(data)), FeatureCache.open(tmp_path / "cache"))
+    assert (lost.total, lost.present, lost.missing) == (4, 0, 4 - coverage.unknown)
     whole = dataclasses.replace(coverage, present=4, unknown=0)
     assert whole.sentence("image") == "Coverage of this data set: 4/4 images are in the cache (100.0 %)"

@@ -19,7 +19,6 @@ from qwen_vl.demo.tiny_qwen import write_tiny_qwen
 from small_data import write_image
 from store_kit import make_spec
 from vggt_cache.identity import FeatureSpec
-from vggt_cache.store import FeatureCache
 
 SPEC = make_spec(image_size=56)
 """64x48 images become grids of 3 x 4 patches, of which Qwen sees 2 x 4: two tokens."""
@@ -59,12 +58,10 @@ def write_records(root: Path, records: Sequence[dict[str, Any]], name: str = "tr
     return path
 
 
-def make_dataset(
-    root: Path, spec: FeatureSpec = SPEC, feature_cache: FeatureCache | None = None, **options: Any
-) -> NavigationDataset:
+def make_dataset(root: Path, spec: FeatureSpec = SPEC, **options: Any) -> NavigationDataset:
     index = SampleIndex.build(sources_of(str(root), None, None), on_problem=_fail)
     settings = DataOptions(model_dir=str(tiny_qwen()), **options)
-    return NavigationDataset(index, tiny_tokenizer(), spec=spec, cache=feature_cache, options=settings)
+    return NavigationDataset(index, tiny_tokenizer(), spec=spec, options=settings)
 
 
 def _fail(problem: object) -> None:

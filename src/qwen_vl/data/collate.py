@@ -84,7 +84,6 @@ def _images(items: Sequence[Item]) -> Batch:
     if not shown:
         return {}
     return {
-        "pixel_values": torch.cat([item["pixel_values"] for item in shown]),
         "image_grid_thw": torch.cat([item["image_grid_thw"] for item in shown]),
         "images_per_sample": [len(item["image_grid_thw"]) for item in shown],
         "feature_requests": [item["feature_request"] for item in shown],

@@ -21,7 +21,6 @@ from qwen_vl.data.turns import Dialogue, check_dialogue
 from vggt_cache.errors import DataError, SettingsError
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.samples import Sample, SampleIndex
-from vggt_cache.store import FeatureCache
 
 Item = dict[str, Any]
 
@@ -31,9 +30,8 @@ class NavigationDataset(Dataset[Item]):
 
     input_ids, labels   int64 [L]
     position_ids        int64 [3, L]
-    pixel_values        float32 [patches, 3*2*14*14]   these three only where the sample has images
-    image_grid_thw      int64 [images, 3]
-    feature_request     FeatureRequest
+    image_grid_thw      int64 [images, 3]   these two only where the sample has images
+    feature_request     FeatureRequest, which carries the frames; `pixels` makes the model's pixel_values of them
     action_label, action_position   int, with `action_head`: class 0..3 or -100; the last token of the prompt
     loss_weights        float32 [L], where a section weight of the options is not 1
 
@@ -47,17 +45,15 @@ class NavigationDataset(Dataset[Item]):
         tokenizer: Any,
         *,
         spec: FeatureSpec,
-        cache: FeatureCache | None,
         options: DataOptions,
     ) -> None:
         """Raises SettingsError for a model directory that cannot be used."""
         self.index = index
         self.spec = spec
-        self.cache = cache
         self.options = options
         self._chat = ChatEncoder(tokenizer)
         self._positions = RopePositions(_config(options.model_dir))
-        self._pixels = QwenPixels.read(
+        self.pixels = QwenPixels.read(
             options.model_dir, min_pixels=options.min_pixels, max_pixels=options.max_pixels
         )
 
@@ -87,15 +83,14 @@ class NavigationDataset(Dataset[Item]):
         self._check_history(sample)
         check_dialogue(dialogue, len(sample.frames))
         frames = load_frames(sample, self.spec.preprocessing)
-        grids = [self._pixels.grid(frame.pixels) for frame in frames]
-        tokens = self._chat.encode(dialogue, [self._pixels.image_tokens(grid) for grid in grids])
+        grids = [self.pixels.grid(frame.pixels) for frame in frames]
+        tokens = self._chat.encode(dialogue, [self.pixels.image_tokens(grid) for grid in grids])
         self._check_length(len(tokens.input_ids), len(frames))
         thw = torch.tensor([(1, h, w) for h, w in grids]) if grids else None
         item = self._text(tokens, dialogue, thw)
         if thw is not None:
-            item["pixel_values"] = self._pixels.values([frame.pixels for frame in frames])
             item["image_grid_thw"] = thw
-            item["feature_request"] = request_feature(at, frames, self.spec, self.cache)
+            item["feature_request"] = request_feature(at, frames, self.spec)
         return item
 
     def _dialogue(self, sample: Sample) -> Dialogue:

@@ -15,7 +15,6 @@ from vggt_cache.errors import FrameError
 from vggt_cache.frames import decode_frame, read_frame
 from vggt_cache.identity import PATCH_SIZE, FeatureSpec, Preprocessing, feature_key, frame_digest
 from vggt_cache.samples import Sample, locate_frame
-from vggt_cache.store import FeatureCache
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,19 +66,14 @@ def _load(path: str, preprocessing: Preprocessing) -> Frame:
         raise UnfitSampleError(f"needs a frame that cannot be used: {path}: {error}") from error
 
 
-def request_feature(
-    index: int, frames: Sequence[Frame], spec: FeatureSpec, cache: FeatureCache | None
-) -> FeatureRequest:
+def request_feature(index: int, frames: Sequence[Frame], spec: FeatureSpec) -> FeatureRequest:
     """What the training process needs to find, or to compute, the feature of a sample's frames."""
     used = frames[-1:] if spec.context == "frame" else frames
     digests = tuple(frame.digest for frame in used)
-    key = feature_key(spec, digests)
-    missing = cache is None or key not in cache
     return FeatureRequest(
         index=index,
-        key=key,
+        key=feature_key(spec, digests),
         paths=tuple(frame.path for frame in used),
         digests=digests,
-        grid=used[-1].grid,
-        frames=torch.from_numpy(np.stack([frame.pixels for frame in used])) if missing else None,
+        frames=torch.from_numpy(np.stack([frame.pixels for frame in frames])),
     )

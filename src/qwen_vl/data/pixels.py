@@ -24,7 +24,7 @@ Grid = tuple[int, int]
 
 
 class QwenPixels:
-    """What transformers' Qwen2VLImageProcessor makes of images that it need not resize, but two to three times as fast.
+    """What transformers' Qwen2VLImageProcessor makes of images that it need not resize, on any device.
 
     The processor is asked once what it makes of each of the 256 values of a channel; after that, rescaling and
     normalising are a table. So mean, std and rounding are the processor's own.
@@ -67,49 +67,39 @@ class QwenPixels:
         patches = frame.shape[0] // PATCH_SIZE, frame.shape[1] // PATCH_SIZE
         if complaint := self._limits.complaint(patches):
             raise UnfitSampleError(f"does not suit the model: {complaint}")
-        h, w = (side - side % self.merge_size for side in patches)
-        return h, w
+        return self._even(frame.shape)
 
     def image_tokens(self, grid: Grid) -> int:
         """Tokens that an image of this even grid takes in the prompt."""
         return grid[0] * grid[1] // self.merge_size**2
 
-    def values(self, frames: Sequence[Pixels]) -> Tensor:
-        """float32 [patches of all frames, 3*2*14*14] of frames uint8 [H, W, 3] of one size, in Qwen's patch order.
+    def values(self, frames: Tensor) -> Tensor:
+        """float32 [patches of all frames, 3*2*14*14] of frames uint8 [n, H, W, 3], in Qwen's patch order.
 
-        A frame that is the same object as an earlier one is copied.
+        Computed on the frames' device.
         """
-        h, w = self.grid(frames[0])
-        shape = len(frames), h * w, _CHANNELS, self._repeats, PATCH_SIZE * PATCH_SIZE
-        values = np.empty(shape, np.float32)
-        done: dict[int, int] = {}
-        for number, frame in enumerate(frames):
-            earlier = done.setdefault(id(frame), number)
-            if earlier == number:
-                self._fill(values[number], frame, (h, w))
-            else:
-                values[number] = values[earlier]
-        return torch.from_numpy(values.reshape(len(frames) * h * w, -1))
+        patches = self._patches(frames)
+        if self._table.device != frames.device:
+            self._table = self._table.to(frames.device)
+        channels = torch.arange(_CHANNELS, device=frames.device)[:, None]
+        values = self._table[channels, patches.int()]
+        return values[:, :, None].expand(-1, -1, self._repeats, -1).reshape(len(patches), -1)
 
-    def _fill(self, values: npt.NDArray[np.float32], frame: Pixels, grid: Grid) -> None:
-        """values: [patches, 3, 2, 14*14]"""
-        patches = self._patches(frame, grid)
-        for channel in range(_CHANNELS):
-            values[:, channel, 0] = self._table[channel][patches[:, channel]]
-        values[:, :, 1:] = values[:, :, :1]
-
-    def _patches(self, frame: Pixels, grid: Grid) -> Pixels:
+    def _patches(self, frames: Tensor) -> Tensor:
         """uint8 [patches, 3, 14*14]: groups of 2x2 patches row by row, inside a group row by row."""
-        (h, w), m, p = grid, self.merge_size, PATCH_SIZE
-        cut = frame[: h * p, : w * p].reshape(h // m, m, p, w // m, m, p, _CHANNELS)
-        patches: Pixels = cut.transpose(0, 3, 1, 4, 6, 2, 5).reshape(h * w, _CHANNELS, p * p)
-        return patches
+        (h, w), m, p = self._even(frames.shape[1:]), self.merge_size, PATCH_SIZE
+        cut = frames[:, : h * p, : w * p].reshape(len(frames), h // m, m, p, w // m, m, p, _CHANNELS)
+        return cut.permute(0, 1, 4, 2, 5, 7, 3, 6).reshape(-1, _CHANNELS, p * p)
+
+    def _even(self, size: Sequence[int]) -> Grid:
+        h, w = (side // PATCH_SIZE // self.merge_size * self.merge_size for side in size[:2])
+        return h, w
 
 
-def _values_of_levels(processor: Any) -> npt.NDArray[np.float32]:
+def _values_of_levels(processor: Any) -> Tensor:
     """float32 [3, 256]: what the processor makes of each value that a channel of a pixel can have."""
     side = PATCH_SIZE * processor.merge_size
     images = [np.full((side, side, _CHANNELS), level, np.uint8) for level in range(_LEVELS)]
     made = processor(images, do_resize=False, input_data_format="channels_last", return_tensors="pt")
-    values = made["pixel_values"].float().numpy().reshape(_LEVELS, processor.merge_size**2, _CHANNELS, -1)
-    return np.ascontiguousarray(values[:, 0, :, 0].T)
+    values: Tensor = made["pixel_values"].float().reshape(_LEVELS, processor.merge_size**2, _CHANNELS, -1)
+    return values[:, 0, :, 0].T.contiguous()

@@ -13,9 +13,8 @@ import torch
 from qwen_vl.features.request import FeatureRequest
 from vggt_cache.encoder import Encoder
 from vggt_cache.encoder.checkpoint import Checkpoint
-from vggt_cache.errors import CheckpointError, DataError, SettingsError
-from vggt_cache.frames import decode_frame, read_frame
-from vggt_cache.identity import FeatureSpec, frame_digest
+from vggt_cache.errors import CheckpointError, SettingsError
+from vggt_cache.identity import FeatureSpec
 from vggt_cache.precompute.encode import BatchEncoder, Encoded, Pixels
 
 BATCH_SIZE = 8
@@ -41,8 +40,7 @@ class LiveEncoder:
     def encode(self, requests: Sequence[FeatureRequest]) -> list[torch.Tensor]:
         """The features [h, w, C] of these requests, in the dtype of storage, on the device.
 
-        Raises CheckpointError and SettingsError where there is no such encoder, DataError where an image is no
-        longer what the request was made from.
+        Raises CheckpointError and SettingsError where there is no such encoder.
         """
         encoder = self._loaded()
         features: list[torch.Tensor] = [torch.empty(0)] * len(requests)
@@ -53,16 +51,15 @@ class LiveEncoder:
         return features
 
     def _batches(self, encoder: BatchEncoder, requests: Sequence[FeatureRequest]) -> Iterator[Encoded]:
-        pixels = [_pixels(request, self._spec) for request in requests]
         if self._spec.context == "frame":
-            return encoder.frames([frames[-1].numpy() for frames in pixels])
+            return encoder.frames([request.frames_used[-1].numpy() for request in requests])
         # Equal frames get one number, so that lists of the batch share their common beginnings.
         numbers: dict[bytes, int] = {}
         images: dict[int, Pixels] = {}
         lists: list[list[int]] = []
-        for request, frames in zip(requests, pixels, strict=True):
+        for request in requests:
             lists.append([numbers.setdefault(digest, len(numbers)) for digest in request.digests])
-            images.update(zip(lists[-1], (frame.numpy() for frame in frames), strict=True))
+            images.update(zip(lists[-1], (frame.numpy() for frame in request.frames_used), strict=True))
         return encoder.lists(lists, images)
 
     def _loaded(self) -> BatchEncoder:
@@ -91,19 +88,3 @@ def check_weights(checkpoint: Checkpoint, spec: FeatureSpec) -> None:
             f"{spec.encoder.weights_digest[:16]}), so features computed now would not go with those in the cache: "
             "give the same VGGT, or precompute into a new directory"
         )
-
-
-def _pixels(request: FeatureRequest, spec: FeatureSpec) -> torch.Tensor:
-    """uint8 [n, H, W, 3]: as the worker decoded them, or read again where it had no reason to send them."""
-    if request.frames is not None:
-        return request.frames
-    images = []
-    for path, digest in zip(request.paths, request.digests, strict=True):
-        data = read_frame(path)
-        if frame_digest(data) != digest:
-            raise DataError(
-                f"{path} changed while it was being trained on, so its feature is not known any more: leave the "
-                "images alone while a training runs, and start again"
-            )
-        images.append(torch.from_numpy(decode_frame(data, spec.preprocessing)))
-    return torch.stack(images)

@@ -61,7 +61,7 @@ class TrainingRun:
         if cache is not None:
             self._tell_coverage(sources, cache)
         tokenizer = self._tokenizer()
-        dataset = NavigationDataset(index, tokenizer, spec=spec, cache=cache, options=self._data_options())
+        dataset = NavigationDataset(index, tokenizer, spec=spec, options=self._data_options())
         model = self._model(spec)
         source = self._source(spec, cache)
         try:
@@ -208,6 +208,7 @@ class TrainingRun:
             train_dataset=dataset,
             data_collator=collator,
             source=source,
+            pixels=dataset.pixels,
             companions=self._companions(),
         )
         fills = self.features.vggt_cache_miss == "fill"

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerState
 
+from qwen_vl.data.pixels import QwenPixels
 from qwen_vl.features.source import FeatureSource
 from qwen_vl.train.arguments import TrainingArguments
 from qwen_vl.train.checkpoints import load_weights
@@ -23,16 +24,22 @@ Batch = dict[str, Any]
 
 
 class FeatureTrainer(Trainer):
-    """A Trainer whose batches carry `feature_requests`, which become `spatial_features` before the model sees them."""
+    """A Trainer whose batches carry `feature_requests`: before the model sees them, they become images and features."""
 
     args: TrainingArguments
 
     def __init__(
-        self, *args: Any, source: FeatureSource, companions: Sequence[str] = (), **kwargs: Any
+        self,
+        *args: Any,
+        source: FeatureSource,
+        pixels: QwenPixels,
+        companions: Sequence[str] = (),
+        **kwargs: Any,
     ) -> None:
         """`companions`: files that are copied beside every saved model, so that it can be used alone."""
         super().__init__(*args, **kwargs)
         self.source = source
+        self.pixels = pixels
         self.companions = companions
         self.order = EpochOrder(0, seed=0)
         self.speed = Speed()
@@ -53,9 +60,11 @@ class FeatureTrainer(Trainer):
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         requests = inputs.get("feature_requests")
-        if requests:
-            inputs = {**inputs, "spatial_features": self.source.take(requests)}
         inputs = {name: value for name, value in inputs.items() if name != "feature_requests"}
+        if requests:
+            frames = [request.frames.to(self.args.device, non_blocking=True) for request in requests]
+            inputs["pixel_values"] = torch.cat([self.pixels.values(frame) for frame in frames])
+            inputs["spatial_features"] = self.source.take(requests)
         prepared: Batch = super()._prepare_inputs(inputs)
         return prepared
 
