@@ -132,6 +132,14 @@ def test_a_flag_that_contradicts_the_cache_is_refused(
     assert "--image_size 70 (the cache: 56)" in sentence
 
 
+def test_a_directory_without_a_model_is_refused(
+    kit: Kit, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = kit.flags(tmp_path / "out", "--max_steps", 1)
+    flags[flags.index("--model_name_or_path") + 1] = str(tmp_path)
+    assert f"--model_name_or_path {tmp_path} has no tokenizer" in refusal(capfd, flags)
+
+
 def test_a_model_trained_with_another_context_is_refused(
     kit: Kit, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -160,20 +160,33 @@ class TrainingArguments(transformers.TrainingArguments):
     def __post_init__(self) -> None:
         self.remove_unused_columns = False  # the collator needs fields that the model does not take
         super().__post_init__()  # type: ignore[no-untyped-call]
-        if self.group_by_modality_length and self.train_sampling_strategy != "random":
-            raise SettingsError(
-                f"--group_by_modality_length and --train_sampling_strategy {self.train_sampling_strategy} both set the "
-                "order of samples: give one of them"
-            )
-        if self.do_eval or self.load_best_model_at_end:
-            raise SettingsError(
-                "--eval_strategy, --do_eval and --load_best_model_at_end need an evaluation data set, and there is "
-                "none: a navigation model is evaluated in the simulator; leave them out"
-            )
+        for flag, given, reason in self._without_effect():
+            if given:
+                raise SettingsError(f"--{flag}: {reason}")
         for name in ("mm_projector_lr", "vision_tower_lr"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise SettingsError(f"--{name} {value} is negative: give a learning rate, or leave it out")
+
+    def _without_effect(self) -> list[tuple[str, bool, str]]:
+        """Flags of transformers that would do nothing here, or undo something: name, whether given, why not."""
+        no_evaluation = (
+            "there is no evaluation data set, a navigation model is evaluated in the simulator: leave it out"
+        )
+        return [
+            ("eval_strategy", bool(self.do_eval), no_evaluation),
+            ("do_predict", bool(self.do_predict), no_evaluation),
+            (
+                f"train_sampling_strategy {self.train_sampling_strategy}",
+                self.train_sampling_strategy != "random",
+                "samples come in random order, or by length with --group_by_modality_length True: leave it out",
+            ),
+            (
+                f"label_smoothing_factor {self.label_smoothing_factor}",
+                bool(self.label_smoothing_factor),
+                "it would replace the model's own loss, with its weights of lines and actions: leave it out",
+            ),
+        ]
 
 
 OLD_SPELLINGS = {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps"}

@@ -31,7 +31,7 @@ from qwen_vl.train.checkpoints import checkpoint_to_resume
 from qwen_vl.train.learning_rates import freeze
 from qwen_vl.train.ranks import Ranks
 from qwen_vl.train.trainer import EpochCallback, FeatureTrainer
-from vggt_cache.errors import DataError
+from vggt_cache.errors import DataError, SettingsError
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.samples import Problem, Sources
 from vggt_cache.store import FeatureCache
@@ -158,12 +158,19 @@ class TrainingRun:
         )
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            self.model_arguments.model_name_or_path,
-            cache_dir=self.training.cache_dir,
-            model_max_length=self.training.model_max_length,
-            padding_side="right",
-        )
+        path = self.model_arguments.model_name_or_path
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                path,
+                cache_dir=self.training.cache_dir,
+                model_max_length=self.training.model_max_length,
+                padding_side="right",
+            )
+        except (OSError, ValueError) as error:
+            raise SettingsError(
+                f"--model_name_or_path {path} has no tokenizer that can be read "
+                f"({' '.join(str(error).split())[:200]}): give the whole directory of a Qwen2.5-VL or JanusVLN model"
+            ) from error
         return tokenizer
 
     # ------------------------------------------------------------ model
