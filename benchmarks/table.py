@@ -29,7 +29,7 @@ TEXTS = {
         "planning_limit": "{parse} s to parse the JSON, {stat} s to stat the images",
         "step": "training step from the cache ({size} models, {tokens} tokens, 9 frames)",
         "step_value": "{cached} s, **{over} x** the step with its features in memory",
-        "step_limit": "{resident} s with features in memory; live {live} s, as published {reference} s (**{speedup} x**)",
+        "step_limit": "{resident} s: features in memory; live {live} s, as published {reference} s (**{speedup} x**)",
         "encoder": "encoder ({size}, {dtype}), {context}, {width} wide",
         "encoder_value": "{frames} passes/s, **{share} %** of the peak",
         "encoder_limit": "{peak} TFLOP/s: the largest matrix product",
