@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
+from qwen_vl.features.coverage import measure_coverage
 from qwen_vl.train.train_vln import main
 from small_data import write_image
 from train_kit import Kit, largest_difference, logged, write_kit
+from vggt_cache.samples import find_sources
 from vggt_cache.store import FeatureCache
 
 STEPS = 30
@@ -206,6 +208,8 @@ def test_the_first_epoch_fills_the_cache_and_the_second_reads_it(
     assert [entry["cache_hit_rate"] for entry in filled] == [0.0] * 16 + [1.0] * 16
     with FeatureCache.open(tmp_path / "cache") as cache:
         assert len(cache) == 32
+        coverage = measure_coverage(find_sources(str(kit.data)), cache)
+    assert (coverage.present, coverage.unknown) == (32, 0)
 
 
 # ---------------------------------------------------------------- resuming
@@ -230,10 +234,28 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(kit: Kit, tmp_path:
     assert largest_difference(whole, resumed) == 0.0
 
 
+def test_a_finished_run_that_is_started_again_is_left_as_it_is(
+    kit: Kit, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = kit.flags(tmp_path, "--save_strategy", "steps", "--save_steps", 2, "--max_steps", 4)
+    assert main(flags) == 0
+    before = logged(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert main(flags) == 0
+    assert f"[SUCCESS] Nothing is left to train: {tmp_path / 'checkpoint-4'}" in capfd.readouterr().out
+    assert logged(tmp_path) == before
+    assert (tmp_path / "model.safetensors").exists()
+
+
 def _kill_when(path: Path, flags: list[str]) -> None:
     command = [sys.executable, "-m", "qwen_vl.train.train_vln", *flags]
+    # As many threads as in this process: sums are rounded in the order in which threads share them.
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     try:
         while not path.exists():

@@ -13,7 +13,7 @@ from torch import nn
 from qwen_vl.features.coverage import measure_coverage
 from qwen_vl.features.resolve import WantedFeatures, check_trained_with, open_cache, summary
 from qwen_vl.train.arguments import MEANINGLESS, parse_arguments
-from qwen_vl.train.checkpoints import checkpoint_to_resume
+from qwen_vl.train.checkpoints import Maker, checkpoint_to_resume
 from qwen_vl.train.learning_rates import freeze, parameter_groups, part_of
 from qwen_vl.train.order import EpochOrder, LengthGroupedOrder
 from qwen_vl.train.ranks import Ranks
@@ -282,21 +282,40 @@ class TestResuming:
         self.make(tmp_path, 200, state='{"torn')
         self.make(tmp_path, 300)
         (tmp_path / "checkpoint-300" / "rng_state.pth").unlink()
-        assert checkpoint_to_resume(str(tmp_path), alone()) == str(tmp_path / "checkpoint-100")
+        assert checkpoint_to_resume(str(tmp_path), ALONE, alone()) == str(tmp_path / "checkpoint-100")
 
     def test_without_one_training_begins(self, tmp_path: Path) -> None:
-        assert checkpoint_to_resume(str(tmp_path), alone()) is None
+        assert checkpoint_to_resume(str(tmp_path), ALONE, alone()) is None
 
     def test_ranks_take_what_all_of_them_have(self, tmp_path: Path) -> None:
         self.make(tmp_path, 5, ranks=2)
         self.make(tmp_path, 10, ranks=2)
         other = json.dumps({"host": "b", "steps": [5]})
-        assert checkpoint_to_resume(str(tmp_path), _Answers(other)) == str(tmp_path / "checkpoint-5")
+        assert checkpoint_to_resume(str(tmp_path), ALONE, _Answers(other)) == str(tmp_path / "checkpoint-5")
 
     def test_a_node_that_sees_none_is_told(self, tmp_path: Path) -> None:
         self.make(tmp_path, 5, ranks=2)
         with pytest.raises(DataError, match="none that is complete on b: to resume, all nodes must share"):
-            checkpoint_to_resume(str(tmp_path), _Answers(json.dumps({"host": "b", "steps": []})))
+            checkpoint_to_resume(str(tmp_path), ALONE, _Answers(json.dumps({"host": "b", "steps": []})))
+
+    @pytest.mark.parametrize(
+        ("now", "words"),
+        [
+            (
+                Maker(world_size=1, zero_stage=3),
+                "was written by 2 processes with ZeRO-3, and this run has 1 process",
+            ),
+            (Maker(world_size=2, zero_stage=2), "and this run has 2 processes with ZeRO-2"),
+            (Maker(world_size=2, zero_stage=None), "and this run has 2 processes with no DeepSpeed"),
+        ],
+    )
+    def test_a_checkpoint_of_other_processes_or_another_engine_is_never_begun_anew(
+        self, tmp_path: Path, now: Maker, words: str
+    ) -> None:
+        self.make(tmp_path, 5, ranks=2)
+        Maker(world_size=2, zero_stage=3).write(str(tmp_path / "checkpoint-5"))
+        with pytest.raises(SettingsError, match=words):
+            checkpoint_to_resume(str(tmp_path), now, alone())
 
 
 class _Answers(Ranks):
@@ -308,6 +327,9 @@ class _Answers(Ranks):
 
     def exchange(self, name: str, text: str) -> list[str]:
         return [text, self._other]
+
+
+ALONE = Maker(world_size=1, zero_stage=None)
 
 
 def alone() -> Ranks:

@@ -13,6 +13,8 @@ from transformers import TrainingArguments
 
 def prepare_engine(flags: Sequence[str]) -> None:
     """What must be set before the flags are parsed, since parsing them already asks for the engine."""
+    # The published launchers' own flags, which transformers 5 will call otherwise one day.
+    warnings.filterwarnings("ignore", r"`\w+` is deprecated and will be removed in v6", FutureWarning)
     if not any(flag.partition("=")[0] == "--deepspeed" for flag in flags):
         return
     if "WORLD_SIZE" not in os.environ:  # no launcher: DeepSpeed would look for MPI

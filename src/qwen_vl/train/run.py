@@ -27,7 +27,7 @@ from qwen_vl.model.attention import attention_implementation
 from qwen_vl.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenerationForJanusVLN as _Model
 from qwen_vl.train.agree import agree_on_snapshot
 from qwen_vl.train.arguments import Arguments
-from qwen_vl.train.checkpoints import checkpoint_to_resume
+from qwen_vl.train.checkpoints import Maker, checkpoint_to_resume, copy_model, is_finished
 from qwen_vl.train.learning_rates import freeze
 from qwen_vl.train.ranks import Ranks
 from qwen_vl.train.trainer import EpochCallback, FeatureTrainer
@@ -220,7 +220,14 @@ class TrainingRun:
         )
         fills = self.features.vggt_cache_miss == "fill"
         trainer.add_callback(EpochCallback(trainer, self.ranks, fills=fills))
-        checkpoint = self.training.resume_from_checkpoint or checkpoint_to_resume(self.output_dir, self.ranks)
+        checkpoint = self.training.resume_from_checkpoint or checkpoint_to_resume(
+            self.output_dir, Maker.of(self.training), self.ranks
+        )
+        if checkpoint and is_finished(checkpoint, self.training):
+            self._say(f"Nothing is left to train: {checkpoint} is the end of this run", "SUCCESS")
+            if self.ranks.rank == 0:
+                copy_model(checkpoint, self.output_dir)
+            return
         if checkpoint:
             self._say(f"Resuming from {checkpoint}")
         trainer.train(resume_from_checkpoint=checkpoint)

@@ -14,7 +14,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 from qwen_vl.data.pixels import QwenPixels
 from qwen_vl.features.source import FeatureSource
 from qwen_vl.train.arguments import TrainingArguments
-from qwen_vl.train.checkpoints import load_weights
+from qwen_vl.train.checkpoints import Maker, load_weights
 from qwen_vl.train.learning_rates import parameter_groups
 from qwen_vl.train.order import EpochOrder, LengthGroupedOrder
 from qwen_vl.train.ranks import Ranks
@@ -105,6 +105,7 @@ class FeatureTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
+            Maker.of(self.args).write(output_dir or str(self.args.output_dir))
             for path in self.companions:
                 shutil.copy2(
                     path, os.path.join(output_dir or str(self.args.output_dir), os.path.basename(path))
