@@ -1,5 +1,5 @@
-"""The check before a run on several nodes: every node looks around, they meet, and all print the same "
-"table."""
+"""The check before a run on several nodes: every node looks around, they meet, and all print the same
+table."""
 
 from __future__ import annotations
 

@@ -35,8 +35,8 @@ class Places:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeFacts:
-    """One node's answers. Each value is text that is equal on nodes which agree, except `host` and "
-    "`address`."""
+    """One node's answers. Each value is text that is equal on nodes which agree, except `host` and
+    `address`."""
 
     host: str
     address: str
@@ -123,8 +123,8 @@ def _data(places: Places) -> str:
 
 
 def _annotations(root: str) -> Iterator[str]:
-    """Names and sizes of what lies directly in the data root; folders below it would take minutes on a "
-    "network mount."""
+    """Names and sizes of what lies directly in the data root; folders below it would take minutes on a
+    network mount."""
     with os.scandir(root) as entries:
         for entry in entries:
             yield f"{entry.name} {entry.stat().st_size if entry.is_file() else 'folder'}"

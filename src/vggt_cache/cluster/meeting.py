@@ -54,8 +54,8 @@ class Meeting:
         del self._store  # closes the port, also where an error keeps this object alive
 
     def exchange(self, topic: str, value: Any) -> list[Any]:
-        """Every node's value, in order of rank; each node must call it. Raises MeetingError when one does "
-        "not."""
+        """Every node's value, in order of rank; each node must call it. Raises MeetingError when one does
+        not."""
         self._store.set(f"{topic}/{self.place.node_rank}", json.dumps(value))
         return [json.loads(text) for text in self.collect(topic)]
 

@@ -1,5 +1,5 @@
-"""Addresses, interfaces and ports of this machine, as the kernel knows them; no tool needs to be "
-"installed."""
+"""Addresses, interfaces and ports of this machine, as the kernel knows them; no tool needs to be
+installed."""
 
 from __future__ import annotations
 
@@ -107,8 +107,8 @@ def _interface_by_route(address: str) -> str | None:
 
 
 def chosen_interfaces(setting: str) -> list[str]:
-    """The interfaces that NCCL takes by NCCL_SOCKET_IFNAME: `eth,ib` prefixes, `=eth0` exact names, `^lo` "
-    "all others."""
+    """The interfaces that NCCL takes by NCCL_SOCKET_IFNAME: `eth,ib` prefixes, `=eth0` exact names, `^lo`
+    all others."""
     names, exact, other = interface_names(), False, False
     if setting.startswith("^"):
         setting, other = setting[1:], True

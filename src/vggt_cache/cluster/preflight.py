@@ -1,5 +1,5 @@
-"""Is this node ready to train? Everything is looked at that would otherwise fail minutes later, on some "
-"rank."""
+"""Is this node ready to train? Everything is looked at that would otherwise fail minutes later, on some
+rank."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is about to be started on this node, in the words of the launcher's variables. Empty: not "
-    "given."""
+    """What is about to be started on this node, in the words of the launcher's variables. Empty: not
+    given."""
 
     model_path: str
     vggt_model_path: str
@@ -181,8 +181,8 @@ def _stores(cache_dir: str, specs: list[FeatureSpec]) -> str:
 
 
 def _shards(cache_dir: str, spec: FeatureSpec) -> int:
-    """How many there are. One is opened, because a folder that can be listed may hold files that cannot "
-    "be read."""
+    """How many there are. One is opened, because a folder that can be listed may hold files that cannot
+    be read."""
     folder = Path(cache_dir) / spec.short_name / "shards"
     try:
         names = sorted(os.listdir(folder)) if folder.exists() else []
