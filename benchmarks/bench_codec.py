@@ -15,7 +15,6 @@ put in: 8 channels times 30; 3 tokens with 2 values of 300 standard deviations.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import statistics
 import tempfile
 import time
@@ -219,27 +218,24 @@ def store_speeds(feature: torch.Tensor, calls: int) -> dict[str, float]:
             ("int8", "int8", "none"),
         ):
             spec = spec_for(feature, dtype)
-            keys = [bytes([place]) * 16 for place in range(RING)]
             with ShardWriter(create_store(Path(folder) / name, spec), spec, codec=codec) as writer:
-                for key in keys:
-                    writer.append(key, feature)
+                for place in range(RING):
+                    writer.append(bytes([place]) * 16, feature)
                 writer.commit()
-            ring = [torch.empty_like(feature) for _ in range(RING)]
             with FeatureCache.open(Path(folder) / name) as cache:
-
-                def get(place: int, cache: FeatureCache = cache, ring: list[torch.Tensor] = ring) -> None:
-                    cache.get_by_key(keys[place], out=ring[place])
-
-                figures[f"get_{name}"] = gb_per_s(get, feature.nbytes, calls)
+                figures[f"get_{name}"] = gb_per_s(reader(cache, feature), feature.nbytes, calls)
     return figures
 
 
+def reader(cache: FeatureCache, feature: torch.Tensor) -> Callable[[int], object]:
+    ring = [torch.empty_like(feature) for _ in range(RING)]
+    return lambda place: cache.get_by_key(bytes([place]) * 16, out=ring[place])
+
+
 def spec_for(feature: torch.Tensor, dtype: str) -> FeatureSpec:
-    config = dataclasses.replace(SIZES["1b"], embed_dim=feature.shape[-1] // 2)
     encoder = EncoderSpec(
-        weights_digest="0" * 64, embed_dim=config.embed_dim, depth=config.depth, num_heads=config.num_heads,
-        img_size=config.img_size, patch_size=config.patch_size, patch_embed=config.patch_embed, layer=22,
-        compute_dtype="float32",
+        weights_digest="0" * 64, embed_dim=feature.shape[-1] // 2, depth=24, num_heads=16, img_size=518,
+        patch_size=14, patch_embed="dinov2_vitl14_reg", layer=22, compute_dtype="float32",
     )  # fmt: skip
     return FeatureSpec(encoder=encoder, preprocessing=Preprocessing(), feature_dtype=dtype)
 

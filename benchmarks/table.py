@@ -1,6 +1,6 @@
-"""The READMEs' tables of figures, made from the newest result of each theme and machine.
+"""The documents' tables of figures, made from the newest result of each theme and machine.
 
-`python benchmarks/table.py` writes them between the marks in README.md and README.zh-CN.md; with `--check` it only says
+`python benchmarks/table.py` writes them between the marks in the READMEs and the guide; with `--check` it only says
 whether they are as they should be (exit code 1 if not). Needs nothing but Python.
 """
 
@@ -27,6 +27,13 @@ TEXTS = {
         "planning": "a second, unchanged run, {samples} samples, {images} images",
         "planning_value": "**{seconds} s**, {memory} MB, {opened} images opened",
         "planning_limit": "{parse} s to parse the JSON, {stat} s to stat the images",
+        "reading": "batches of {batch_size} features of {record} MB to the training loop, {threads} threads",
+        "reading_value": "{delivery} GB/s, **{over}** of the limit; one `get(out=)` {get_into_buffer} GB/s, **{into}**",
+        "reading_limit": "{pread_threads_checksum} GB/s pread and checksum, {threads} threads; pread alone {pread_1}; "
+        "a DataLoader of {threads} workers {dataloader} (**{times} x**)",
+        "startup": "from nothing to the first step, {samples} samples, all in the cache",
+        "startup_value": "{start} s, of which **{data} s** are for the data",
+        "startup_limit": "{parse} s to parse the JSON",
         "step": "training step from the cache ({size} models, {tokens} tokens, 9 frames)",
         "step_value": "{cached} s, **{over} x** the step with its features in memory",
         "step_limit": "{resident} s: features in memory; live {live} s, as published {reference} s (**{speedup} x**)",
@@ -45,6 +52,13 @@ TEXTS = {
         "planning": "第二次、未改动的运行，{samples} 个样本，{images} 张图像",
         "planning_value": "**{seconds} s**，{memory} MB，打开 {opened} 张图像",
         "planning_limit": "解析 JSON {parse} s，stat 图像 {stat} s",
+        "reading": "把每批 {batch_size} 个 {record} MB 的特征送到训练循环，{threads} 线程",
+        "reading_value": "{delivery} GB/s，极限的 **{over}**；单次 `get(out=)` {get_into_buffer} GB/s，**{into}**",
+        "reading_limit": "{threads} 线程 pread 加校验 {pread_threads_checksum} GB/s；单线程 pread {pread_1}；"
+        "{threads} 个 worker 的 DataLoader {dataloader}（**{times} 倍**）",
+        "startup": "从启动到第一步，{samples} 个样本，全部在缓存中",
+        "startup_value": "{start} s，其中数据占 **{data} s**",
+        "startup_limit": "解析 JSON {parse} s",
         "step": "用缓存训练一步（{size} 模型，{tokens} 个 token，9 帧）",
         "step_value": "{cached} s，是特征已在内存时的 **{over} 倍**",
         "step_limit": "特征已在内存 {resident} s；实时计算 {live} s，原始方式 {reference} s（**{speedup} 倍**）",
@@ -53,6 +67,11 @@ TEXTS = {
         "encoder_limit": "{peak} TFLOP/s：最大的矩阵乘法",
     },
 }
+
+
+TEXTS["docs/guide.md"] = TEXTS["README.md"]
+ONLY = {"docs/guide.md": ("step",)}
+"""Themes of a document that does not show all of them."""
 
 
 def newest_results() -> list[dict[str, Any]]:
@@ -102,6 +121,23 @@ def _values(theme: str, figures: dict[str, Any], settings: dict[str, Any]) -> It
             "parse": f"{limits['json_parse_s']:.2f}",
             "stat": f"{limits['stat_s']:.2f}",
         }
+    elif theme == "reading":
+        speeds = figures["bytes_per_s"]
+        yield {
+            "record": f"{figures['record_bytes'] / 1e6:.1f}",
+            **settings,
+            **{way: f"{speed / 1e9:.1f}" for way, speed in speeds.items()},
+            "into": f"{figures['get_into_buffer_over_limit']:.2f}",
+            "over": f"{figures['delivery_over_limit_with_checksum']:.2f}",
+            "times": f"{figures['delivery_over_dataloader']:.0f}",
+        }
+    elif theme == "startup":
+        yield {
+            **settings,
+            "data": f"{figures['seconds_for_the_data']:.1f}",
+            "start": f"{figures['seconds_to_first_step']:.1f}",
+            "parse": f"{figures['json_parse_s']:.1f}",
+        }
     elif theme == "step":
         seconds = figures["seconds_per_step"]
         yield {
@@ -131,7 +167,8 @@ def with_table(name: str) -> str:
     content = (ROOT / name).read_text(encoding="utf-8")
     before, rest = content.split(BEGIN)
     lines = [TEXTS[name]["head"], "|---|---|---|---|"]
-    lines += [row for result in newest_results() for row in rows(result, TEXTS[name])]
+    shown = [result for result in newest_results() if result["theme"] in ONLY.get(name, (result["theme"],))]
+    lines += [row for result in shown for row in rows(result, TEXTS[name])]
     return before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + rest.split(END)[1]
 
 

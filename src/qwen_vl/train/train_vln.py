@@ -39,4 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    if exit_code:
+        # Everything is said and committed; torch would wait five seconds for each worker of a loader that was left.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
