@@ -27,7 +27,7 @@ from store_kit import (
 from vggt_cache.errors import CorruptRecordError, ShardFormatError, StoreError
 from vggt_cache.store import FeatureCache
 from vggt_cache.store.parse import parse_header
-from vggt_cache.store.reader import PIECE_BYTES
+from vggt_cache.store.records import PIECE_BYTES
 
 pytestmark = DAMAGE_WARNING
 NUMBERS = (1, 2, 3)

@@ -161,6 +161,24 @@ class TestMisses:
         assert feature.dtype == torch.bfloat16
         assert feature.shape == (3, 4, 768)
 
+    def test_live_features_are_those_of_a_lossy_store_bit_for_bit(
+        self, tmp_path: Path, small_checkpoint: Path
+    ) -> None:
+        spec = small_spec(small_checkpoint, "frame", feature_dtype="int8")
+        requests = [make_request(spec, [image]) for image in write_images(tmp_path, 2)]
+        filler = CacheFiller(str(tmp_path / "cache"), spec)
+        cache = FeatureCache.open(tmp_path / "cache")
+        filling = make_source(spec, cache, small_checkpoint, miss="fill", filler=filler)
+        live = filling.take(requests)
+        filling.flush()
+        filling.refresh()
+        for one, two in zip(live, filling.take(requests), strict=True):
+            assert torch.equal(one, two)
+        assert filling.counts.hits == 2
+        exact = LiveEncoder(str(small_checkpoint), spec, CPU).encode(requests)
+        assert not torch.equal(exact[0], live[0])
+        filling.close()
+
     def test_an_encoder_with_other_weights_is_refused(self, tmp_path: Path, small_checkpoint: Path) -> None:
         request = make_request(small_spec(small_checkpoint, "frame"), write_images(tmp_path, 1))
         with pytest.raises(SettingsError, match="another encoder"):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from vggt_cache import __version__
+from vggt_cache.codec import CODECS
 from vggt_cache.errors import SettingsError, VggtCacheError
 from vggt_cache.identity import ALPHA_MODES, COMPUTE_DTYPES, CONTEXTS, FEATURE_DTYPES, RESIZE_MODES
 
@@ -60,9 +61,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"vggt-feature-cache {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=_Parser)
-    for add in (_add_precompute, _add_verify, _add_info, _add_view, _add_prune, _add_doctor, _add_demo):
+    for add in (_add_precompute, _add_verify, _add_info, _add_view, _add_prune, _add_convert):
         add(commands)
-    _add_monitor(commands)
+    for add in (_add_doctor, _add_demo, _add_monitor):
+        add(commands)
     return parser
 
 
@@ -102,6 +104,12 @@ def _add_precompute(commands: Any) -> None:
     )
     parser.flag("layer", type=int, default=-2, help="which output is stored; negative counts from the end")
     parser.flag("feature_dtype", choices=FEATURE_DTYPES, default="bfloat16", help="dtype on disk")
+    parser.flag(
+        "codec",
+        choices=CODECS,
+        default="none",
+        help="lossless: bfloat16 packed, a third smaller, the same bits",
+    )
     parser.flag(
         "compute_dtype",
         choices=("auto", *COMPUTE_DTYPES),
@@ -166,6 +174,19 @@ def _add_prune(commands: Any) -> None:
         "damaged", action="store_true", help="also remove damaged records, so that precompute makes them anew"
     )
     parser.flag("yes", action="store_true", help="really remove")
+
+
+def _add_convert(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "convert",
+        _convert,
+        "Rewrite a store's shards with another codec, each record proved first. Without --yes only shows it.",
+    )
+    parser.add_argument("cache_dir", metavar="DIR", help="cache directory")
+    parser.flag("codec", choices=CODECS, required=True, help="lossless: a third smaller; none: as they are")
+    _add_choice_of_spec(parser)
+    parser.flag("yes", action="store_true", help="really convert")
 
 
 def _add_doctor(commands: Any) -> None:
@@ -290,6 +311,18 @@ def _prune(arguments: argparse.Namespace) -> int:
     from vggt_cache.inspection import prune_cache
 
     return prune_cache(arguments.cache_dir, damaged=arguments.damaged, really=arguments.yes)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from vggt_cache.inspection import convert_cache
+
+    return convert_cache(
+        arguments.cache_dir,
+        arguments.codec,
+        context=arguments.context,
+        fingerprint=arguments.fingerprint,
+        really=arguments.yes,
+    )
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ COMPUTATION_VERSION = 1
 CONTEXTS = ("frame", "causal")
 RESIZE_MODES = ("crop", "pad")
 ALPHA_MODES = ("white", "drop")
-FEATURE_DTYPES = ("bfloat16", "float16", "float32")
+FEATURE_DTYPES = ("bfloat16", "float16", "float32", "int8")
 COMPUTE_DTYPES = ("bfloat16", "float32")
 PATCH_SIZE = 14
 KEY_BYTES = 16
@@ -115,7 +115,7 @@ class FeatureSpec:
     """`frame`: a feature belongs to one image, seen alone. `causal`: to an ordered frame list, its last frame
     having seen all earlier ones."""
     feature_dtype: str = "bfloat16"
-    """dtype in which a feature is stored."""
+    """dtype in which a feature is stored. `int8`: quantised from bfloat16, and given back as bfloat16."""
     computation_version: int = COMPUTATION_VERSION
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from qwen_vl.features.request import FeatureRequest
+from vggt_cache.codec.quantise import decode_int8, encode_int8
 from vggt_cache.encoder import Encoder
 from vggt_cache.encoder.checkpoint import Checkpoint
 from vggt_cache.errors import CheckpointError, SettingsError
@@ -49,6 +50,13 @@ class LiveEncoder:
                 for position, feature in zip(positions, batch, strict=True):
                     features[position] = feature
         return features
+
+    def as_stored(self, feature: torch.Tensor) -> torch.Tensor:
+        """A computed feature [h, w, C] as it would come back from the cache: a lossy storage dtype changes it."""
+        if self._spec.feature_dtype != "int8":
+            return feature
+        tokens = feature.reshape(-1, feature.shape[-1])
+        return decode_int8(encode_int8(tokens), *tokens.shape).view(feature.shape)
 
     def _batches(self, encoder: BatchEncoder, requests: Sequence[FeatureRequest]) -> Iterator[Encoded]:
         if self._spec.context == "frame":

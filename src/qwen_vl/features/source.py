@@ -158,7 +158,7 @@ class FeatureSource:
         self.counts.encode_s += time.perf_counter() - began_s
         if self._filler is not None:
             self._filler.put(requests, features)
-        return features
+        return [self._encoder.as_stored(feature) for feature in features]
 
     def _warn_once(self, error: StoreError) -> None:
         if not self._warned:

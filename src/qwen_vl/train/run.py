@@ -82,6 +82,10 @@ class TrainingRun:
         cache = open_cache(cache_dir, wanted, fill=fill, location=location, device=self.device.type)
         cache = agree_on_snapshot(cache, self.ranks)
         self._say(f"VGGT feature cache enabled: {cache.cache_dir}")
+        if cache.spec.feature_dtype == "int8":
+            self._say(
+                "Features are kept in int8, which changes their values by about half a percent: docs/codecs.md"
+            )
         self._say(f"{describe_spec(cache.spec)}; {len(cache)} features in {len(cache.shard_names())} shards")
         return cache.spec, cache
 

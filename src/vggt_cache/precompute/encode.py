@@ -13,7 +13,12 @@ from vggt_cache.encoder import Encoder
 from vggt_cache.encoder.causal import encode_lists
 from vggt_cache.errors import OutOfMemoryError
 
-FEATURE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+FEATURE_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "int8": torch.bfloat16,  # quantised when it is stored, and so given back
+}
 Pixels = npt.NDArray[np.uint8]
 Encoded = tuple[Sequence[int], torch.Tensor]
 """Positions in the request, and their features [len, h, w, C] on the encoder's device."""

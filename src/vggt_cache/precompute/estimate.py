@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vggt_cache.codec import INT8, LOSSLESS, NONE, codec_for, shard_codec
 from vggt_cache.errors import DiskSpaceError
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.precompute.decode import DecodedFrame, decode_file
-from vggt_cache.precompute.encode import FEATURE_DTYPES, BatchEncoder
+from vggt_cache.precompute.encode import BatchEncoder
 from vggt_cache.precompute.plan import Plan
 from vggt_cache.precompute.report import bytes_text, seconds_text
+from vggt_cache.store.format import payload_bytes
 
 _SAMPLED_FRAMES = 8
 _MEASURED_LISTS = 16
@@ -32,6 +34,8 @@ class DiskNeed:
     feature_bytes: float
     total_bytes: float
     free_bytes: int
+    remark: str = ""
+    """What else is to be said of the size of a feature."""
 
     def check(self, cache_dir: str) -> None:
         """Raises DiskSpaceError if it does not fit."""
@@ -43,17 +47,30 @@ class DiskNeed:
             )
 
 
-def disk_need(plan: Plan, spec: FeatureSpec, pending: Sequence[int], cache_dir: str) -> DiskNeed:
-    """Estimated from the grids of a few frames spread over the pending features."""
+def disk_need(
+    plan: Plan, spec: FeatureSpec, pending: Sequence[int], cache_dir: str, codec: str = NONE
+) -> DiskNeed:
+    """Estimated from the grids of a few frames spread over the pending features.
+
+    What `lossless` saves depends on the values, so its features are counted as if they were not packed.
+    """
     frames = sample_frames(plan, spec, pending)
-    itemsize = FEATURE_DTYPES[spec.feature_dtype].itemsize
-    cells = [frame.grid[0] * frame.grid[1] for frame in frames]
-    feature_bytes = float(np.mean(cells)) * spec.encoder.channels * itemsize if cells else 0.0
+    name = shard_codec(spec.feature_dtype, codec)
+    sizes = [_bytes_on_disk(spec, *frame.grid, name) for frame in frames]
+    feature_bytes = float(np.mean(sizes)) if sizes else 0.0
     return DiskNeed(
         feature_bytes=feature_bytes,
         total_bytes=feature_bytes * len(pending) * _OVERHEAD,
         free_bytes=free_bytes(cache_dir),
+        remark=" at most (codec lossless)" if name == LOSSLESS else "",
     )
+
+
+def _bytes_on_disk(spec: FeatureSpec, h: int, w: int, codec: str) -> int:
+    packed = codec_for(codec) if codec == INT8 else None
+    if packed is not None:
+        return packed.size_limits(h * w, spec.encoder.channels)[1]
+    return payload_bytes(spec, h, w)
 
 
 def sample_frames(plan: Plan, spec: FeatureSpec, pending: Sequence[int]) -> list[DecodedFrame]:

@@ -75,11 +75,11 @@ class _Run:
         ]
         self._say_what(plan, spec, pending)
         if pending:
-            need = disk_need(plan, spec, pending, settings.cache_dir)
+            need = disk_need(plan, spec, pending, settings.cache_dir, settings.codec)
             if settings.dry_run:
                 self.reporter.info(
                     f"Disk: {bytes_text(need.total_bytes)} for {count_of(len(pending), settings.noun)} of "
-                    f"{bytes_text(need.feature_bytes)}; {bytes_text(need.free_bytes)} free"
+                    f"{bytes_text(need.feature_bytes)}{need.remark}; {bytes_text(need.free_bytes)} free"
                 )
             if not settings.force:
                 need.check(settings.cache_dir)
@@ -200,7 +200,7 @@ class _Run:
             observer = RunObserver(bar, self.reporter, self.limits)
             stack.enter_context(self.stop.deferred())
             writer = FeatureWriter(
-                lambda: ShardWriter(store_dir, spec),
+                lambda: ShardWriter(store_dir, spec, codec=settings.codec),
                 on_commit=lambda blocks: _committed(blocks, table, claims),
                 on_written=bar.update,
                 on_bad_feature=self._not_stored,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from vggt_cache.codec import NONE, codec_for, shard_codec
 from vggt_cache.errors import SettingsError
 from vggt_cache.identity import (
     COMPUTE_DTYPES,
@@ -32,6 +33,8 @@ class PrecomputeSettings:
     layer: int = -2
     """Which pair's output is stored; negative counts from the end."""
     feature_dtype: str = "bfloat16"
+    codec: str = NONE
+    """How new shards are packed: `none` or `lossless`. Not part of the specification."""
     compute_dtype: str = "auto"
     """`auto`: bfloat16 on a GPU, float32 on a CPU."""
     device: str = "auto"
@@ -54,6 +57,9 @@ class PrecomputeSettings:
             raise SettingsError(
                 f"--feature_dtype {self.feature_dtype!r} is none of {', '.join(FEATURE_DTYPES)}"
             )
+        codec = codec_for(shard_codec(self.feature_dtype, self.codec))
+        if codec is not None:
+            codec.prepare()
         if self.compute_dtype not in ("auto", *COMPUTE_DTYPES):
             raise SettingsError(
                 f"--compute_dtype {self.compute_dtype!r} is none of auto, {', '.join(COMPUTE_DTYPES)}"

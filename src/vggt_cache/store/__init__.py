@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vggt_cache.store.cache import CacheStats, FeatureCache
+    from vggt_cache.store.conversion import Converted, convert
     from vggt_cache.store.filesystem import FileSystem
     from vggt_cache.store.layout import create_store, list_stores
     from vggt_cache.store.maintenance import describe
@@ -18,9 +19,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CacheStats",
+    "Converted",
     "FeatureCache",
     "FileSystem",
     "ShardWriter",
+    "convert",
     "create_store",
     "describe",
     "list_stores",
@@ -29,9 +32,11 @@ __all__ = [
 
 _HOME = {
     "CacheStats": "cache",
+    "Converted": "conversion",
     "FeatureCache": "cache",
     "FileSystem": "filesystem",
     "ShardWriter": "writer",
+    "convert": "conversion",
     "create_store": "layout",
     "describe": "maintenance",
     "list_stores": "layout",

@@ -9,18 +9,22 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vggt_cache.errors import SettingsError
 from vggt_cache.identity import KEY_BYTES, FeatureSpec, feature_key, frame_digest
+from vggt_cache.store.encoded import read_encoded
 from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem
 from vggt_cache.store.forks import renew_after_fork
 from vggt_cache.store.rows import Record
 from vggt_cache.store.selection import select_store
 from vggt_cache.store.tensors import bytes_of, check_target, empty_feature
 from vggt_cache.store.view import StoreView
+
+if TYPE_CHECKING:
+    from vggt_cache.codec.quantise import EncodedFeature
 
 Frame = str | os.PathLike[str] | bytes
 
@@ -113,6 +117,18 @@ class FeatureCache:
         feature = self._read(_checked(key), out)
         self._count(feature, time.perf_counter() - started_s)
         return feature
+
+    def get_encoded(self, key: bytes, *, out: torch.Tensor | None = None) -> EncodedFeature | None:
+        """An int8 feature as it lies in the store, to be decoded on another device; None when it is absent.
+
+        `out`: a contiguous uint8 CPU tensor [bytes], such as pinned memory, whose first bytes are filled; without
+        it the memory is the caller's own. Raises SettingsError where it is too small, or where this cache does not
+        keep its features in int8; other errors as for `get_by_key`.
+        """
+        started_s = time.perf_counter()
+        found = read_encoded(self._view, self.spec, _checked(key), out)
+        self._count(None if found is None else found.record, time.perf_counter() - started_s)
+        return found
 
     def verify_record(self, key: bytes) -> bool:
         """Whether the cache has the key; its record is read and checked. Errors as for `get_by_key`."""

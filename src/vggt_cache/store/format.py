@@ -10,11 +10,14 @@ from collections.abc import Sequence
 
 import xxhash
 
+from vggt_cache.codec import NONE
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.store.rows import Record
 
 FORMAT_NAME = "vggt-feature-cache"
 FORMAT_VERSION = "1"
+CODED_FORMAT_VERSION = "2"
+"""Of shards whose records a codec packed."""
 ALIGNMENT_BYTES = 4096
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 4 * 1024 * 1024
@@ -23,51 +26,61 @@ MAX_SIDE = 65535
 """Largest height or width of a feature, in patches."""
 MAX_CHANNELS = 1 << 20
 MAX_DATA_BYTES = 1 << 50
+MAX_STORED_BYTES = (1 << 32) - 1
+"""Of one packed record, since the index has 32 bits for it."""
 
 DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+"""safetensors' names. `int8` has none: such records are packed always."""
+CODED_DTYPE = "U8"
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 2}
 
 _ENTRY_BYTES = 204
 """The most that one record takes in a header: its entry with the largest numbers, and its checksum."""
 
 
 def payload_bytes(spec: FeatureSpec, h: int, w: int) -> int:
-    """Bytes of a feature [h, w, C]."""
+    """Bytes of a feature [h, w, C] as it is given out."""
     return h * w * spec.encoder.channels * ITEM_BYTES[spec.feature_dtype]
 
 
-def record_checksum(spec: FeatureSpec, key: bytes, h: int, w: int, payload: bytes | memoryview) -> bytes:
-    """xxh3-128 (16 bytes, canonical order) over payload, key, dtype name, and h, w, C as u32 little-endian."""
-    return finish_checksum(xxhash.xxh3_128(payload), spec, key, h, w)
+def stored_length(spec: FeatureSpec, record: Record) -> int:
+    """Bytes of a record in its file."""
+    return record.stored_bytes or payload_bytes(spec, record.h, record.w)
 
 
-def finish_checksum(hasher: xxhash.xxh3_128, spec: FeatureSpec, key: bytes, h: int, w: int) -> bytes:
-    """The record's checksum from a hasher that has seen the payload."""
+def record_checksum(
+    spec: FeatureSpec, key: bytes, h: int, w: int, stored: bytes | memoryview, codec: str = NONE
+) -> bytes:
+    """xxh3-128 (16 bytes, canonical order) over the bytes in the file, key, dtype name, and h, w, C as u32 LE.
+
+    Of a packed record the codec's name stands in the place of the dtype's.
+    """
+    return finish_checksum(xxhash.xxh3_128(stored), spec, key, h, w, codec)
+
+
+def finish_checksum(
+    hasher: xxhash.xxh3_128, spec: FeatureSpec, key: bytes, h: int, w: int, codec: str = NONE
+) -> bytes:
+    """The record's checksum from a hasher that has seen the bytes in the file."""
     shape = b"".join(side.to_bytes(4, "little") for side in (h, w, spec.encoder.channels))
-    hasher.update(key + DTYPE_NAMES[spec.feature_dtype].encode() + shape)
+    name = DTYPE_NAMES[spec.feature_dtype] if codec == NONE else codec
+    hasher.update(key + name.encode() + shape)
     return hasher.digest()
 
 
 # ---------------------------------------------------------------- writing
 
 
-def reserved_header_bytes(spec: FeatureSpec, max_records: int) -> int:
+def reserved_header_bytes(spec: FeatureSpec, max_records: int, codec: str = NONE) -> int:
     """Where data begin in a shard of up to `max_records` records: length field and header, aligned."""
-    fixed = LENGTH_BYTES + len(_metadata_text(spec, [])) + 64
+    fixed = LENGTH_BYTES + len(_metadata_text(spec, [], codec)) + 64
     return -(-(fixed + max_records * _ENTRY_BYTES) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
-def build_header(spec: FeatureSpec, records: Sequence[Record], data_start: int) -> bytes:
+def build_header(spec: FeatureSpec, records: Sequence[Record], data_start: int, codec: str = NONE) -> bytes:
     """The first `data_start` bytes of a shard: length field, JSON, spaces."""
-    entries = [f'"__metadata__":{_metadata_text(spec, records)}']
-    shape_tail, dtype = spec.encoder.channels, DTYPE_NAMES[spec.feature_dtype]
-    for record in records:
-        start = record.offset - data_start
-        end = start + payload_bytes(spec, record.h, record.w)
-        entries.append(
-            f'"{record.key.hex()}":{{"dtype":"{dtype}","shape":[{record.h},{record.w},{shape_tail}],'
-            f'"data_offsets":[{start},{end}]}}'
-        )
+    entries = [f'"__metadata__":{_metadata_text(spec, records, codec)}']
+    entries += [_entry_text(spec, record, record.offset - data_start, codec) for record in records]
     text = ("{" + ",".join(entries) + "}").encode()
     length = data_start - LENGTH_BYTES
     if len(text) > length:
@@ -75,12 +88,25 @@ def build_header(spec: FeatureSpec, records: Sequence[Record], data_start: int) 
     return length.to_bytes(LENGTH_BYTES, "little") + text.ljust(length)
 
 
-def _metadata_text(spec: FeatureSpec, records: Sequence[Record]) -> str:
+def _entry_text(spec: FeatureSpec, record: Record, start: int, codec: str) -> str:
+    end = start + stored_length(spec, record)
+    if codec == NONE:
+        dtype, shape = DTYPE_NAMES[spec.feature_dtype], f"{record.h},{record.w},{spec.encoder.channels}"
+    else:
+        dtype, shape = CODED_DTYPE, f"{record.stored_bytes}"
+    return f'"{record.key.hex()}":{{"dtype":"{dtype}","shape":[{shape}],"data_offsets":[{start},{end}]}}'
+
+
+def _metadata_text(spec: FeatureSpec, records: Sequence[Record], codec: str) -> str:
+    coded = codec != NONE
     metadata = {
         "format": FORMAT_NAME,
-        "format_version": FORMAT_VERSION,
+        "format_version": CODED_FORMAT_VERSION if coded else FORMAT_VERSION,
+        **({"codec": codec} if coded else {}),
         "fingerprint": spec.fingerprint,
         "spec": spec.to_json(),
-        **{record.key.hex(): record.checksum.hex() for record in records},
     }
+    for record in records:
+        grid = f" {record.h} {record.w}" if coded else ""
+        metadata[record.key.hex()] = record.checksum.hex() + grid
     return json.dumps(metadata, separators=(",", ":"))

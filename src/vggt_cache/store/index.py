@@ -24,7 +24,8 @@ from vggt_cache.store.filesystem import FileSystem, persist, release
 from vggt_cache.store.rows import ROW, ROW_BYTES, ROW_DTYPE, Record, Rows, key_groups, sort_rows
 
 MAGIC = b"vggt-idx"
-VERSION = 1
+VERSIONS = (1, 2)
+"""2: a row has the length of its record in its last field. Written only where a record was packed by a codec."""
 ROWS_PER_BUCKET = 32
 MAX_BUCKET_BITS = 24
 
@@ -105,7 +106,7 @@ class Index:
         if len(prefix) < _PREFIX_BYTES:
             raise IndexDamagedError("the index is too short")
         magic, version, row_bytes, rows, keys, shards, names_bytes, bits, owner = _HEAD.unpack_from(prefix)
-        if (magic, version, row_bytes) != (MAGIC, VERSION, ROW_BYTES) or owner.hex() != fingerprint:
+        if (magic, row_bytes) != (MAGIC, ROW_BYTES) or version not in VERSIONS or owner.hex() != fingerprint:
             raise IndexDamagedError("the index is of another version or another store")
         if bits > MAX_BUCKET_BITS or names_bytes > source.size:
             raise IndexDamagedError("the index has impossible sizes")
@@ -144,9 +145,9 @@ class Index:
             at = rows.find(key, at + 1)
         found = []
         while 0 <= at < len(rows) and rows[at : at + 16] == key:
-            _, checksum, offset, h, w, shard, _ = ROW.unpack_from(rows, at)
+            _, checksum, offset, h, w, shard, stored = ROW.unpack_from(rows, at)
             self._check_shard(shard)
-            found.append((shard, Record(key, offset, h, w, checksum)))
+            found.append((shard, Record(key, offset, h, w, checksum, stored)))
             at += ROW_BYTES
         return found
 
@@ -203,7 +204,7 @@ def build_index(rows: Rows, names: Sequence[str], fingerprint: str) -> tuple[byt
     names_text = "\n".join(names).encode("ascii")
     head = _HEAD.pack(
         MAGIC,
-        VERSION,
+        VERSIONS[bool(rows["stored"].any())],
         ROW_BYTES,
         len(rows),
         keys,

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+
+import numpy as np
 
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.store.derive import INDEX_FILE, INDEX_FOLDER
 from vggt_cache.store.faults import access_error
 from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem, is_regular, persist, release
+from vggt_cache.store.format import payload_bytes
 from vggt_cache.store.layout import survey
 from vggt_cache.store.publish import TEMP_NAME
 from vggt_cache.store.reader import SHARDS_FOLDER, ShardReader
-from vggt_cache.store.scan import scan_store
+from vggt_cache.store.scan import Scan, scan_store
 
 TEMP_MIN_AGE_S = 24 * 3600.0
 """A temporary file that was written to within this time may have a living writer."""
@@ -29,6 +33,12 @@ class StoreDescription:
     entries: int
     """Different keys."""
     shards: int
+    codecs: Mapping[str, int]
+    """How many of the shards each codec packed; `none`: as they are."""
+    stored_bytes: int
+    """Bytes of all records, as they lie in the files."""
+    raw_bytes: int
+    """Bytes of the same features as they are given out."""
     disk_bytes: int
     """Shards, temporary files and index."""
     superseded_records: int
@@ -78,11 +88,15 @@ def _describe_store(cache_dir: str, spec: FeatureSpec, fs: FileSystem) -> StoreD
     entries = int(scan.served.sum())
     damaged_bytes = sum(shard.file_bytes for shard in scan.damaged)
     temp_bytes = sum(size for _, _, size in temps)
+    raw, stored = _record_bytes(scan, spec)
     return StoreDescription(
         spec=spec,
         path=path,
         entries=entries,
         shards=len(scan.names) + len(scan.damaged),
+        codecs=dict(sorted(Counter(scan.codecs).items())),
+        stored_bytes=stored,
+        raw_bytes=raw,
         disk_bytes=sum(scan.file_bytes) + damaged_bytes + temp_bytes + (index_bytes or 0),
         superseded_records=len(scan.rows) - entries,
         temp_files=len(temps),
@@ -92,6 +106,14 @@ def _describe_store(cache_dir: str, spec: FeatureSpec, fs: FileSystem) -> StoreD
         + sum(scan.file_bytes[number] for number in scan.superseded_shards())
         + sum(shard.file_bytes for shard in scan.damaged if not shard.foreign),
     )
+
+
+def _record_bytes(scan: Scan, spec: FeatureSpec) -> tuple[int, int]:
+    """Bytes of all features as they are given out, and as they lie in the files."""
+    cells = scan.rows["h"].astype(np.int64) * scan.rows["w"]
+    raw = cells * payload_bytes(spec, 1, 1)
+    stored = scan.rows["stored"].astype(np.int64)
+    return int(raw.sum()), int(np.where(stored > 0, stored, raw).sum())
 
 
 def dead_temp_files(store_dir: str, min_age_s: float, fs: FileSystem) -> Iterator[tuple[str, str, int]]:

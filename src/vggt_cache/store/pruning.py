@@ -10,15 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from vggt_cache.identity import FeatureSpec
-from vggt_cache.store.faults import access_error
-from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem, persist, release, sync_directory
-from vggt_cache.store.format import payload_bytes
+from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem
+from vggt_cache.store.format import stored_length
 from vggt_cache.store.layout import survey
 from vggt_cache.store.maintenance import TEMP_MIN_AGE_S, dead_temp_files
 from vggt_cache.store.reader import SHARDS_FOLDER, ShardReader
+from vggt_cache.store.removal import remove_file, renew_index
 from vggt_cache.store.rows import Record, key_groups, unpack_rows
 from vggt_cache.store.scan import RecordChecker, Scan, scan_store
-from vggt_cache.store.view import StoreView
 from vggt_cache.store.writer import ShardWriter
 
 
@@ -72,7 +71,7 @@ class _Pruner:
         self._dry_run = dry_run
         self._fs = fs
         self._reader = ShardReader(self._store_dir, spec, fs=fs)
-        self._checker = RecordChecker(self._reader, spec)
+        self._checker = RecordChecker(self._reader)
         self._gone: set[str] = set()
 
     def close(self) -> None:
@@ -85,11 +84,7 @@ class _Pruner:
             yield from self._repair(scan_store(self._reader))
         yield from self._superseded(scan_store(self._reader))
         if self._gone and not self._dry_run:
-            view = StoreView(self._cache_dir, self._spec, fs=self._fs)
-            try:
-                view.save_index()
-            finally:
-                view.close()
+            renew_index(self._cache_dir, self._spec, self._fs)
 
     # ------------------------------------------------------------ damaged
 
@@ -110,18 +105,19 @@ class _Pruner:
         reason = f"{bad} of its records are damaged; "
         if not records:
             return self._remove_shard(name, scan.file_bytes[number], reason + "no other is needed")
-        kept_bytes = sum(payload_bytes(self._spec, record.h, record.w) for record in records)
+        kept_bytes = sum(stored_length(self._spec, record) for record in records)
         if not self._dry_run:
-            self._copy(name, records)
+            self._copy(name, scan.codecs[number], records)
         freed = max(0, scan.file_bytes[number] - kept_bytes)
         return self._remove_shard(name, freed, reason + f"the {len(records)} others move to a new shard")
 
-    def _copy(self, name: str, records: list[Record]) -> None:
-        with ShardWriter(self._store_dir, self._spec, max_records=len(records), fs=self._fs) as writer:
+    def _copy(self, name: str, codec: str, records: list[Record]) -> None:
+        count = len(records)
+        with ShardWriter(self._store_dir, self._spec, max_records=count, codec=codec, fs=self._fs) as writer:
             for record in sorted(records, key=lambda record: record.offset):
                 payload = self._checker.payload(name, record)
                 if payload is not None:
-                    writer.append_payload(record.key, record.h, record.w, payload)
+                    writer.append_stored(record.key, record.h, record.w, payload)
             if writer.record_count:
                 writer.commit()
 
@@ -153,21 +149,8 @@ class _Pruner:
     def _remove(self, folder: str, name: str, size: int, reason: str) -> PruneAction:
         path = os.path.join(folder, name)
         if not self._dry_run:
-            try:
-                self._unlink(folder, name)
-            except FileNotFoundError:
-                pass  # another prune was quicker
-            except OSError as error:
-                raise access_error(path, error) from error
+            remove_file(folder, name, self._fs)
         return PruneAction(path=path, bytes=size, reason=reason)
-
-    def _unlink(self, folder: str, name: str) -> None:
-        dir_fd = persist(self._fs.open_directory, folder)
-        try:
-            persist(self._fs.unlink, name, dir_fd=dir_fd)
-            sync_directory(self._fs, dir_fd)
-        finally:
-            release(self._fs, dir_fd)
 
 
 def _first_intact_of_each_key(scan: Scan, intact: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:

@@ -18,7 +18,15 @@ import secrets
 import stat
 from contextlib import suppress
 
-from vggt_cache.store.filesystem import Buffer, FileSystem, persist, release, sync_directory, write_fully
+from vggt_cache.store.filesystem import (
+    Buffer,
+    FileSystem,
+    persist,
+    read_bytes,
+    release,
+    sync_directory,
+    write_fully,
+)
 
 TEMP_NAME = re.compile(r"\.tmp-[0-9a-f]{16}")
 
@@ -54,6 +62,10 @@ class PendingFile:
 
     def write(self, data: Buffer, offset: int) -> None:
         write_fully(self._fs, self._open_fd(), data, offset)
+
+    def read(self, length: int, offset: int) -> bytes:
+        """What was written there; fewer bytes at the end of the file."""
+        return read_bytes(self._fs, self._open_fd(), length, offset)
 
     def seal(self, *, read_only: bool) -> None:
         """Bring the bytes to the disk and close the file."""

@@ -7,9 +7,7 @@ import os
 import re
 from collections.abc import Callable
 
-import xxhash
-
-from vggt_cache.errors import CacheAccessError, CorruptRecordError
+from vggt_cache.errors import CacheAccessError
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.store.faults import access_error, accessing
 from vggt_cache.store.filesystem import (
@@ -17,23 +15,19 @@ from vggt_cache.store.filesystem import (
     is_regular,
     persist,
     read_bytes,
-    read_fully,
     release,
     sync_directory,
 )
-from vggt_cache.store.format import LENGTH_BYTES, finish_checksum, payload_bytes
+from vggt_cache.store.format import LENGTH_BYTES
 from vggt_cache.store.open_shards import OpenShards
 from vggt_cache.store.parse import ForeignShardError, ShardHeader, header_length, parse_header
+from vggt_cache.store.records import RecordReader
 from vggt_cache.store.rows import Record
 
 SHARDS_FOLDER = "shards"
 SHARD_NAME = re.compile(r"[0-9a-f]{12}-[0-9a-f]{16}\.safetensors")
 _FIRST_READ_BYTES = 64 * 1024
 """Covers the whole header of a shard of the default size."""
-
-
-PIECE_BYTES = 256 * 1024
-"""Read and added to the checksum at a time, so that the checksum finds the bytes in the processor's cache."""
 
 
 class ShardVanishedError(CacheAccessError):
@@ -51,6 +45,7 @@ class ShardReader:
         self._dir_fd: int | None = None
         self._handles: list[int] = []
         self._pool = OpenShards(self._open, fs, max_open)
+        self._records = RecordReader(self._path, spec, self._pool, fs)
         self._directory()
 
     def close(self) -> None:
@@ -115,39 +110,20 @@ class ShardReader:
     # ------------------------------------------------------------ records
 
     def read(self, shard: str, record: Record, memory_for: Callable[[Record], memoryview]) -> None:
-        """Read a record into the memory that `memory_for` gives for it, and check it.
+        """Read a feature into the memory that `memory_for` gives for its record, checked, then unpacked.
 
         `memory_for` is called only when the file is long enough to hold the record. Raises
-        CorruptRecordError, ShardVanishedError, ShardFormatError or CacheAccessError.
+        CorruptRecordError, ShardVanishedError, ShardFormatError, CacheAccessError, or SettingsError where a
+        package is missing.
         """
-        length = payload_bytes(self._spec, record.h, record.w)
-        with self._pool.borrow(shard) as (fd, file_bytes):
-            if record.offset + length > file_bytes:
-                raise self._corrupt(shard, record, "lies beyond the end of its file, which is truncated")
-            target = memory_for(record)
-            with accessing(os.path.join(self._path, shard)):
-                checksum = self._fill(fd, target, record)
-        if checksum is None:
-            raise self._corrupt(shard, record, "ends early: the file was truncated while it was read")
-        if checksum != record.checksum:
-            raise self._corrupt(shard, record, "does not match its checksum")
+        self._records.read(shard, record, memory_for)
 
-    def _fill(self, fd: int, target: memoryview, record: Record) -> bytes | None:
-        """Read the record; returns its checksum, or None where the file ends first. Raises OSError."""
-        hasher = xxhash.xxh3_128()
-        for at in range(0, len(target), PIECE_BYTES):
-            piece = target[at : at + PIECE_BYTES]
-            if read_fully(self._fs, fd, piece, record.offset + at) < len(piece):
-                return None
-            hasher.update(piece)
-        return finish_checksum(hasher, self._spec, record.key, record.h, record.w)
+    def read_stored(self, shard: str, record: Record, memory_for: Callable[[int], memoryview]) -> memoryview:
+        """A record's bytes as they lie in the file, checked, in the memory that `memory_for` gives for so many.
 
-    def _corrupt(self, shard: str, record: Record, what: str) -> CorruptRecordError:
-        cache_dir = os.path.dirname(os.path.dirname(self._path))
-        return CorruptRecordError(
-            f"record {record.key.hex()} in shard {shard} {what}, so it was damaged after it was written: run "
-            f"`vggt-cache prune {cache_dir} --damaged --yes`, then precompute again"
-        )
+        Raises as `read`.
+        """
+        return self._records.read_stored(shard, record, memory_for)
 
     # ------------------------------------------------------------ handles
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 
 class Record(NamedTuple):
-    """Where one feature lies in its shard. Its length follows from h, w and the specification."""
+    """Where one feature lies in its shard."""
 
     key: bytes
     offset: int
@@ -19,6 +19,8 @@ class Record(NamedTuple):
     h: int
     w: int
     checksum: bytes
+    stored_bytes: int = 0
+    """Bytes in the file of a record that a codec packed; 0: not packed, so h, w and the specification say how many."""
 
 
 ROW_DTYPE = np.dtype(
@@ -30,7 +32,7 @@ ROW_DTYPE = np.dtype(
         ("h", "<u4"),
         ("w", "<u4"),
         ("shard", "<u4"),  # number of the shard in a list of names that is kept elsewhere, in order
-        ("reserved", "<u4"),
+        ("stored", "<u4"),  # stored_bytes
     ]
 )
 ROW = struct.Struct("<16s16sQIIII")
@@ -52,8 +54,8 @@ def join_rows(parts: Sequence[Rows]) -> Rows:
 
 def unpack_rows(rows: Rows) -> Iterator[tuple[int, Record]]:
     """Shard number and record of each row."""
-    for key, checksum, offset, h, w, shard, _ in ROW.iter_unpack(rows.tobytes()):
-        yield shard, Record(key, offset, h, w, checksum)
+    for key, checksum, offset, h, w, shard, stored in ROW.iter_unpack(rows.tobytes()):
+        yield shard, Record(key, offset, h, w, checksum, stored)
 
 
 def sort_rows(rows: Rows) -> Rows:

@@ -9,8 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from vggt_cache.errors import CorruptRecordError, ShardFormatError
-from vggt_cache.identity import FeatureSpec
-from vggt_cache.store.format import payload_bytes
 from vggt_cache.store.parse import ForeignShardError
 from vggt_cache.store.reader import ShardReader, ShardVanishedError
 from vggt_cache.store.rows import Record, Rows, join_rows, key_groups, sort_rows, unpack_rows
@@ -32,6 +30,8 @@ class Scan:
     """The shards with a usable header, and all of their records."""
 
     names: list[str]
+    codecs: list[str]
+    """What packed the records of each."""
     file_bytes: list[int]
     rows: Rows
     """Sorted by key, the served copy of each key first. `shard` counts in `names`."""
@@ -52,6 +52,7 @@ class Scan:
 def scan_store(reader: ShardReader) -> Scan:
     """Read all headers. Raises CacheAccessError."""
     names: list[str] = []
+    codecs: list[str] = []
     sizes: list[int] = []
     parts: list[Rows] = []
     damaged: list[DamagedShard] = []
@@ -60,7 +61,7 @@ def scan_store(reader: ShardReader) -> Scan:
         if status is None:
             continue
         try:
-            rows = reader.header(name).rows
+            header = reader.header(name)
         except ShardVanishedError:
             continue
         except ShardFormatError as error:
@@ -69,31 +70,30 @@ def scan_store(reader: ShardReader) -> Scan:
                 DamagedShard(name=name, reason=str(error), file_bytes=status.st_size, foreign=foreign)
             )
             continue
-        rows["shard"] = len(names)
-        parts.append(rows)
+        header.rows["shard"] = len(names)
+        parts.append(header.rows)
         names.append(name)
+        codecs.append(header.codec)
         sizes.append(status.st_size)
-    return Scan(names=names, file_bytes=sizes, rows=sort_rows(join_rows(parts)), damaged=damaged)
+    rows = sort_rows(join_rows(parts))
+    return Scan(names=names, codecs=codecs, file_bytes=sizes, rows=rows, damaged=damaged)
 
 
 class RecordChecker:
     """Reads records into one reused buffer and checks them."""
 
-    def __init__(self, reader: ShardReader, spec: FeatureSpec) -> None:
+    def __init__(self, reader: ShardReader) -> None:
         self._reader = reader
-        self._spec = spec
         self._buffer = bytearray()
 
     def payload(self, shard: str, record: Record) -> memoryview | None:
-        """The record's bytes, valid until the next call; None where they are damaged. Raises CacheAccessError."""
+        """Its bytes as they lie in the file, valid until the next call; None if damaged. Raises CacheAccessError."""
         try:
-            self._reader.read(shard, record, self._memory_for)
+            return self._reader.read_stored(shard, record, self._memory_for)
         except CorruptRecordError:
             return None
-        return self._memory_for(record)
 
-    def _memory_for(self, record: Record) -> memoryview:
-        length = payload_bytes(self._spec, record.h, record.w)
+    def _memory_for(self, length: int) -> memoryview:
         if len(self._buffer) < length:
             self._buffer = bytearray(length)
         return memoryview(self._buffer)[:length]

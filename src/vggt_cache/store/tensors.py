@@ -7,7 +7,12 @@ import torch
 from vggt_cache.errors import SettingsError
 from vggt_cache.identity import FeatureSpec
 
-TORCH_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+TORCH_DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "int8": torch.bfloat16,  # what is given to the store and comes back
+}
 
 
 def empty_feature(spec: FeatureSpec, h: int, w: int) -> torch.Tensor:

@@ -91,10 +91,22 @@ class StoreView:
 
         Raises CorruptRecordError, ShardFormatError, CacheAccessError, and what `memory_for` raises.
         """
+        return self._first_copy(key, lambda shard, record: self._reader.read(shard, record, memory_for))
+
+    def read_stored(self, key: bytes, memory_for: Callable[[Record, int], memoryview]) -> bool:
+        """The same with the record's bytes as they lie in the file; `memory_for` is told how many these are."""
+
+        def read(shard: str, record: Record) -> None:
+            self._reader.read_stored(shard, record, lambda length: memory_for(record, length))
+
+        return self._first_copy(key, read)
+
+    def _first_copy(self, key: bytes, read: Callable[[str, Record], object]) -> bool:
+        """Call `read` with the winner, or with an older copy where the winner's shard has vanished."""
         vanished = None
         for shard, record in self.find(key):
             try:
-                self._reader.read(shard, record, memory_for)
+                read(shard, record)
                 return True
             except ShardVanishedError as error:
                 vanished = error  # an older copy of the same feature may still be there
@@ -102,7 +114,7 @@ class StoreView:
                 if not self._index_is_wrong(shard, record):
                     raise
                 self._distrust_index(self._snapshot)
-                return self.read(key, memory_for)
+                return self._first_copy(key, read)
         if vanished is not None:
             raise vanished
         return False

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
+from vggt_cache.codec import NONE, codec_for, shard_codec
 from vggt_cache.errors import SettingsError, SpecMismatchError
 from vggt_cache.identity import KEY_BYTES, FeatureSpec
 from vggt_cache.store.faults import commit_error
@@ -15,10 +16,12 @@ from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem, persist, r
 from vggt_cache.store.format import (
     MAX_RECORDS,
     MAX_SIDE,
+    MAX_STORED_BYTES,
     build_header,
     payload_bytes,
     record_checksum,
     reserved_header_bytes,
+    stored_length,
 )
 from vggt_cache.store.publish import PendingFile
 from vggt_cache.store.reader import SHARD_NAME, SHARDS_FOLDER
@@ -45,9 +48,13 @@ class ShardWriter:
         spec: FeatureSpec,
         *,
         max_records: int = DEFAULT_MAX_RECORDS,
+        codec: str = NONE,
         fs: FileSystem = OPERATING_SYSTEM,
     ) -> None:
-        """`store_dir` is what `create_store` returned for `spec`. Raises CommitError."""
+        """`store_dir` is what `create_store` returned for `spec`; `codec`: `none` or `lossless`.
+
+        Raises CommitError, or SettingsError for a codec that does not fit or whose package is missing.
+        """
         if not 1 <= max_records <= MAX_RECORDS:
             raise SettingsError(f"max_records is {max_records}: a shard holds 1 to {MAX_RECORDS} records")
         if os.path.basename(os.path.normpath(store_dir)) != spec.short_name:
@@ -58,8 +65,12 @@ class ShardWriter:
         self._fs = fs
         self._spec = spec
         self._max_records = max_records
+        self._codec_name = shard_codec(spec.feature_dtype, codec)
+        self._codec = codec_for(self._codec_name)
+        if self._codec is not None:
+            self._codec.prepare()
         self._shards_dir = os.path.join(store_dir, SHARDS_FOLDER)
-        self._data_start = self._end = reserved_header_bytes(spec, max_records)
+        self._data_start = self._end = reserved_header_bytes(spec, max_records, self._codec_name)
         self._records: dict[bytes, Record] = {}
         self.opened_s = fs.clock_s()
         """When this shard was begun, seconds since 1970."""
@@ -81,7 +92,7 @@ class ShardWriter:
 
     @property
     def bytes_written(self) -> int:
-        """Payload bytes so far."""
+        """Bytes of records so far, as they lie in the file."""
         return self._end - self._data_start
 
     @property
@@ -103,11 +114,31 @@ class ShardWriter:
     def append_payload(self, key: bytes, h: int, w: int, payload: memoryview) -> None:
         """The same from the feature's bytes, row-major and little-endian."""
         self._require_open()
-        self._check_record(key, h, w, payload)
-        record = Record(key, self._end, h, w, record_checksum(self._spec, key, h, w, payload))
-        self._attempt(lambda file: file.write(payload, record.offset))
-        self._records[key] = record
-        self._end += len(payload)
+        self._check_record(key, h, w)
+        if payload.nbytes != payload_bytes(self._spec, h, w):
+            raise _no_feature(payload, h, w)
+        if self._codec is None:
+            self._write(Record(key, self._end, h, w, self._checksum(key, h, w, payload)), payload)
+        else:
+            self.append_stored(key, h, w, self._codec.encode(payload, h * w, self._spec.encoder.channels))
+
+    def append_stored(self, key: bytes, h: int, w: int, stored: memoryview) -> None:
+        """The same from the bytes as they lie in a shard of the same codec."""
+        if self._codec is None:
+            self.append_payload(key, h, w, stored)
+            return
+        self._require_open()
+        self._check_record(key, h, w)
+        least, most = self._codec.size_limits(h * w, self._spec.encoder.channels)
+        if not least <= stored.nbytes <= min(most, MAX_STORED_BYTES):
+            raise _no_feature(stored, h, w)
+        checksum = self._checksum(key, h, w, stored)
+        self._write(Record(key, self._end, h, w, checksum, stored.nbytes), stored)
+
+    def read_back(self, key: bytes) -> tuple[Record, bytes]:
+        """A record of this shard and its bytes, read from the file. Raises CommitError where that cannot be done."""
+        record = self._records[key]
+        return record, self._attempt(lambda file: file.read(stored_length(self._spec, record), record.offset))
 
     def commit(self) -> str:
         """Bring the shard to the disk and give it its final name, which is returned.
@@ -141,6 +172,14 @@ class ShardWriter:
 
     # ------------------------------------------------------------ steps
 
+    def _checksum(self, key: bytes, h: int, w: int, stored: memoryview) -> bytes:
+        return record_checksum(self._spec, key, h, w, stored, self._codec_name)
+
+    def _write(self, record: Record, stored: memoryview) -> None:
+        self._attempt(lambda file: file.write(stored, record.offset))
+        self._records[record.key] = record
+        self._end += len(stored)
+
     def _attempt(self, step: Callable[[PendingFile], T]) -> T:
         """Do one step of writing; whatever goes wrong in it ends the shard."""
         try:
@@ -157,13 +196,14 @@ class ShardWriter:
         return self._file
 
     def _commit(self, file: PendingFile) -> str:
-        file.write(build_header(self._spec, list(self._records.values()), self._data_start), 0)
+        records = list(self._records.values())
+        file.write(build_header(self._spec, records, self._data_start, self._codec_name), 0)
         file.seal(read_only=True)
         name = next_shard_name(persist(self._fs.list_names, self._dir_fd), self._fs.clock_s())
         file.publish_new(name)
         return name
 
-    def _check_record(self, key: bytes, h: int, w: int, payload: memoryview) -> None:
+    def _check_record(self, key: bytes, h: int, w: int) -> None:
         if not isinstance(key, bytes) or len(key) != KEY_BYTES:
             raise SettingsError(f"{key!r} is no key: a key has {KEY_BYTES} bytes")
         if key in self._records:
@@ -172,12 +212,14 @@ class ShardWriter:
             raise SettingsError(
                 f"this shard has {len(self._records)} records, which is all it can hold: commit it"
             )
-        if not (1 <= h <= MAX_SIDE and 1 <= w <= MAX_SIDE) or payload.nbytes != payload_bytes(
-            self._spec, h, w
-        ):
+        if not (1 <= h <= MAX_SIDE and 1 <= w <= MAX_SIDE):
             raise SettingsError(
-                f"{payload.nbytes} bytes are no feature of {h} x {w} patches in this specification"
+                f"a feature of {h} x {w} patches cannot be: sides are 1 to {MAX_SIDE} patches"
             )
+
+
+def _no_feature(data: memoryview, h: int, w: int) -> SettingsError:
+    return SettingsError(f"{data.nbytes} bytes are no feature of {h} x {w} patches in this specification")
 
 
 def next_shard_name(names: Iterable[str], now_s: float) -> str:

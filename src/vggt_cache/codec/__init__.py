@@ -1,0 +1,57 @@
+"""How a feature's bytes are packed on disk. `docs/codecs.md` has the bytes and the figures.
+
+none       as they are, which any safetensors library reads
+lossless   bfloat16, exponents through zstandard: the same feature, a third smaller
+int8       one byte a value. Another feature, so part of the specification: `feature_dtype` is `int8`
+
+`none` and `lossless` are a property of a shard, since they do not change what is read.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vggt_cache.errors import SettingsError
+
+if TYPE_CHECKING:
+    from vggt_cache.codec.base import Codec
+
+CODECS = ("none", "lossless")
+"""What a user may choose; `int8` comes with its feature_dtype."""
+NONE, LOSSLESS, INT8 = "none", "lossless", "int8"
+
+__all__ = ["CODECS", "INT8", "LOSSLESS", "NONE", "codec_for", "coded_form", "shard_codec"]
+
+
+def shard_codec(feature_dtype: str, chosen: str = NONE) -> str:
+    """Name of the codec of a new shard, for features of this dtype. Raises SettingsError where there is none."""
+    if chosen == feature_dtype == INT8:
+        return INT8
+    if chosen not in CODECS:
+        raise SettingsError(f"codec is {chosen!r}, which is none of {', '.join(CODECS)}: choose one of these")
+    if chosen == NONE:
+        return INT8 if feature_dtype == INT8 else NONE
+    if feature_dtype != "bfloat16":
+        raise SettingsError(
+            f"codec {chosen} packs bfloat16, and these features are kept in {feature_dtype}: leave --codec out, or "
+            "use --feature_dtype bfloat16"
+        )
+    return chosen
+
+
+def coded_form(feature_dtype: str) -> str:
+    """Name of the codec that coded records of this dtype have; `none` where there is no such codec."""
+    return {"bfloat16": LOSSLESS, INT8: INT8}.get(feature_dtype, NONE)
+
+
+def codec_for(name: str) -> Codec | None:
+    """The codec of this name; None for `none`."""
+    if name == LOSSLESS:
+        from vggt_cache.codec.lossless import Lossless
+
+        return Lossless()
+    if name == INT8:
+        from vggt_cache.codec.int8 import Int8
+
+        return Int8()
+    return None

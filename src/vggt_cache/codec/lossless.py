@@ -1,0 +1,138 @@
+"""Bit-exact: the exponents of bfloat16 through zstandard, signs and mantissas as they are.
+
+A record: the plane of signs and mantissas (one byte a value); a table of the lengths of the frames (u32,
+little-endian); the frames, one a piece, each a complete zstandard frame (RFC 8878) of the piece's exponents.
+A piece has 2^18 values, the last one what is left, so that what is unpacked stays in the processor's cache.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from vggt_cache.codec.base import Cells
+from vggt_cache.codec.planes import Words, join, split
+from vggt_cache.errors import SettingsError
+
+PIECE_VALUES = 1 << 18
+_LENGTH_BYTES = 4
+_LEAST_FRAME_BYTES = 4
+_SLACK_BYTES = 1024
+"""What a frame of a piece that does not compress takes beyond the piece, at most: zstd's own bound."""
+
+
+class Lossless:
+    """See `Codec`."""
+
+    name = "lossless"
+
+    def prepare(self) -> None:
+        _zstandard()
+
+    def size_limits(self, cells: Cells, channels: int) -> tuple[Cells, Cells]:
+        values = cells * channels
+        pieces = -(-values // PIECE_VALUES)
+        least = values + pieces * (_LENGTH_BYTES + _LEAST_FRAME_BYTES)
+        return least, 2 * values + pieces * (_LENGTH_BYTES + _SLACK_BYTES)
+
+    def encode(self, feature: memoryview, cells: int, channels: int) -> memoryview:
+        values, tools = _words(feature), _tools()
+        _, most = self.size_limits(cells, channels)
+        record = np.empty(most, np.uint8)
+        rest, lengths, frames = record[: len(values)].view(np.uint16), [], []
+        for start, stop in _pieces(len(values)):
+            half = (stop - start) // 2
+            split(values[start:stop], tools.exponents[:half], rest[start // 2 : stop // 2])
+            frames.append(tools.compressor.compress(tools.exponents[:half]))
+            lengths.append(len(frames[-1]))
+        tail = struct.pack(f"<{len(lengths)}I", *lengths) + b"".join(frames)
+        end = len(values) + len(tail)
+        record[len(values) : end] = np.frombuffer(tail, np.uint8)
+        return record[:end].data
+
+    def decode(self, stored: memoryview, feature: memoryview, cells: int, channels: int) -> None:
+        values, tools = _words(feature), _tools()
+        rest = _words(stored[: len(values)])
+        for (start, stop), frame in zip(_pieces(len(values)), _frames(stored, len(values)), strict=True):
+            half = (stop - start) // 2
+            exponents = tools.unpack(frame, stop - start)
+            join(exponents, rest[start // 2 : stop // 2], values[start:stop], tools.scratch[:half])
+
+
+def _pieces(count: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + PIECE_VALUES, count)) for start in range(0, count, PIECE_VALUES))
+
+
+def _words(data: memoryview) -> Words:
+    return np.frombuffer(data, np.uint16)
+
+
+def _frames(stored: memoryview, count: int) -> Iterator[memoryview]:
+    """The frames of a record of `count` values. Raises ValueError unless they fill the rest of it exactly."""
+    pieces = -(-count // PIECE_VALUES)
+    at = count + _LENGTH_BYTES * pieces
+    if len(stored) < at:
+        raise ValueError("it is shorter than its planes")
+    lengths = struct.unpack_from(f"<{pieces}I", stored, count)
+    if at + sum(lengths) != len(stored):
+        raise ValueError("its frames have not the length that its table says")
+    for length in lengths:
+        yield stored[at : at + length]
+        at += length
+
+
+def _zstandard() -> ModuleType:
+    try:
+        import zstandard
+    except ImportError as error:
+        raise SettingsError(
+            "the package zstandard, which codec lossless needs, is not installed: pip install "
+            "'vggt-feature-cache[codec]'"
+        ) from error
+    return zstandard
+
+
+class _Tools:
+    """What one thread reuses: zstandard's contexts are not for several threads at once."""
+
+    def __init__(self) -> None:
+        zstandard = _zstandard()
+        # The smallest table of matches: almost none are found, and what is left is plain Huffman coding. Exponents
+        # hardly repeat in sequences: matches would make both directions much slower and gain next to nothing.
+        parameters = zstandard.ZstdCompressionParameters.from_level(
+            1, hash_log=6, min_match=7, write_content_size=True, write_checksum=False, write_dict_id=False
+        )
+        self.compressor: Any = zstandard.ZstdCompressor(compression_params=parameters)
+        self._decompressor: Any = zstandard.ZstdDecompressor(max_window_size=PIECE_VALUES)
+        self._content_bytes = zstandard.frame_content_size
+        self._error: type[Exception] = zstandard.ZstdError
+        self.exponents: Words = np.empty(PIECE_VALUES // 2, np.uint16)
+        self.scratch: Words = np.empty(PIECE_VALUES // 2, np.uint16)
+
+    def unpack(self, frame: memoryview, length: int) -> Words:
+        """The exponents in a frame, which must be `length` bytes. Raises ValueError."""
+        try:
+            # zstandard allocates what a frame claims to hold, so the claim is looked at first.
+            if self._content_bytes(frame) != length:
+                raise ValueError("a frame claims another length than its piece has")
+            return np.frombuffer(self._decompressor.decompress(frame, allow_extra_data=False), np.uint16)
+        except self._error as error:
+            raise ValueError(f"zstandard refuses a frame: {error}") from error
+
+
+class _PerThread(threading.local):
+    tools: _Tools | None = None
+
+
+_PER_THREAD = _PerThread()
+
+
+def _tools() -> _Tools:
+    if _PER_THREAD.tools is None:
+        _PER_THREAD.tools = _Tools()
+    return _PER_THREAD.tools

@@ -1,0 +1,112 @@
+"""The arithmetic of int8 features, in torch: on the CPU, or on the device that trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vggt_cache.codec.int8 import NORMALISER_BYTES, SCALE_BYTES, Int8
+from vggt_cache.errors import SettingsError
+
+_LEVELS = 127
+_PEAK_OVER_MEAN = 16.0
+"""A channel is normalised by its largest value, but by no more than this many times its mean absolute value: else
+one massive activation would leave the channel's other tokens a few levels only."""
+_ROWS = 128
+"""Tokens decoded at a time on a CPU, so that float32 values stay in the processor's cache."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedFeature:
+    """An int8 feature as it lies in the store, its checksum found right."""
+
+    record: Tensor
+    """uint8, one dimension, contiguous, on any device."""
+    h: int
+    w: int
+    channels: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.h, self.w, self.channels
+
+    def decode(self, *, out: Tensor | None = None) -> Tensor:
+        """The feature, bfloat16 [h, w, C], on the CPU; into `out`, which is contiguous, where it is given."""
+        feature = torch.empty(self.shape, dtype=torch.bfloat16) if out is None else out
+        if feature.shape != self.shape or feature.dtype != torch.bfloat16 or not feature.is_contiguous():
+            raise SettingsError(
+                f"out has shape {list(feature.shape)} and {feature.dtype}, and the feature needs a contiguous "
+                f"{list(self.shape)} of torch.bfloat16: give such a tensor, or none"
+            )
+        decode_rows(self.record.cpu(), feature.view(-1, self.channels))
+        return feature
+
+    def decode_on(self, device: torch.device | str) -> Tensor:
+        """The feature, bfloat16 [h, w, C], on `device`; half of its bytes travel there.
+
+        From a pinned `record` the copy does not wait; keep that memory as it is until the device has it.
+        """
+        record = self.record.to(device, non_blocking=True)
+        return decode_int8(record, self.h * self.w, self.channels).view(self.shape)
+
+
+def encode_int8(values: Tensor) -> Tensor:
+    """The record, uint8 [bytes], of a feature's values, bfloat16 [tokens, C]. Raises SettingsError unless finite."""
+    tokens, channels = values.shape
+    wide = values.float()
+    sizes = wide.abs()
+    largest = sizes.amax(0)
+    if not largest.isfinite().all():
+        raise SettingsError(
+            "a feature with values that are not finite cannot be kept in int8: do not store it"
+        )
+    bounded = torch.minimum(largest, sizes.mean(0) * _PEAK_OVER_MEAN)
+    normalisers = _positive(bounded.to(torch.bfloat16))
+    wide /= normalisers.float()
+    scales = _positive(torch.abs(wide, out=sizes).amax(1) / _LEVELS)
+    levels = wide.div_(scales[:, None]).round_().clamp_(-_LEVELS, _LEVELS).to(torch.int8)
+    parts = [normalisers.view(torch.uint8), scales.view(torch.uint8), levels.view(-1).view(torch.uint8)]
+    record = torch.cat(parts)
+    assert len(record) == Int8().size_limits(tokens, channels)[0]
+    return record
+
+
+def decode_int8(record: Tensor, tokens: int, channels: int) -> Tensor:
+    """bfloat16 [tokens, C] from a record, uint8 [bytes], on the record's device."""
+    normalisers, scales, levels = _parts(record, tokens, channels)
+    return levels.float().mul_(scales).mul_(normalisers).to(torch.bfloat16)
+
+
+def decode_rows(record: Tensor, values: Tensor) -> None:
+    """The same on a CPU, into `values`, bfloat16 [tokens, C]."""
+    tokens, channels = values.shape
+    normalisers, scales, levels = _parts(record, tokens, channels)
+    wide = torch.empty((min(_ROWS, tokens), channels))
+    for start in range(0, tokens, _ROWS):
+        rows = slice(start, min(start + _ROWS, tokens))
+        part = wide[: rows.stop - start]
+        # Mixed dtypes in one product would be converted value by value.
+        values[rows] = part.copy_(levels[rows]).mul_(scales[rows]).mul_(normalisers)
+
+
+def of_bytes(data: memoryview) -> Tensor:
+    """uint8 [bytes] over the same memory; of a copy where it may not be written to, which torch does not know."""
+    return torch.frombuffer(bytearray(data) if data.readonly else data, dtype=torch.uint8)
+
+
+def _parts(record: Tensor, tokens: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalisers, float32 [C]; scales, float32 [tokens, 1]; levels, int8 [tokens, C]."""
+    scales_at = NORMALISER_BYTES * channels
+    levels_at = scales_at + SCALE_BYTES * tokens
+    return (
+        record[:scales_at].view(torch.bfloat16).float(),
+        record[scales_at:levels_at].view(torch.float32)[:, None],
+        record[levels_at:].view(torch.int8).view(tokens, channels),
+    )
+
+
+def _positive(sizes: Tensor) -> Tensor:
+    """Where a channel or a token is all zeros, any number serves."""
+    return torch.where(sizes > 0, sizes, torch.ones_like(sizes))
