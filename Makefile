@@ -11,7 +11,7 @@ DEMO_DIR ?= demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint format bench clean distclean
+.PHONY: help demo test test-slow trials lint format bench clean distclean
 
 # Relative paths only: the project may lie in a directory with spaces in its name.
 BIN := .venv/bin
@@ -30,6 +30,11 @@ test: lint ## all checks: ruff, mypy, pytest
 
 test-slow: $(READY) ## the longer trials
 	$(BIN)/python -m pytest -m slow
+
+trials: $(READY) ## the long campaigns against the store, resumed where they ended
+	$(BIN)/python tests/trials/run_trials.py --resume
+	$(BIN)/python tests/trials/mutants.py
+	$(BIN)/python tests/trials/table.py
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

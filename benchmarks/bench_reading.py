@@ -82,7 +82,10 @@ class Bench:
         self.entries = folder / "entries"
         self._write(folder)
         self.cache = FeatureCache.open(folder / "cache")
-        self.buffers = [torch.empty(self.shape, dtype=torch.bfloat16) for _ in range(arguments.threads)]
+        self.reader = ReadAhead(self.cache, torch.device("cpu"), threads=arguments.threads)
+        self.buffers = [
+            torch.empty(self.shape, dtype=torch.bfloat16) for _ in range(2 * arguments.batch_size)
+        ]
 
     @property
     def record_bytes(self) -> int:
@@ -105,12 +108,14 @@ class Bench:
 
     # ------------------------------------------------------------ ways
 
-    def pread(self, *, threads: int = 1, checksum: bool = False) -> None:
+    def pread(self, *, threads: int = 1, checksum: bool = False, ring: bool = False) -> None:
+        """`ring`: into as many buffers as two batches need, more than a processor caches, not one a thread."""
         descriptor = os.open(self.raw, os.O_RDONLY)
+        views = [memoryview(one.view(torch.uint8).numpy().reshape(-1)) for one in self.buffers]
 
         def read(part: int) -> None:
-            view = memoryview(self.buffers[part].view(torch.uint8).numpy().reshape(-1))
-            for number in self.order[part::threads]:
+            for turn, number in enumerate(self.order[part::threads]):
+                view = views[(turn * threads + part) % len(views) if ring else part]
                 if checksum:
                     read_and_hash(descriptor, view, number * self.record_bytes)
                 else:
@@ -130,7 +135,7 @@ class Bench:
 
     def delivery(self) -> None:
         """As the trainer takes them: the next batch is being read while this one is used."""
-        reader = ReadAhead(self.cache, torch.device("cpu"), threads=self.arguments.threads)
+        reader = self.reader
         size = self.arguments.batch_size
         batches = [self.order[at : at + size] for at in range(0, len(self.order), size)]
         ahead = [reader.start(self.keys[number], self.grid) for number in batches[0]]
@@ -140,7 +145,6 @@ class Bench:
                 assert reader.wait(read) is not None
             for read in reads:
                 reader.release(read)
-        reader.close()
 
     def dataloader(self) -> None:
         loader = DataLoader(
@@ -183,8 +187,10 @@ def main() -> None:
             "get_into_buffer": bench.get_into_buffer,
             "get_fresh": bench.get_fresh,
             "pread_1_checksum": lambda: bench.pread(checksum=True),
-            "pread_threads": lambda: bench.pread(threads=arguments.threads),
-            "pread_threads_checksum": lambda: bench.pread(threads=arguments.threads, checksum=True),
+            "pread_threads": lambda: bench.pread(threads=arguments.threads, ring=True),
+            "pread_threads_checksum": lambda: bench.pread(
+                threads=arguments.threads, checksum=True, ring=True
+            ),
             "delivery": bench.delivery,
         }
         bench.run(ways, 1)

@@ -121,6 +121,10 @@ class FeatureSpec:
     def __post_init__(self) -> None:
         _one_of("context", self.context, CONTEXTS)
         _one_of("feature_dtype", self.feature_dtype, FEATURE_DTYPES)
+        if type(self.computation_version) is not int:  # True == 1, and its text and fingerprint are others
+            raise SettingsError(
+                f"computation_version is {self.computation_version!r}, which is no count: the specification is damaged"
+            )
 
     @cached_property
     def fingerprint(self) -> str:

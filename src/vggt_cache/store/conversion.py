@@ -19,7 +19,7 @@ from vggt_cache.identity import FeatureSpec
 from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem
 from vggt_cache.store.format import payload_bytes
 from vggt_cache.store.reader import SHARDS_FOLDER, ShardReader, ShardVanishedError
-from vggt_cache.store.removal import remove_file, renew_index
+from vggt_cache.store.removal import remove_file, renew_index, scan_durably
 from vggt_cache.store.rows import Record, Rows, key_groups, unpack_rows
 from vggt_cache.store.scan import RecordChecker, Scan, scan_store
 from vggt_cache.store.writer import ShardWriter
@@ -85,7 +85,7 @@ class _Converter:
         self._reader.close()
 
     def run(self, dry_run: bool) -> Iterator[Converted]:
-        scan = scan_store(self._reader)
+        scan = scan_store(self._reader) if dry_run else scan_durably(self._reader, self._store_dir)
         served, removed = scan.served, False
         winners = np.flatnonzero(served)[key_groups(scan.rows)]
         for number, codec in enumerate(scan.codecs):

@@ -27,6 +27,8 @@ from vggt_cache.store.snapshot import Level, Snapshot
 
 INDEX_FOLDER = "index"
 INDEX_FILE = "rows"
+MAX_LISTINGS = 4
+"""How often the store is listed when shards vanish meanwhile; a stale listing may go on to name them."""
 MAX_IN_MEMORY_BYTES = 16 * 1024 * 1024
 """A larger supplement is kept in a nameless temporary file, so that a lost index does not cost memory per reader."""
 
@@ -44,15 +46,24 @@ class Deriver:
         """The store as it is now. Raises CacheAccessError.
 
         A shard that `previous` or the index knows and the listing lacks is looked for by its name: on a
-        network file system a listing may be behind.
+        network file system a listing may be behind. A shard that was removed after the listing may have been
+        superseded by one that the listing lacks, so then it is listed anew.
         """
+        for _ in range(MAX_LISTINGS):
+            names, index = self._names_now(previous, use_index)
+            snapshot = self._derive(names, index, previous, gone_is_error=False)
+            if len(snapshot.names) == len(names):
+                break
+        return snapshot
+
+    def _names_now(self, previous: Snapshot | None, use_index: bool) -> tuple[list[str], Index | None]:
         index = self._base_index(previous) if use_index else None
         names = self._reader.names()
         known = set(previous.names) if previous is not None else set()
         if index is not None and index.names_text != "\n".join(names):
             known.update(filter(SHARD_NAME.fullmatch, index.names()))
         unlisted = [name for name in known.difference(names) if self._exists(name)]
-        return self._derive(sorted([*names, *unlisted]), index, previous, gone_is_error=False)
+        return sorted([*names, *unlisted]), index
 
     def exactly(self, names: Sequence[str]) -> Snapshot:
         """The snapshot of just these shards, in order. Raises CacheAccessError, also if one of them is gone."""

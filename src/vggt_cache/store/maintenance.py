@@ -12,7 +12,7 @@ import numpy as np
 
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.store.derive import INDEX_FILE, INDEX_FOLDER
-from vggt_cache.store.faults import access_error
+from vggt_cache.store.faults import access_error, accessing
 from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem, is_regular, persist, release
 from vggt_cache.store.format import payload_bytes
 from vggt_cache.store.layout import survey
@@ -130,7 +130,9 @@ def dead_temp_files(store_dir: str, min_age_s: float, fs: FileSystem) -> Iterato
         except OSError as error:
             raise access_error(folder, error) from error
         try:
-            for name in sorted(filter(TEMP_NAME.fullmatch, persist(fs.list_names, dir_fd))):
+            with accessing(folder):
+                names = sorted(filter(TEMP_NAME.fullmatch, persist(fs.list_names, dir_fd)))
+            for name in names:
                 with suppress(OSError):  # gone meanwhile, or not ours to look at
                     size = _bytes_if_dead(name, dir_fd, min_age_s, fs)
                     if size is not None:

@@ -15,7 +15,7 @@ from vggt_cache.store.format import stored_length
 from vggt_cache.store.layout import survey
 from vggt_cache.store.maintenance import TEMP_MIN_AGE_S, dead_temp_files
 from vggt_cache.store.reader import SHARDS_FOLDER, ShardReader
-from vggt_cache.store.removal import remove_file, renew_index
+from vggt_cache.store.removal import remove_file, renew_index, scan_durably
 from vggt_cache.store.rows import Record, key_groups, unpack_rows
 from vggt_cache.store.scan import RecordChecker, Scan, scan_store
 from vggt_cache.store.writer import ShardWriter
@@ -81,10 +81,13 @@ class _Pruner:
         for folder, name, size in dead_temp_files(self._store_dir, min_age_s, self._fs):
             yield self._remove(folder, name, size, "a temporary file whose writer is gone")
         if damaged:
-            yield from self._repair(scan_store(self._reader))
-        yield from self._superseded(scan_store(self._reader))
+            yield from self._repair(self._scan())
+        yield from self._superseded(self._scan())
         if self._gone and not self._dry_run:
             renew_index(self._cache_dir, self._spec, self._fs)
+
+    def _scan(self) -> Scan:
+        return scan_store(self._reader) if self._dry_run else scan_durably(self._reader, self._store_dir)
 
     # ------------------------------------------------------------ damaged
 

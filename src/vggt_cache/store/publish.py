@@ -5,8 +5,9 @@
 3. link it to its final name (or rename, where the name may be replaced), drop the temporary name
 4. fsync the directory
 
-A failure at any step withdraws all earlier ones. A failed fsync is never repeated: the system may by then
-have forgotten the bytes, and a second fsync would report success.
+A failure at any step withdraws the earlier ones, except that a final name stays once it was given: others may
+rely on the file by then, `prune` above all, and it is complete. A failed fsync is never repeated: the system
+may by then have forgotten the bytes, and a second fsync would report success.
 """
 
 from __future__ import annotations
@@ -44,7 +45,6 @@ class PendingFile:
         self._dir_fd = dir_fd
         self._name = f".tmp-{secrets.token_hex(8)}"
         self._process = os.getpid()
-        self._published: str | None = None
         self._fd: int | None = persist(fs.create_file, self._name, dir_fd=dir_fd)
         try:
             status = persist(fs.fstat, self._fd)
@@ -79,10 +79,8 @@ class PendingFile:
     def publish_new(self, name: str) -> None:
         """Give the sealed file its name, which no other file may have, and make that durable."""
         self._link_or_rename(name)
-        self._published = name
         self._drop_temporary_name()
         sync_directory(self._fs, self._dir_fd)
-        self._published = None
 
     def publish_over(self, name: str) -> None:
         """Give the sealed file its name in place of the file that had it, and make that durable."""
@@ -100,8 +98,6 @@ class PendingFile:
             release(self._fs, fd)
         if os.getpid() != self._process:
             return  # a forked copy: the file is the parent's
-        if self._published is not None and self._is_this_file(self._published):
-            self._unlink_quietly(self._published)
         self._unlink_quietly(self._name)
 
     # ------------------------------------------------------------ steps

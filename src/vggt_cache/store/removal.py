@@ -1,13 +1,28 @@
-"""What `prune` and `convert` do when a shard has gone."""
+"""What `prune` and `convert` do before a shard goes, and when it has gone."""
 
 from __future__ import annotations
 
 import os
 
 from vggt_cache.identity import FeatureSpec
-from vggt_cache.store.faults import access_error
+from vggt_cache.store.faults import access_error, commit_error
 from vggt_cache.store.filesystem import FileSystem, persist, release, sync_directory
+from vggt_cache.store.reader import ShardReader
+from vggt_cache.store.scan import Scan, scan_store
 from vggt_cache.store.view import StoreView
+
+
+def scan_durably(reader: ShardReader, store_dir: str) -> Scan:
+    """What is there, and on the disk: nothing may go for the sake of a shard that a power loss could take.
+
+    Raises CommitError, CacheAccessError.
+    """
+    scan = scan_store(reader)
+    try:
+        reader.sync_names()
+    except OSError as error:
+        raise commit_error(store_dir, error) from error
+    return scan
 
 
 def remove_file(folder: str, name: str, fs: FileSystem) -> None:

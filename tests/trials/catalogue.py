@@ -1,0 +1,108 @@
+"""All trials, with the counts of a full campaign."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from trials import damage, full_disk, processes, simulated, system_calls
+from trials.registry import Trial
+
+EXAMPLES_PER_SEED = 50
+
+
+def _simulated(run: Callable[[int], Any]) -> Callable[[int, Path], int]:
+    def one(seed: int, folder: Path) -> int:
+        run(seed)
+        return 1
+
+    return one
+
+
+def _power_loss(model: str) -> Callable[[int, Path], int]:
+    return _simulated(lambda seed: simulated.power_loss(seed, model))
+
+
+def _stateful(seed: int, folder: Path) -> int:
+    """Sequences of mishaps that Hypothesis makes from a seed."""
+    import hypothesis
+    from hypothesis.stateful import run_state_machine_as_test
+
+    machine = importlib.import_module("test_store_stateful").StoreMachine
+    settings = hypothesis.settings(
+        machine.TestCase.settings, max_examples=EXAMPLES_PER_SEED, derandomize=False, database=None
+    )
+    run_state_machine_as_test(hypothesis.seed(seed)(machine), settings=settings)
+    return EXAMPLES_PER_SEED
+
+
+_ALL = (
+    Trial(
+        name="stateful", count=10_000, run=_stateful, file_system="simulated",
+        about="a sequence of up to 8 steps of working clients, kills, power losses, faults, damage, moves and pruning",
+    ),
+    Trial(
+        name="interleaved", count=10_000, run=_simulated(simulated.interleaved), file_system="simulated",
+        about="four rounds of several clients interleaved by the seed, with faults, a kill, a power loss, damage",
+    ),
+    Trial(
+        name="power_names", count=1_000, run=_power_loss("names"), file_system="simulated",
+        about="power lost twice at some operation of one or two clients; any subset of unsynced names vanishes",
+    ),
+    Trial(
+        name="power_data", count=1_000, run=_power_loss("data"), file_system="simulated",
+        about="the same; contents that were not synced are cut, zeroed or mixed",
+    ),
+    Trial(
+        name="power_both", count=1_000, run=_power_loss("both"), file_system="simulated",
+        about="the same; names and contents",
+    ),
+    Trial(
+        name="sigkill", count=10_000, run=processes.kill_writers,
+        about="a writer killed at a random time, beside another one and at times a pruner",
+    ),
+    Trial(
+        name="operations", count=340, run=system_calls.kill_at_every_operation,
+        about="SIGKILL before or after one operation of a commit; each of them 10 times",
+    ),
+    Trial(
+        name="system_calls", count=200, run=system_calls.kill_at_every_system_call,
+        about="SIGKILL as the kernel enters one system call of a commit (strace); each of them 10 times",
+    ),
+    Trial(
+        name="full_tmpfs", count=160, run=full_disk.full_tmpfs, file_system="tmpfs",
+        about="a tmpfs that is filled up by commits; one page larger in each trial",
+    ),
+    Trial(
+        name="full_ext4", count=50, run=full_disk.full_ext4, file_system="ext4 in a file",
+        about="an ext4 of 1 MiB that is filled up by commits",
+    ),
+    Trial(
+        name="every_bit", count=76_322, run=damage.every_bit_and_length,
+        about="one bit of a small shard flipped, or the shard cut; every bit and every length, without and with index",
+    ),
+    Trial(
+        name="random_damage", count=100_000, run=damage.random_damage,
+        about="a part of a small shard zeroed, overwritten, misplaced, exchanged, cut or lengthened",
+    ),
+    Trial(
+        name="hostile_headers", count=1_000_000, file_system="memory", run=damage.hostile_headers,
+        about="a shard's header and a spec.json with parts replaced, dropped, moved or renamed at any depth",
+    ),
+    Trial(
+        name="racing_writers", count=1_000, run=processes.race,
+        about="2 to 16 writers of the same keys start at once beside two readers; flock says yes to everybody",
+    ),
+    Trial(
+        name="forked_readers", count=1_000_000, run=processes.read_forked,
+        about="a read, compared bit by bit, in one of 4 to 16 processes forked from one that has the cache open",
+    ),
+    Trial(
+        name="spawned_readers", count=1_000_000, run=processes.read_spawned,
+        about="a read, compared bit by bit, in one of 4 processes started with spawn",
+    ),
+)  # fmt: skip
+
+TRIALS = {trial.name: trial for trial in _ALL}
