@@ -20,6 +20,7 @@ from simulated_disk import Disk, failure
 from store_kit import SPEC, Call, TracedFileSystem, make_feature, make_key, write_shard
 from vggt_cache.errors import CacheAccessError, CommitError, SpecMismatchError
 from vggt_cache.store import FeatureCache, ShardWriter, create_store, describe, prune
+from vggt_cache.store.conversion import convert
 from vggt_cache.store.parse import parse_spec
 
 STORE = f"/cache/{SPEC.short_name}"
@@ -96,6 +97,21 @@ def test_a_shard_is_not_pruned_for_one_whose_name_is_not_on_the_disk_yet() -> No
         client._after = client.die
         with pytest.raises(Killed):
             prune("/cache", dry_run=False, fs=client)
+        disk.lose_power(Random(seed), "names")
+        if not {1, 2} <= numbers_on(disk):
+            lost.append(seed)
+    assert lost == []
+
+
+def test_a_shard_is_not_converted_away_for_one_whose_name_is_not_on_the_disk_yet() -> None:
+    """All its records are superseded, so that convert has nothing of it to rewrite."""
+    lost = []
+    for seed in range(40):
+        disk = unsynced_successor()
+        client = Interposed(disk, "unlink", before=nothing, after=nothing)
+        client._after = client.die
+        with pytest.raises(Killed):
+            list(convert("/cache", SPEC, "lossless", dry_run=False, fs=client))
         disk.lose_power(Random(seed), "names")
         if not {1, 2} <= numbers_on(disk):
             lost.append(seed)
