@@ -67,7 +67,9 @@ def live(kit: Kit, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, f
     )
 
 
-@pytest.mark.parametrize("config", ["zero2.json", "zero2_offload.json", "zero3.json"])
+@pytest.mark.parametrize(
+    "config", [pytest.param("zero2.json", marks=pytest.mark.slow), "zero2_offload.json", "zero3.json"]
+)
 def test_training_from_the_cache_is_live_training(
     kit: Kit, tmp_path: Path, live: list[dict[str, float]], config: str
 ) -> None:
@@ -133,6 +135,7 @@ def test_with_error_all_ranks_stop_with_the_same_sentence(kit: Kit, tmp_path: Pa
     assert "is not in the cache" in sentences.pop()
 
 
+@pytest.mark.slow
 def test_a_killed_run_under_zero_3_goes_on_as_if_it_had_not_been(kit: Kit, tmp_path: Path) -> None:
     # Sixteen steps are an epoch: it goes on in the second one, whose order of samples is another.
     more = ["--save_strategy", "steps", "--save_steps", 18, "--max_steps", 20]

@@ -152,7 +152,7 @@ def test_a_model_trained_with_another_context_is_refused(
     assert "was trained with features of context frame" in refusal(capfd, flags)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, 1])
 def test_a_missing_image_is_one_sentence(
     kit: Kit, tmp_path: Path, capfd: pytest.CaptureFixture[str], workers: int
 ) -> None:

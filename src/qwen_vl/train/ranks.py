@@ -80,7 +80,9 @@ class Ranks:
         ):  # all ranks have the same settings: one of them is enough to say it
             return int(content["exit_code"])
         where = f" [rank {self.rank}]" if self.rank else ""
-        print(f"[ERROR]{where} {content['sentence']}", file=sys.stderr, flush=True)
+        # In one piece: several ranks say it at the same moment, into the same log.
+        sys.stderr.write(f"[ERROR]{where} {content['sentence']}\n")
+        sys.stderr.flush()
         return int(content["exit_code"])
 
     def _wait_until_all_have_said_it(self, store: Store) -> None:
