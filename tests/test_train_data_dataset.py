@@ -176,7 +176,6 @@ def test_lengths_are_known_without_reading_a_sample(root: Path, monkeypatch: pyt
     dataset = make_dataset(root)
     monkeypatch.setattr(NavigationDataset, "__getitem__", None)
     assert list(dataset.lengths) == [3 * 252 + 4, 252 + 2, 4]
-    assert dataset.modality_lengths == [3 * 252 + 4, 252 + 2, -4]
 
 
 # ---------------------------------------------------------------- what is refused

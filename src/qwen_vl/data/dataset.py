@@ -72,12 +72,6 @@ class NavigationDataset(Dataset[Item]):
         """Estimated tokens of each sample, without reading any: words plus 252 a frame."""
         return self.index.lengths
 
-    @property
-    def modality_lengths(self) -> list[int]:
-        """The same, negative where a sample has no frame, so that a sampler can keep both kinds apart."""
-        counts = zip(self.index.lengths, self.index.frame_counts, strict=True)
-        return [length if frames else -length for length, frames in counts]
-
     def _item(self, at: int, sample: Sample) -> Item:
         dialogue = self._dialogue(sample)
         self._check_history(sample)

@@ -34,10 +34,6 @@ class LiveEncoder:
         self._device = device
         self._encoder = None if encoder is None else self._batched(encoder)
 
-    @property
-    def is_loaded(self) -> bool:
-        return self._encoder is not None
-
     def encode(self, requests: Sequence[FeatureRequest]) -> list[torch.Tensor]:
         """The features [h, w, C] of these requests, in the dtype of storage, on the device.
 

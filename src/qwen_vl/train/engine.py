@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import warnings
 from collections.abc import Sequence
 
 import torch
 from transformers import TrainingArguments
+
+from vggt_cache.cluster.network import free_port
 
 
 def prepare_engine(flags: Sequence[str]) -> None:
@@ -19,7 +20,7 @@ def prepare_engine(flags: Sequence[str]) -> None:
         return
     if "WORLD_SIZE" not in os.environ:  # no launcher: DeepSpeed would look for MPI
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone | {"MASTER_PORT": str(_free_port())})
+        os.environ.update(alone | {"MASTER_PORT": str(free_port())})
     # DeepSpeed calls functions of torch by their old names, some of them in every step.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     if not torch.cuda.is_available():
@@ -48,9 +49,3 @@ def _skip_compiled_operations() -> None:
     operations = getattr(deepspeed.ops, "__compatible_ops__", None)
     if operations is not None:
         operations["deepspeed_shm_comm"] = False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

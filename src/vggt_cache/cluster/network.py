@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import ipaddress
-import os
 import socket
 import struct
 from pathlib import Path
@@ -14,7 +13,6 @@ from pathlib import Path
 from vggt_cache.errors import SettingsError
 
 _SIOCGIFADDR = 0x8915
-INFINIBAND = Path("/sys/class/infiniband")
 
 
 def resolve(host: str) -> str:
@@ -117,10 +115,6 @@ def chosen_interfaces(setting: str) -> list[str]:
     parts = [part for part in setting.split(",") if part]
     hit = {name for name in names for part in parts if name == part or (not exact and name.startswith(part))}
     return [name for name in names if (name in hit) != other]
-
-
-def infiniband_devices() -> list[str]:
-    return sorted(os.listdir(INFINIBAND)) if INFINIBAND.is_dir() else []
 
 
 def free_port() -> int:
