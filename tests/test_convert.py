@@ -93,7 +93,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("target", ["lossless", "none"])
+@pytest.mark.parametrize("target", ["lossless", pytest.param("none", marks=pytest.mark.slow)])
 def test_killed_at_any_moment_every_key_is_served_and_the_next_call_goes_on(
     tmp_path: Path, target: str
 ) -> None:

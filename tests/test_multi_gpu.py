@@ -12,12 +12,12 @@ import pytest
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "precompute_multi_gpu.sh"
 
-# Stands for Python: writes down what it was started with, then ends with the code in $CODES for its GPU.
+# Stands for Python: writes down what it was started with, then ends with the code in $CODES for its GPU. The line is
+# written in one piece, because several interpreters write theirs at the same moment.
 INTERPRETER = """#!/bin/sh
 trap 'echo "$1 INT" >> "$SEEN.signals"; sleep 0.3; echo committed; exit 130' INT
 trap 'echo "$1 TERM" >> "$SEEN.signals"; sleep 0.3; echo committed; exit 143' TERM
-printf '%s|' "$CUDA_VISIBLE_DEVICES" "$@" >> "$SEEN"
-echo >> "$SEEN"
+printf '%s\\n' "$(printf '%s|' "$CUDA_VISIBLE_DEVICES" "$@")" >> "$SEEN"
 printf 'Processing: 10%%\\rProcessing: 100%%\\n'
 [ -n "$HOLD" ] && while :; do sleep 0.05; done
 eval "exit \\${CODE_$(printf %s "$CUDA_VISIBLE_DEVICES" | tr -dc 0-9A-Za-z):-0}"

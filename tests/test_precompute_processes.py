@@ -100,7 +100,7 @@ def single(arguments, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("context", ["frame", "causal"])
+@pytest.mark.parametrize("context", [pytest.param("frame", marks=pytest.mark.slow), "causal"])
 def test_two_processes_compute_each_feature_once(arguments, tmp_path, single, context):
     cache_dir = tmp_path / "cache"
     both = [start(arguments(cache_dir, "--context", context)) for _ in range(2)]
@@ -110,7 +110,7 @@ def test_two_processes_compute_each_feature_once(arguments, tmp_path, single, co
     assert_same(records(cache_dir), single(context))
 
 
-@pytest.mark.parametrize("context", ["frame", "causal"])
+@pytest.mark.parametrize("context", ["frame", pytest.param("causal", marks=pytest.mark.slow)])
 def test_a_killed_process_is_taken_over_and_the_result_is_the_same(arguments, tmp_path, single, context):
     cache_dir = tmp_path / "cache"
     flags = arguments(cache_dir, "--context", context)

@@ -122,3 +122,30 @@ def test_a_rank_with_another_specification_says_so(tmp_path: Path) -> None:
     other = make_spec(context="causal").fingerprint
     with pytest.raises(CacheAccessError, match="the nodes see different directories"):
         agree_on_snapshot(cache, _Beside(leader(cache, fingerprint=other)))
+
+
+@pytest.mark.parametrize("exit_code", [0, 2])
+def test_a_process_leaves_without_taking_the_interpreter_down(exit_code: int) -> None:
+    """What is freed in a half torn down interpreter, on a thread of gloo's, aborts a run that had finished."""
+    program = (
+        "import atexit\n"
+        "from qwen_vl.train.train_vln import leave\n"
+        "class Tensor:\n"
+        "    def __del__(self, say=print):\n"
+        "        say('freed')\n"
+        "held = Tensor()\n"
+        "atexit.register(print, 'handled')\n"
+        "print('written', end=' ')\n"
+        f"leave({exit_code})\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == exit_code
+    assert run.stdout.split() == ["written", *(["handled"] if exit_code == 0 else [])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -43,9 +44,18 @@ def refusal(capfd: pytest.CaptureFixture[str], flags: list[str]) -> str:
     return sentence
 
 
-@pytest.mark.parametrize("context", ["frame", "causal"])
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("context", "batch", "accumulation"),
+    [
+        ("frame", 1, 2),
+        ("causal", 2, 1),
+        *(
+            pytest.param(*settings, marks=pytest.mark.slow)
+            for settings in itertools.product(("frame", "causal"), (1, 2), (1, 2))
+            if settings not in [("frame", 1, 2), ("causal", 2, 1)]
+        ),
+    ],
+)
 def test_losses_and_gradients_are_those_of_live_training(
     kit: Kit, tmp_path: Path, context: str, batch: int, accumulation: int
 ) -> None:
@@ -195,7 +205,7 @@ def test_an_image_replaced_in_place_is_never_given_its_old_feature(
 # ---------------------------------------------------------------- filling
 
 
-@pytest.mark.parametrize("context", ["frame", "causal"])
+@pytest.mark.parametrize("context", [pytest.param("frame", marks=pytest.mark.slow), "causal"])
 def test_the_first_epoch_fills_the_cache_and_the_second_reads_it(
     kit: Kit, tmp_path: Path, context: str
 ) -> None:

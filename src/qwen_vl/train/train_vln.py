@@ -6,9 +6,11 @@ Started by itself, by torchrun, or by the scripts; on CPU (gloo) and CUDA (nccl)
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch.distributed as dist
 
@@ -38,10 +40,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def leave(exit_code: int) -> NoReturn:
+    """End the process as Python would, except that the interpreter is not taken down.
+
+    destroy_process_group() leaves gloo's threads running for as long as something refers to the group. A tensor
+    that such a thread still holds is freed with the interpreter's lock, which a half torn down interpreter answers
+    by ending the thread: C++ then aborts the process ("terminate called without an active exception"), and
+    torchrun reports a finished run as failed (github.com/pytorch/pytorch/pull/179291). After an error there is
+    a second reason: torch would wait five seconds for each worker of a loader that was left. Nor are exit handlers
+    called then: one that wants to hear of the other ranks would wait for ever.
+    """
+    if exit_code == 0:
+        atexit._run_exitfuncs()  # loggers of experiments finish there
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
 if __name__ == "__main__":
-    exit_code = main()
-    if exit_code:
-        # Everything is said and committed; torch would wait five seconds for each worker of a loader that was left.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(exit_code)
+    leave(main())
