@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -15,7 +12,8 @@ import pytest
 
 from small_data import write_image
 from store_kit import shards_dir
-from train_kit import Kit, largest_difference, logged, write_kit
+from train_kit import Kit, largest_difference, write_kit
+from train_processes_kit import start, train
 from vggt_cache.samples import SampleIndex, find_sources
 from vggt_cache.store import FeatureCache, ShardWriter
 
@@ -27,30 +25,6 @@ SAME = 1e-5
 @pytest.fixture(scope="module")
 def kit(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> Kit:
     return write_kit(tmp_path_factory.mktemp("kit"), small_checkpoint)
-
-
-def start(flags: Sequence[str], *, processes: int = 2, log: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    environment = {name: value for name, value in os.environ.items() if name != "VGGT_CACHE_DIR"}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), "DS_ACCELERATOR": "cpu"}
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "wb") as file:
-        return subprocess.Popen(
-            [*command, "-m", "qwen_vl.train.train_vln", *flags],
-            stdout=file, stderr=file, env=environment, start_new_session=True,
-        )  # fmt: skip
-
-
-def train(
-    kit: Kit, output_dir: Path, *more: object, config: str | None, **options: object
-) -> list[dict[str, float]]:
-    """Run to the end on two processes; returns what was logged."""
-    zero = [] if config is None else ["--deepspeed", ROOT / "scripts" / config]
-    flags = kit.flags(output_dir, "--per_device_train_batch_size", 1, *zero, *more, **options)  # type: ignore[arg-type]
-    log = output_dir / "log"
-    code = start(flags, log=log).wait(timeout=240)
-    assert code == 0, log.read_text()[-3000:]
-    return logged(output_dir)
 
 
 @pytest.fixture(scope="module")
