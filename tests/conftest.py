@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from vggt_cache.encoder import EncoderConfig, expected_shapes
 def pytest_configure() -> None:
     # On a busy machine, threads that wait for each other at every small operation take ten times as long as one.
     torch.set_num_threads(1)
+    # A shell starts what is put into the background with SIGINT ignored, and children would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
