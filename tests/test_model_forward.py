@@ -15,6 +15,7 @@ from qwen_vl.demo.tiny_qwen import TOKEN_IDS, write_tiny_qwen
 from qwen_vl.model import attention
 from qwen_vl.model.fusion import SpatialFeatureError
 from qwen_vl.model.losses import weighted_token_loss
+from qwen_vl.model.modeling_qwen2_5_vl import KEPT
 
 SMALL, WIDE = (4, 6), (2, 8)
 
@@ -273,8 +274,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(model: Any) -> None:
 
 def test_a_training_forward_keeps_no_key_value_cache(model: Any) -> None:
     batch = two_samples()
-    assert model(**batch).past_key_values is None
-    assert model(**seeing(batch)).past_key_values is not None
+    assert model(**batch).get(KEPT) is None
+    assert model(**seeing(batch)).get(KEPT) is not None
 
 
 def test_bfloat16_runs_and_stays_close(directory: Path) -> None:

@@ -5,6 +5,7 @@ Features come in as a batch field. Where they were computed, and whether they we
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from qwen_vl.model.merger import SpatialMerger, merge
 
 ACTIONS = 4
 """STOP, MOVE_FORWARD, TURN_LEFT, TURN_RIGHT."""
+# What transformers calls the keys and values of earlier tokens: `past_key_values`, and `cache` from 5.24 on.
+KEPT = ({field.name for field in fields(CausalLMOutputWithPast)} & {"cache", "past_key_values"}).pop()
 # transformers is typed in part, and its parts do not agree with each other.
 _Qwen: Any = Qwen2_5_VLForConditionalGeneration
 
@@ -95,9 +98,10 @@ class Qwen2_5_VLForConditionalGenerationForJanusVLN(_Qwen):  # type: ignore[misc
         action_labels: Tensor | None = None,
         action_positions: Tensor | None = None,
         loss_weights: Tensor | None = None,
+        cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """As transformers', and:
+        """As transformers' (`past_key_values` and `cache` are two names of the same), and:
 
         spatial_features: per sample that has images, the feature [h, w, C] of its current frame, any float dtype.
         images_per_sample: how many images each of them has; None: as many as each row of input_ids has places for.
@@ -107,9 +111,10 @@ class Qwen2_5_VLForConditionalGenerationForJanusVLN(_Qwen):  # type: ignore[misc
 
         Raises SpatialFeatureError where images and features do not belong together.
         """
+        kept = past_key_values if cache is None else cache
         if inputs_embeds is None and input_ids is not None:
             views = Views(pixel_values, image_grid_thw, spatial_features, images_per_sample)
-            is_prompt = past_key_values is None or past_key_values.get_seq_length() == 0
+            is_prompt = kept is None or kept.get_seq_length() == 0
             inputs_embeds = self._embed(input_ids, views, is_prompt=is_prompt, is_learned=labels is not None)
         if mm_token_type_ids is None and input_ids is not None:
             mm_token_type_ids = self._token_types(input_ids)
@@ -120,15 +125,15 @@ class Qwen2_5_VLForConditionalGenerationForJanusVLN(_Qwen):  # type: ignore[misc
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=use_cache,
             image_grid_thw=image_grid_thw,
             mm_token_type_ids=mm_token_type_ids,
+            **{KEPT: kept},
             **kwargs,
         )
         hidden = outputs.last_hidden_state
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden[:, kept])
+        wanted = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, wanted])
         loss = None
         if labels is not None:
             loss = self._token_loss(logits, labels, loss_weights, kwargs)
@@ -137,9 +142,9 @@ class Qwen2_5_VLForConditionalGenerationForJanusVLN(_Qwen):  # type: ignore[misc
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{KEPT: outputs.get(KEPT)},
         )
 
     @torch.no_grad()
