@@ -8,11 +8,12 @@ import os
 import random
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors
 import torch
@@ -518,3 +519,30 @@ def test_a_writer_takes_no_bytes_that_its_codec_does_not_make(tmp_path: Path) ->
         writer.commit()
     with FeatureCache.open(tmp_path) as cache:
         assert holds(cache, [1])
+
+
+# ---------------------------------------------------------------- memory that is read into
+
+
+class NotesMemory(FileSystem):
+    """Where each read of a record was put."""
+
+    def __init__(self) -> None:
+        self.addresses: list[int] = []
+
+    def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
+        count = super().preadv(fd, buffers, offset)
+        if offset and count:  # not the header
+            self.addresses.append(np.frombuffer(buffers[0], np.uint8).ctypes.data)
+        return count
+
+
+@pytest.mark.parametrize("codec", ["none", "lossless"])
+def test_records_are_read_into_memory_that_processors_copy_to_fast(tmp_path: Path, codec: str) -> None:
+    write_shard(tmp_path, NUMBERS, codec=codec)
+    fs = NotesMemory()
+    with FeatureCache.open(tmp_path, fs=fs) as cache:
+        assert all(equal(cache.get_by_key(KEYS[number]), make_feature(number)) for number in NUMBERS)
+    prune(tmp_path, damaged=True, dry_run=True, fs=fs)  # reads every record too
+    assert len(fs.addresses) >= 2 * len(NUMBERS)
+    assert {address % 64 for address in fs.addresses} == {0}

@@ -22,6 +22,7 @@ from vggt_cache.store.reader import SHARDS_FOLDER, ShardReader, ShardVanishedErr
 from vggt_cache.store.removal import remove_file, renew_index, scan_durably
 from vggt_cache.store.rows import Record, Rows, key_groups, unpack_rows
 from vggt_cache.store.scan import RecordChecker, Scan, scan_store
+from vggt_cache.store.tensors import ReusedMemory
 from vggt_cache.store.writer import ShardWriter
 
 
@@ -78,8 +79,8 @@ class _Converter:
         self._fs = fs
         self._reader = ShardReader(self._store_dir, spec, fs=fs)
         self._checker = RecordChecker(self._reader)
-        self._value = _Buffer()
-        self._proof = _Buffer()
+        self._value = ReusedMemory()
+        self._proof = ReusedMemory()
 
     def close(self) -> None:
         self._reader.close()
@@ -175,15 +176,3 @@ class _Converter:
 
     def _memory_for(self, record: Record) -> memoryview:
         return self._value.of(payload_bytes(self._spec, record.h, record.w))
-
-
-class _Buffer:
-    """Memory that is used again."""
-
-    def __init__(self) -> None:
-        self._bytes = bytearray()
-
-    def of(self, length: int) -> memoryview:
-        if len(self._bytes) < length:
-            self._bytes = bytearray(length)
-        return memoryview(self._bytes)[:length]

@@ -6,7 +6,6 @@ import os
 import threading
 from collections.abc import Callable
 
-import numpy as np
 import xxhash
 
 from vggt_cache.codec import NONE, codec_for, coded_form
@@ -18,6 +17,7 @@ from vggt_cache.store.filesystem import FileSystem, read_fully
 from vggt_cache.store.format import DTYPE_NAMES, finish_checksum, payload_bytes
 from vggt_cache.store.open_shards import OpenShards
 from vggt_cache.store.rows import Record
+from vggt_cache.store.tensors import ReusedMemory
 
 PIECE_BYTES = 256 * 1024
 """Read and added to the checksum at a time, so that the checksum finds the bytes in the processor's cache."""
@@ -99,13 +99,5 @@ class RecordReader:
         )
 
 
-class _Scratch(threading.local):
-    """Memory of each thread for packed records, used again and again: fresh memory costs a page fault each 4 KiB."""
-
-    def __init__(self) -> None:
-        self._bytes = np.empty(0, np.uint8)
-
-    def of(self, length: int) -> memoryview:
-        if len(self._bytes) < length:
-            self._bytes = np.empty(length, np.uint8)
-        return self._bytes.data[:length]
+class _Scratch(ReusedMemory, threading.local):
+    """Each thread's memory for packed records."""

@@ -12,6 +12,7 @@ from vggt_cache.errors import CorruptRecordError, ShardFormatError
 from vggt_cache.store.parse import ForeignShardError
 from vggt_cache.store.reader import ShardReader, ShardVanishedError
 from vggt_cache.store.rows import Record, Rows, join_rows, key_groups, sort_rows, unpack_rows
+from vggt_cache.store.tensors import ReusedMemory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,23 +81,18 @@ def scan_store(reader: ShardReader) -> Scan:
 
 
 class RecordChecker:
-    """Reads records into one reused buffer and checks them."""
+    """Reads records into reused memory and checks them."""
 
     def __init__(self, reader: ShardReader) -> None:
         self._reader = reader
-        self._buffer = bytearray()
+        self._memory = ReusedMemory()
 
     def payload(self, shard: str, record: Record) -> memoryview | None:
         """Its bytes as they lie in the file, valid until the next call; None if damaged. Raises CacheAccessError."""
         try:
-            return self._reader.read_stored(shard, record, self._memory_for)
+            return self._reader.read_stored(shard, record, self._memory.of)
         except CorruptRecordError:
             return None
-
-    def _memory_for(self, length: int) -> memoryview:
-        if len(self._buffer) < length:
-            self._buffer = bytearray(length)
-        return memoryview(self._buffer)[:length]
 
     def intact(self, scan: Scan) -> npt.NDArray[np.bool_]:
         """For each row of the scan whether its record is intact. Reads the whole store, shard by shard."""

@@ -44,3 +44,20 @@ def check_target(out: torch.Tensor, spec: FeatureSpec, h: int, w: int) -> None:
             f"out has shape {list(out.shape)} and {out.dtype} on {out.device}, and the feature needs a contiguous "
             f"{list(shape)} of {dtype} on the CPU: give such a tensor, or none"
         )
+
+
+class ReusedMemory:
+    """Bytes that are used again and again, grown as needed: fresh memory costs a page fault each 4 KiB.
+
+    They start at a multiple of 64 bytes, as torch's do. Into memory that starts at a multiple of 16 only, as
+    bytearray's and numpy's do, some processors copy several times more slowly from the page cache.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = memoryview(b"")
+
+    def of(self, length: int) -> memoryview:
+        """Memory of so many bytes, of any content, valid until the next call."""
+        if len(self._bytes) < length:
+            self._bytes = bytes_of(torch.empty(length, dtype=torch.uint8))
+        return self._bytes[:length]
