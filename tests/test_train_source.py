@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from codec_kit import INT8, NUMBERS, given_back, write_packed
 from qwen_vl.features.fill import CacheFiller
 from qwen_vl.features.live import LiveEncoder
 from qwen_vl.features.read_ahead import ReadAhead
@@ -74,6 +75,20 @@ class TestHits:
                 assert torch.equal(feature, make_feature(request.index))
             source.step_done()
         assert cache.stats.hits == 16  # each once: what was announced is not read again
+
+    def test_int8_travels_as_it_lies_in_the_store_and_is_decoded_on_the_device(self, tmp_path: Path) -> None:
+        write_packed(tmp_path, NUMBERS, INT8)
+        with FeatureCache.open(tmp_path) as cache:
+            reader = ReadAhead(cache, torch.device("cpu"))
+            h, w, channels = given_back(1, INT8).shape
+            reads = {number: reader.start(make_key(number), (h, w)) for number in NUMBERS}
+            for number, read in reads.items():
+                assert read.buffer.dtype == torch.uint8
+                assert read.buffer.nbytes == 2 * channels + (4 + channels) * h * w
+                assert torch.equal(reader.wait(read), given_back(number, INT8))
+            absent = reader.start(make_key(9), (h, w))
+            assert reader.wait(absent) is None
+            reader.close()
 
     def test_buffers_are_used_again_after_the_step_and_not_before(self, cache: FeatureCache) -> None:
         source = make_source(SPEC, cache, None)

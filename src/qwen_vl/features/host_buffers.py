@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-Shape = tuple[int, int, int]
+Shape = tuple[int, ...]
 
 
 class HostBuffers:
-    """Tensors [h, w, C] by shape. Never more than were in use at one time; for one thread."""
+    """Tensors by shape. Never more than were in use at one time; for one thread."""
 
     def __init__(self, dtype: torch.dtype, *, pinned: bool) -> None:
         self._dtype = dtype
@@ -21,5 +21,4 @@ class HostBuffers:
         return free.pop() if free else torch.empty(shape, dtype=self._dtype, pin_memory=self._pinned)
 
     def give_back(self, buffer: torch.Tensor) -> None:
-        h, w, channels = buffer.shape
-        self._free.setdefault((h, w, channels), []).append(buffer)
+        self._free.setdefault(tuple(buffer.shape), []).append(buffer)

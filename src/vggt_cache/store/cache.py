@@ -7,7 +7,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,7 @@ class FeatureCache:
         self._view = view
         self._root = root
         self._fs = fs
-        self._stats = CacheStats()
+        self._counts = asdict(CacheStats())
         self._stats_lock = threading.Lock()
         renew_after_fork(self)
 
@@ -172,7 +172,8 @@ class FeatureCache:
 
     @property
     def stats(self) -> CacheStats:
-        return self._stats
+        with self._stats_lock:
+            return CacheStats(**self._counts)
 
     def with_shards(self, names: Sequence[str]) -> FeatureCache:
         """The same cache with exactly these shards as its snapshot, as another process sees it.
@@ -246,13 +247,13 @@ class FeatureCache:
 
     def _count(self, feature: torch.Tensor | None, seconds: float) -> None:
         with self._stats_lock:
-            before = self._stats
-            self._stats = CacheStats(
-                hits=before.hits + (feature is not None),
-                misses=before.misses + (feature is None),
-                bytes_read=before.bytes_read + (0 if feature is None else feature.nbytes),
-                read_s=before.read_s + seconds,
-            )
+            counts = self._counts
+            counts["read_s"] += seconds
+            if feature is None:
+                counts["misses"] += 1
+            else:
+                counts["hits"] += 1
+                counts["bytes_read"] += feature.nbytes
 
     def _warn_of_damage(self, known: tuple[tuple[str, str], ...]) -> None:
         new = [item for item in self.damaged_shards if item not in known]

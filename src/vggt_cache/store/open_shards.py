@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from vggt_cache.store.filesystem import FileSystem, release
 from vggt_cache.store.forks import renew_after_fork
 
 
-class _Shared:
+class OpenShard:
     """An open shard and the number of reads that are using it."""
 
     __slots__ = ("fd", "file_bytes", "users")
@@ -33,25 +32,17 @@ class OpenShards:
 
     def _forget(self) -> None:
         self._lock = threading.Lock()
-        self._shards: OrderedDict[str, _Shared] = OrderedDict()
+        self._shards: OrderedDict[str, OpenShard] = OrderedDict()
 
-    @contextmanager
-    def borrow(self, name: str) -> Iterator[tuple[int, int]]:
-        shared = self._take(name)
-        try:
-            yield shared.fd, shared.file_bytes
-        finally:
-            with self._lock:
-                shared.users -= 1
-
-    def _take(self, name: str) -> _Shared:
+    def take(self, name: str) -> OpenShard:
+        """The shard, which stays open until `give_back`. Raises what `open_one` raises."""
         with self._lock:
             shared = self._shards.get(name)
             if shared is not None:
                 self._shards.move_to_end(name)
                 shared.users += 1
                 return shared
-        opened = _Shared(*self._open_one(name))
+        opened = OpenShard(*self._open_one(name))
         with self._lock:
             shared = self._shards.setdefault(name, opened)
             shared.users += 1
@@ -62,7 +53,11 @@ class OpenShards:
             release(self._fs, item.fd)
         return shared
 
-    def _pop_idle(self, count: int) -> list[_Shared]:
+    def give_back(self, shard: OpenShard) -> None:
+        with self._lock:
+            shard.users -= 1
+
+    def _pop_idle(self, count: int) -> list[OpenShard]:
         names = [name for name, shared in self._shards.items() if not shared.users][: max(0, count)]
         return [self._shards.pop(name) for name in names]
 

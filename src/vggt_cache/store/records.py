@@ -12,7 +12,7 @@ from vggt_cache.codec import NONE, codec_for, coded_form
 from vggt_cache.codec.base import Codec
 from vggt_cache.errors import CorruptRecordError
 from vggt_cache.identity import FeatureSpec
-from vggt_cache.store.faults import accessing
+from vggt_cache.store.faults import access_error
 from vggt_cache.store.filesystem import FileSystem, read_fully
 from vggt_cache.store.format import DTYPE_NAMES, finish_checksum, payload_bytes
 from vggt_cache.store.open_shards import OpenShards
@@ -32,6 +32,7 @@ class RecordReader:
         self._pool = pool
         self._fs = fs
         self._codec = codec_for(coded_form(spec.feature_dtype))
+        self._always_packed = spec.feature_dtype not in DTYPE_NAMES
         self._scratch = _Scratch()
 
     def read(self, shard: str, record: Record, memory_for: Callable[[Record], memoryview]) -> None:
@@ -51,12 +52,16 @@ class RecordReader:
     def read_stored(self, shard: str, record: Record, memory_for: Callable[[int], memoryview]) -> memoryview:
         """See `ShardReader.read_stored`."""
         length = self._length(shard, record)
-        with self._pool.borrow(shard) as (fd, file_bytes):
-            if record.offset + length > file_bytes:
+        opened = self._pool.take(shard)
+        try:
+            if record.offset + length > opened.file_bytes:
                 raise self._corrupt(shard, record, "lies beyond the end of its file, which is truncated")
             target = memory_for(length)
-            with accessing(os.path.join(self._path, shard)):
-                checksum = self._fill(fd, target, record)
+            checksum = self._fill(opened.fd, target, record)
+        except OSError as error:
+            raise access_error(os.path.join(self._path, shard), error) from error
+        finally:
+            self._pool.give_back(opened)
         if checksum is None:
             raise self._corrupt(shard, record, "ends early: the file was truncated while it was read")
         if checksum != record.checksum:
@@ -64,8 +69,7 @@ class RecordReader:
         return target
 
     def _codec_of(self, record: Record) -> Codec | None:
-        packed = record.stored_bytes or self._spec.feature_dtype not in DTYPE_NAMES
-        return self._codec if packed else None
+        return self._codec if record.stored_bytes or self._always_packed else None
 
     def _length(self, shard: str, record: Record) -> int:
         """Bytes of the record in its file. Where an index tells of a record, nobody has looked at them yet."""

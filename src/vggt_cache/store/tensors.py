@@ -39,7 +39,7 @@ def readable_bytes(feature: torch.Tensor, spec: FeatureSpec) -> tuple[int, int, 
 def check_target(out: torch.Tensor, spec: FeatureSpec, h: int, w: int) -> None:
     """Whether a feature of h x w patches can be read into `out`. Raises SettingsError."""
     shape, dtype = (h, w, spec.encoder.channels), TORCH_DTYPES[spec.feature_dtype]
-    if tuple(out.shape) != shape or out.dtype != dtype or out.device.type != "cpu" or not out.is_contiguous():
+    if tuple(out.shape) != shape or out.dtype != dtype or not out.is_cpu or not out.is_contiguous():
         raise SettingsError(
             f"out has shape {list(out.shape)} and {out.dtype} on {out.device}, and the feature needs a contiguous "
             f"{list(shape)} of {dtype} on the CPU: give such a tensor, or none"
