@@ -34,8 +34,8 @@ import record
 from qwen_vl.features.read_ahead import ReadAhead
 from vggt_cache.identity import EncoderSpec, FeatureSpec, Preprocessing
 from vggt_cache.store import FeatureCache, ShardWriter, create_store
+from vggt_cache.store.records import PIECE_BYTES
 
-PIECE_BYTES = 256 * 1024
 GRID = {518: (28, 37), 644: (35, 46)}
 """(h, w) in patches of 640x480 frames."""
 
@@ -141,6 +141,7 @@ class Bench:
         ahead = [reader.start(self.keys[number], self.grid) for number in batches[0]]
         for following in [*batches[1:], []]:
             reads, ahead = ahead, [reader.start(self.keys[number], self.grid) for number in following]
+            reader.settle(reads)
             for read in reads:
                 assert reader.wait(read) is not None
             for read in reads:

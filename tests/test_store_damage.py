@@ -105,7 +105,7 @@ def test_a_file_cut_to_any_length_never_gives_a_wrong_answer(small_store: tuple[
 
 def test_every_piece_of_a_large_record_is_read_and_checked(tmp_path: Path) -> None:
     spec = make_spec(embed_dim=512)
-    feature = make_feature(1, spec, h=20, w=16)
+    feature = make_feature(1, spec, h=80, w=64)
     assert feature.nbytes > 2 * PIECE_BYTES
     path = shard_path(tmp_path, write_shard(tmp_path, {1: feature}, spec), spec)
     path.chmod(0o644)

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -80,6 +81,13 @@ class ReadAhead:
             current.wait_event(arrived.copied)
             arrived.feature.record_stream(current)
         return arrived.feature
+
+    def settle(self, reads: Sequence[PendingRead]) -> None:
+        """Return when all reads have ended, one way or another.
+
+        Waking up once, and not for each of them, leaves the processors to the readers.
+        """
+        futures.wait([read.result for read in reads])
 
     def release(self, read: PendingRead) -> None:
         """The step that used the feature is over: its buffer may be used again."""

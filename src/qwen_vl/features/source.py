@@ -69,6 +69,8 @@ class FeatureSource:
         """The features [h, w, C] on the device, valid until `step_done`. Raises VggtCacheError."""
         reads = self._reads_of(requests)
         began_s = time.perf_counter()
+        if self._reader is not None:
+            self._reader.settle([read for read in reads if read is not None])
         features = [self._arrived(*pair) for pair in zip(requests, reads, strict=True)]
         self.counts.wait_s += time.perf_counter() - began_s
         self.counts.batches += 1
