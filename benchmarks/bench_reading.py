@@ -10,12 +10,18 @@ file of the same size in the same random order:
     DataLoader   what users do instead: as many worker processes, each tensor sent through torch's queue; one
                  safetensors file for each feature
 
-What a checksum costs is a limit of its own: `preadv` followed by xxh3-128 of the same bytes.
+What a checksum costs is a limit of its own: `preadv` followed by xxh3-128 of the same bytes. Two more ways show what
+was tried or must be avoided:
+
+    beside       the checksum by a second thread, one piece behind the reading one
+    misaligned   preadv into memory that starts 16 bytes behind the start of a page, as numpy's does: some processors
+                 copy several times more slowly to a place 1 to 31 bytes further in its page than the source in its own
 """
 
 from __future__ import annotations
 
 import argparse
+import mmap
 import os
 import random
 import statistics
@@ -36,6 +42,8 @@ from vggt_cache.identity import EncoderSpec, FeatureSpec, Preprocessing
 from vggt_cache.store import FeatureCache, ShardWriter, create_store
 from vggt_cache.store.records import PIECE_BYTES
 
+BESIDE_BYTES = 1024 * 1024
+"""Handed to the second thread at a time."""
 GRID = {518: (28, 37), 644: (35, 46)}
 """(h, w) in patches of 640x480 frames."""
 
@@ -125,6 +133,24 @@ class Bench:
             list(pool.map(read, range(threads)))
         os.close(descriptor)
 
+    def pread_misaligned(self) -> None:
+        view = memoryview(mmap.mmap(-1, 16 + self.record_bytes))[16:]
+        with open(self.raw, "rb", buffering=0) as file:
+            for number in self.order:
+                os.preadv(file.fileno(), [view], number * self.record_bytes)
+
+    def checksum_beside(self) -> None:
+        view = memoryview(self.buffers[0].view(torch.uint8).numpy().reshape(-1))
+        pieces = [view[at : at + BESIDE_BYTES] for at in range(0, len(view), BESIDE_BYTES)]
+        with open(self.raw, "rb", buffering=0) as file, ThreadPoolExecutor(1) as pool:
+            for number in self.order:
+                hasher, at = xxhash.xxh3_128(), number * self.record_bytes
+                for piece in pieces:
+                    os.preadv(file.fileno(), [piece], at)
+                    added = pool.submit(hasher.update, piece)
+                    at += len(piece)
+                added.result()
+
     def get_into_buffer(self) -> None:
         for number in self.order:
             self.cache.get_by_key(self.keys[number], out=self.buffers[0])
@@ -176,10 +202,13 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--small", action="store_true", help="a few features, to see that it works")
     parser.add_argument(
         "--folder", help="where the files are written (default: the system's temporary directory)"
     )
     arguments = parser.parse_args()
+    if arguments.small:
+        arguments.features, arguments.rounds = 16, 1
     random.seed(0)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         bench = Bench(arguments, Path(folder))
@@ -188,6 +217,8 @@ def main() -> None:
             "get_into_buffer": bench.get_into_buffer,
             "get_fresh": bench.get_fresh,
             "pread_1_checksum": lambda: bench.pread(checksum=True),
+            "pread_1_checksum_beside": bench.checksum_beside,
+            "pread_1_misaligned": bench.pread_misaligned,
             "pread_threads": lambda: bench.pread(threads=arguments.threads, ring=True),
             "pread_threads_checksum": lambda: bench.pread(
                 threads=arguments.threads, checksum=True, ring=True
@@ -207,6 +238,8 @@ def main() -> None:
             "get_into_buffer_over_limit": speeds["get_into_buffer"] / speeds["pread_1"],
             "get_fresh_over_limit": speeds["get_fresh"] / speeds["pread_1"],
             "checksum_over_limit": speeds["pread_1_checksum"] / speeds["pread_1"],
+            "get_into_buffer_over_limit_with_checksum": speeds["get_into_buffer"]
+            / speeds["pread_1_checksum"],
             "delivery_over_limit": speeds["delivery"] / speeds["pread_threads"],
             "delivery_over_limit_with_checksum": speeds["delivery"] / speeds["pread_threads_checksum"],
             "delivery_over_dataloader": speeds["delivery"] / speeds["dataloader"],

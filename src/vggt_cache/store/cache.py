@@ -96,7 +96,8 @@ class FeatureCache:
         `frames`: paths of image files, or the files' bytes. Context `frame`: the feature of the last frame, of
         which alone the file is read; `causal`: of the last frame having seen the others. The files are read
         each time, so a frame that was replaced is never given its old feature. `out`: a contiguous CPU tensor
-        of the feature's shape and dtype, which is filled and returned; without it the result is the caller's own.
+        of the feature's shape and dtype, which is filled and returned, best torch's own memory (into numpy's, which
+        starts 16 bytes behind a page, some processors copy slowly); without it the result is the caller's own.
 
         Raises FrameError for an unreadable image file, CorruptRecordError, CacheAccessError, SettingsError.
         """

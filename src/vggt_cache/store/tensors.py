@@ -49,8 +49,9 @@ def check_target(out: torch.Tensor, spec: FeatureSpec, h: int, w: int) -> None:
 class ReusedMemory:
     """Bytes that are used again and again, grown as needed: fresh memory costs a page fault each 4 KiB.
 
-    They start at a multiple of 64 bytes, as torch's do. Into memory that starts at a multiple of 16 only, as
-    bytearray's and numpy's do, some processors copy several times more slowly from the page cache.
+    They start at a multiple of 64 bytes, as torch's do. Some processors copy several times more slowly to a place that
+    lies 1 to 31 bytes further in its page than the source does in its own, and records lie at the start of pages,
+    while large memory of bytearray and numpy starts 16 or 32 bytes behind it.
     """
 
     def __init__(self) -> None:
