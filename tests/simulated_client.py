@@ -170,10 +170,6 @@ class Client(FileSystem):
         return self._walk(head, dir_fd) if head else self._start(path, dir_fd), name
 
     def _change(self, directory: Node, *changes: tuple[str, Node | None]) -> None:
-        for name, _ in changes:
-            old = directory.names.get(name)
-            if old is not None:
-                old.links -= 1
         self._known.update((directory.number, name) for name, _ in changes)
         self.disk.change(directory, list(changes), self)
 

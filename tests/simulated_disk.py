@@ -133,6 +133,9 @@ class Disk:
         self.changed.clear()
 
     def change(self, directory: Node, changes: Change, by: object) -> None:
+        for name, _ in changes:
+            if name in directory.names:
+                directory.names[name].links -= 1
         directory.change(changes)
         for name, node in changes:
             self.changed[directory.number, name] = (self.tick, by)

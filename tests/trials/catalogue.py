@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trials import damage, full_disk, processes, simulated, system_calls
+from trials import damage, full_disk, power_controls, power_loss, processes, quotas, simulated, system_calls
 from trials.registry import Trial
 
 EXAMPLES_PER_SEED = 50
@@ -60,6 +60,18 @@ _ALL = (
         about="the same; names and contents",
     ),
     Trial(
+        name="fuse_power_names", count=1_000, run=power_loss.fuse_power_names, file_system="FUSE",
+        about="power lost at some request of one or two processes to the kernel; any subset of unsynced names vanishes",
+    ),
+    Trial(
+        name="fuse_power_data", count=1_000, run=power_loss.fuse_power_data, file_system="FUSE",
+        about="the same; contents that were not synced are cut, zeroed or mixed",
+    ),
+    Trial(
+        name="fuse_controls", count=40, run=power_controls.fuse_controls, file_system="FUSE",
+        about="the same with one step of the commit left out or misplaced: found out within 200 losses of power",
+    ),
+    Trial(
         name="sigkill", count=10_000, run=processes.kill_writers,
         about="a writer killed at a random time, beside another one and at times a pruner",
     ),
@@ -78,6 +90,14 @@ _ALL = (
     Trial(
         name="full_ext4", count=50, run=full_disk.full_ext4, file_system="ext4 in a file",
         about="an ext4 of 1 MiB that is filled up by commits",
+    ),
+    Trial(
+        name="quota_btrfs", count=64, run=quotas.quota_btrfs, file_system="btrfs in a file",
+        about="commits until the quota of a subvolume is used up; one page more of it in each trial",
+    ),
+    Trial(
+        name="quota_ext4", count=160, run=quotas.quota_ext4, file_system="ext4 in a file",
+        about="commits until another user's quota of space, or of files, is used up; a little more of it in each trial",
     ),
     Trial(
         name="every_bit", count=76_322, run=damage.every_bit_and_length,

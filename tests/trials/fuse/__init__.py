@@ -1,0 +1,1 @@
+"""The simulated disk mounted: real processes lose power on it."""
