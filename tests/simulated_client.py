@@ -255,6 +255,9 @@ class Client(FileSystem):
         buffers[0][: len(data)] = data
         return len(data)
 
+    def expect_scattered_reads(self, fd: int) -> None:
+        assert self._node(fd)
+
     def pwrite(self, fd: int, data: Buffer, offset: int) -> int:
         self._begin("pwrite")
         count = self._fewer(len(data))

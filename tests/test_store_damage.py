@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -25,7 +26,7 @@ from store_kit import (
     write_shard,
 )
 from vggt_cache.errors import CorruptRecordError, ShardFormatError, StoreError
-from vggt_cache.store import FeatureCache
+from vggt_cache.store import FeatureCache, FileSystem
 from vggt_cache.store.parse import parse_header
 from vggt_cache.store.records import PIECE_BYTES
 
@@ -318,3 +319,37 @@ def test_a_damaged_header_is_seen_by_those_who_do_not_use_the_index(small_store:
         assert [name for name, _ in cache.damaged_shards] == [path.name]
     with pytest.raises(ShardFormatError):
         parse_header(path.read_bytes(), "x")
+
+
+# ---------------------------------------------------------------- hints
+
+
+class RefusesHints(FileSystem):
+    def __init__(self) -> None:
+        self.hinted: list[str] = []
+
+    def expect_scattered_reads(self, fd: int) -> None:
+        self.hinted.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+
+def test_each_open_shard_is_hinted_at_once_and_a_hint_that_is_refused_changes_nothing(tmp_path: Path) -> None:
+    names = [write_shard(tmp_path, [number]) for number in range(3)]
+    fs = RefusesHints()
+    with FeatureCache.open(tmp_path, fs=fs) as cache:
+        for _ in range(2):
+            assert all(equal(cache.get_by_key(make_key(number)), make_feature(number)) for number in range(3))
+    assert sorted(fs.hinted) == sorted(names)
+
+
+def test_files_that_lie_on_no_device_get_no_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hints: list[int] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: hints.append(arguments[3]))
+    with open(tmp_path / "file", "wb") as file:
+        real = os.fstat(file.fileno())
+        for device, expected in ((os.makedev(0, 44), []), (os.makedev(8, 1), [os.POSIX_FADV_RANDOM])):
+            status = os.stat_result([*real[:2], device, *real[3:]])
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "fstat", lambda fd, status=status: status)
+                FileSystem().expect_scattered_reads(file.fileno())
+            assert hints == expected

@@ -198,8 +198,8 @@ def _until_killed(body: Callable[[Client, Random], None], client: Client, random
 
 
 def spoilt(data: bytes, random: Random, how: str) -> bytes:
-    """The same bytes with one bit flipped, a stretch zeroed, or the end cut off."""
-    if how == "cut":
+    """The same bytes with one bit flipped, a stretch zeroed, or the end cut off; of no bytes nothing can be spoilt."""
+    if how == "cut" or not data:
         return data[: random.randrange(len(data) + 1)]
     position = random.choice(
         (random.randrange(len(data)), random.randrange(max(0, len(data) - 100), len(data)))

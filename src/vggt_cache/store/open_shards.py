@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 
 from vggt_cache.store.filesystem import FileSystem, release
 from vggt_cache.store.forks import renew_after_fork
@@ -43,6 +44,8 @@ class OpenShards:
                 shared.users += 1
                 return shared
         opened = OpenShard(*self._open_one(name))
+        with suppress(OSError):  # a hint, and no more
+            self._fs.expect_scattered_reads(opened.fd)
         with self._lock:
             shared = self._shards.setdefault(name, opened)
             shared.users += 1
