@@ -10,17 +10,25 @@ multiply-add = 2, C channels, P patches, n = P + 5 tokens of a frame and m visib
 
 The peak is measured first and last; the mean counts. Weights are random, in the real shapes: speed does not depend on
 their values. `--size 1b` is VGGT-1B, `--size small` what the tests use (for a run on a CPU).
+
+`--profile` says what is left beside the matrix products: shares of a batch's time by class of operation, and what no
+operation fills (`profile_parts.py`). `--compile` runs the same batch by torch.compile and as CUDA graphs, with their
+difference from the encoder as it is, and names what pays (`compiled_encoder.py`).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 import record
+from compiled_encoder import compare
+from profile_parts import operation_shares, synchronize
 from vggt_cache.encoder import Encoder, EncoderConfig
 from vggt_cache.encoder.causal import CausalStats, encode_lists
 from vggt_cache.samples import history_indexes
@@ -45,11 +53,6 @@ def tower_flops(config: EncoderConfig, patches: int) -> int:
 def pairs_flops(encoder: Encoder, patches: int, frames_seen: int) -> int:
     n, c = patches + 5, encoder.config.embed_dim
     return (encoder.layer + 1) * (block_flops(n, n, c) + block_flops(n, n * frames_seen, c))
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def seconds(work: Callable[[], object], device: torch.device, at_least_s: float) -> float:
@@ -135,6 +138,23 @@ def causal_speed(encoder: Encoder, width: int, batch_size: int, steps: int) -> d
     }
 
 
+def profiles(encoder: Encoder, width: int, batch_size: int, steps: int) -> dict[str, Any]:
+    """What a batch of single frames is made of, and an episode's lists."""
+    shape = (max(batch_size, steps), HEIGHT_OF_640x480[width], width, 3)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8)
+    batch = images[:batch_size].to(encoder.device)
+    lists = [history_indexes(step) for step in range(steps)]
+
+    def episode() -> None:
+        for _ in encode_lists(encoder, lists, images.__getitem__, batch_size=batch_size):
+            pass
+
+    return {
+        "frame": operation_shares(lambda: encoder.frame_features(batch), encoder.device, 3),
+        "causal": operation_shares(episode, encoder.device, 1),
+    }
+
+
 def parity(encoder: Encoder, compute_dtype: str) -> dict[str, float]:
     """Relative L2 difference between this device and the CPU in float32, on one small image and a list of three."""
     images = torch.randint(0, 256, (3, 70, 98, 3), dtype=torch.uint8)
@@ -167,27 +187,52 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=5.0 if on_gpu else 2.0, help="length of one measurement"
     )
+    parser.add_argument("--profile", action="store_true", help="also what the time is made of")
+    parser.add_argument("--compile", action="store_true", help="also torch.compile and CUDA graphs")
+    parser.add_argument("--small", action="store_true", help="little and short, to see that it works")
+    parser.add_argument("--no_result", action="store_true", help="print the figures, write no file")
     arguments = parser.parse_args()
-
-    device, dtype = torch.device(arguments.device), DTYPES[arguments.compute_dtype]
-    figures: dict[str, object] = {}
-    config = SIZES[arguments.size]
+    if arguments.small:
+        arguments.widths, arguments.batch_sizes, arguments.causal_steps, arguments.seconds = (
+            [518],
+            [1],
+            2,
+            0.1,
+        )
     with torch.no_grad():
-        for compute_dtype in dict.fromkeys(["float32", arguments.compute_dtype]):
-            encoder = random_weights(Encoder(config, compute_dtype=compute_dtype).to(device))
-            figures |= parity(encoder, compute_dtype)
-        before = matrix_peak(device, dtype, arguments.seconds)
-        speeds = {}
-        for width in arguments.widths:
-            batch = max(arguments.batch_sizes) // 2 or 1
-            speeds[f"frame_{width}"] = frame_speed(encoder, width, arguments.batch_sizes, arguments.seconds)
-            speeds[f"causal_{width}"] = causal_speed(encoder, width, batch, arguments.causal_steps)
-        peak = (before + matrix_peak(device, dtype, arguments.seconds)) / 2
+        figures = measure(arguments)
+    if arguments.no_result:
+        print(json.dumps(figures))
+    else:
+        record.write("encoder", arguments.device, vars(arguments), figures)
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    device, dtype = torch.device(arguments.device), DTYPES[arguments.compute_dtype]
+    figures: dict[str, Any] = {}
+    for compute_dtype in dict.fromkeys(["float32", arguments.compute_dtype]):
+        encoder = random_weights(Encoder(SIZES[arguments.size], compute_dtype=compute_dtype).to(device))
+        figures |= parity(encoder, compute_dtype)
+    before = matrix_peak(device, dtype, arguments.seconds)
+    speeds: dict[str, Any] = {}
+    for width in arguments.widths:
+        batch = max(arguments.batch_sizes) // 2 or 1
+        speeds[f"frame_{width}"] = frame_speed(encoder, width, arguments.batch_sizes, arguments.seconds)
+        speeds[f"causal_{width}"] = causal_speed(encoder, width, batch, arguments.causal_steps)
+    peak = (before + matrix_peak(device, dtype, arguments.seconds)) / 2
     for speed in speeds.values():
         speed["share_of_matrix_peak"] = speed["flop_per_s"] / peak
-    record.write(
-        "encoder", arguments.device, vars(arguments), figures | {"matrix_peak_flop_per_s": peak} | speeds
-    )
+    figures |= {"matrix_peak_flop_per_s": peak} | speeds
+    for width in arguments.widths:
+        best = speeds[f"frame_{width}"]["batch_size"]
+        if arguments.profile:
+            steps = min(arguments.causal_steps, 24)
+            figures[f"profile_{width}"] = profiles(encoder, width, best, steps)
+        if arguments.compile:
+            shape = (best, HEIGHT_OF_640x480[width], width, 3)
+            pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+            figures[f"compile_{width}"] = compare(encoder, pixels, calls=3)
+    return figures
 
 
 if __name__ == "__main__":
