@@ -15,6 +15,7 @@ from vggt_cache import __version__
 from vggt_cache.codec import CODECS
 from vggt_cache.errors import SettingsError, VggtCacheError
 from vggt_cache.identity import ALPHA_MODES, COMPUTE_DTYPES, CONTEXTS, FEATURE_DTYPES, RESIZE_MODES
+from vggt_cache.precompute.stop import StoppedError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         return int(arguments.command(arguments))
-    except VggtCacheError as error:
+    except (VggtCacheError, StoppedError) as error:
         return _fail(str(error), error.exit_code)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone; there is nobody left to tell

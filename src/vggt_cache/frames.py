@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import stat
 
 import numpy as np
@@ -27,8 +28,13 @@ MAX_FILE_BYTES = 64 * 2**20
 MAX_PIXELS = 64 * 2**20
 """Of an image, both as it is in the file and as it is after resizing (before rows are cut)."""
 
+MAX_SCANS = 100
+"""Of a JPEG. A scan of a few bytes costs time for all pixels; progressive images have about ten."""
+
 FORMATS = "PNG, JPEG, WebP and BMP"
 _LFS_POINTER = b"version https://git-lfs"
+_JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_JPEG_START, _JPEG_END, _JPEG_SCAN = 0xD8, 0xD9, 0xDA
 _NO_WAITING = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
@@ -137,6 +143,7 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return PngImagePlugin.PngImageFile(file)
     if data.startswith(b"\xff\xd8\xff"):
+        _check_scans(data)
         return JpegImagePlugin.JpegImageFile(file)
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return WebPImagePlugin.WebPImageFile(file)
@@ -149,6 +156,22 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     raise FrameError(
         f"it is no image in a format that is read ({FORMATS}; it begins with {data[:8].hex(' ')}): convert it"
     )
+
+
+def _check_scans(data: bytes) -> None:
+    """Refuse a JPEG of very many scans. Bytes that look like one may stand in metadata: these are skipped."""
+    if data.count(bytes([0xFF, _JPEG_SCAN])) <= MAX_SCANS:
+        return
+    at = scans = 0
+    while scans <= MAX_SCANS:
+        marker = _JPEG_MARKER.search(data, at)
+        if marker is None or marker[0][1] == _JPEG_END:
+            return
+        at = marker.end()
+        if marker[0][1] != _JPEG_START:
+            at += int.from_bytes(data[at : at + 2], "big")
+        scans += marker[0][1] == _JPEG_SCAN
+    raise FrameError(f"it is a JPEG of more than {MAX_SCANS} scans, which no program makes: save it anew")
 
 
 def _resized(width: int, height: int, preprocessing: Preprocessing) -> tuple[int, int]:

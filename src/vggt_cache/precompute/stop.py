@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from vggt_cache.errors import VggtCacheError
-
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_LOOK_EVERY_S = 0.05
 
 
-class StoppedError(VggtCacheError):
-    """The user or the system asked the process to end."""
+class StoppedError(BaseException):
+    """The user or the system asked the process to end.
+
+    Not an Exception: it may come while an image is decoded, where every Exception is the image's fault.
+    """
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -30,7 +33,6 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal_number = 0
-        self._asked = threading.Event()
         self._deferring = False
 
     @property
@@ -38,8 +40,11 @@ class StopRequest:
         return self.signal_number != 0
 
     def wait(self, seconds: float) -> None:
-        """Sleep, or return at once when asked to stop."""
-        self._asked.wait(seconds)
+        """Sleep, or return soon when asked to stop."""
+        # No Event: its lock may be held by the very thread in which the handler runs, which would then wait for ever.
+        until_s = time.monotonic() + seconds
+        while not self.requested and (left_s := until_s - time.monotonic()) > 0:
+            time.sleep(min(left_s, _LOOK_EVERY_S))
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -66,6 +71,5 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again = self.requested
         self.signal_number = number
-        self._asked.set()
         if again or not self._deferring:
             raise StoppedError(number)

@@ -15,6 +15,8 @@ from typing import IO, Any
 
 MAX_RECORD_BYTES = 16 * 2**20
 """Of one sample. Bounds the memory that a file without line ends, or without closing brackets, can take."""
+MAX_NESTING = 100
+"""Lists and objects in each other. Python's own limit depends on who calls: the same file would be read or not."""
 _CHUNK_BYTES = 2**20
 _SPACE = re.compile(r"[ \t\r\n]*")
 
@@ -211,7 +213,9 @@ class _Values:
         """The one value that a text consists of."""
         self._constants.clear()
         try:
-            return self._entry(number, self._decoder.decode(text))
+            value = self._decoder.decode(text)
+            _check_nesting(value, text)
+            return self._entry(number, value)
         except RecursionError:
             return Entry(number, None, "is nested too deeply: no sample is; correct or remove it")
         except json.JSONDecodeError as error:
@@ -225,6 +229,7 @@ class _Values:
         self._constants.clear()
         value, end = self._decoder.raw_decode(text, at)
         item = text[at:end]
+        _check_nesting(value, item)
         if not item.isascii() and _holds_other_bytes(item):
             return Entry(number, None, "is not UTF-8 text: convert the file to UTF-8"), end
         return self._entry(number, value), end
@@ -237,6 +242,22 @@ class _Values:
         if not isinstance(value, dict):
             return Entry(number, None, f"is a JSON {_kind(value)}, not an object: correct or remove it")
         return Entry(number, value)
+
+
+def _check_nesting(value: object, text: str) -> None:
+    """Raises RecursionError over the limit. `text` is what the value was read from."""
+    if text.count("[") + text.count("{") <= MAX_NESTING:
+        return  # so few cannot be nested too deeply: true of nearly all samples
+    level = [value]
+    for _ in range(MAX_NESTING):
+        inner = [
+            part.values() if isinstance(part, dict) else part
+            for part in level
+            if isinstance(part, dict | list)
+        ]
+        level = [part for parts in inner for part in parts]
+    if any(isinstance(part, dict | list) for part in level):
+        raise RecursionError
 
 
 def _holds_other_bytes(text: str) -> bool:
