@@ -2,24 +2,31 @@
 # into .venv. Settings: PYTHON, TORCH, PIP_ARGS, for example
 #   make test PYTHON=python3.12
 #   make demo PIP_ARGS="--index-url <an index with CPU wheels>"
+# `make bench-peers` has an environment of its own, .venv-peers, so that no other package gets into .venv; PEERS_ARGS
+# are passed on to its script, such as PEERS_ARGS=--small.
 # Where there is no NVIDIA GPU, a CPU build of torch is taken if pip's configured indexes offer one.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
+PEERS_ARGS ?=
 DEMO_DIR ?= demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow trials lint format bench clean distclean
+.PHONY: help demo test test-slow trials lint format bench bench-peers clean distclean
 
 # Relative paths only: the project may lie in a directory with spaces in its name.
 BIN := .venv/bin
 READY := .venv/.ready
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+PEERS_READY := .venv-peers/.ready
+# Of the environment that is being made: the stamp's folder.
+PIP = $(@D)/bin/python -m pip --disable-pip-version-check --quiet
+# Peers are compared in their own environment.
+BENCHES = $(filter-out benchmarks/bench_peers.py,$(wildcard benchmarks/bench_*.py))
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: $(READY) ## small data and models: precompute, verify, draw; then train live and from the cache
 	$(BIN)/vggt-cache demo "$(DEMO_DIR)"
@@ -46,24 +53,27 @@ format: $(READY) ## rewrite the code in the house's format
 	$(BIN)/ruff format .
 
 bench: $(READY) ## run every benchmark; results are printed
-	@set -e; for script in benchmarks/bench_*.py; do \
-	  [ -e "$$script" ] || continue; echo "== $$script"; $(BIN)/python "$$script"; done
+	@set -e; for script in $(BENCHES); do \
+	  echo "== $$script"; $(BIN)/python "$$script"; done
+
+bench-peers: $(PEERS_READY) ## the store beside other ways of keeping features
+	.venv-peers/bin/python benchmarks/bench_peers.py $(PEERS_ARGS)
 
 clean: ## remove the demo and all caches of tools
 	rm -rf "$(DEMO_DIR)" build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
 	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
-distclean: clean ## remove .venv as well
-	rm -rf .venv
+distclean: clean ## remove .venv and .venv-peers as well
+	rm -rf .venv .venv-peers
 
 # Two stamps, so that a changed pyproject.toml installs again without fetching torch again.
-.venv/.torch:
+.venv/.torch .venv-peers/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
 	  echo "[ERROR] '$(PYTHON)' is no Python of 3.10 or newer: install one, or name it with PYTHON=..." >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
 	  echo "[ERROR] '$(PYTHON)' cannot make virtual environments, because ensurepip is missing:" \
 	    "install it (on Debian and Ubuntu the package python3-venv), or name another Python with PYTHON=..." >&2; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv $(@D)
 	@# Without a GPU the default build works too, but it is several GB larger.
 	@if [ -e /dev/nvidiactl ] || [ -e /dev/dxg ]; then false; else \
 	  case "$(TORCH)" in torch==*+*) false;; torch==*) \
@@ -74,4 +84,15 @@ distclean: clean ## remove .venv as well
 
 $(READY): pyproject.toml .venv/.torch
 	$(PIP) install $(PIP_ARGS) "$(TORCH)" --editable ".[dev,train]"
+	@touch $@
+
+# One by one, because a peer that cannot be installed is a row of the table and no reason to stop.
+$(PEERS_READY): pyproject.toml benchmarks/peers/requirements.txt benchmarks/peers/requirements-alone.txt .venv-peers/.torch
+	$(PIP) install $(PIP_ARGS) "$(TORCH)" --editable .
+	@while read -r peer; do case "$$peer" in ""|"#"*) continue;; esac; \
+	  $(PIP) install $(PIP_ARGS) "$(TORCH)" "$$peer" || echo "not installed: $$peer" >&2; \
+	done < benchmarks/peers/requirements.txt
+	@while read -r peer; do case "$$peer" in ""|"#"*) continue;; esac; \
+	  $(PIP) install $(PIP_ARGS) --no-deps "$$peer" || echo "not installed: $$peer" >&2; \
+	done < benchmarks/peers/requirements-alone.txt
 	@touch $@

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from peers import table as peers_table
 from table_rows import rows_of
 from table_texts import CHINESE, CHINESE_HEAD, ENGLISH, ENGLISH_HEAD
 
@@ -21,6 +22,8 @@ BEGIN, END = "<!-- figures: made by benchmarks/table.py -->", "<!-- end of figur
 
 ENGLISH_TEXTS, CHINESE_TEXTS = (ENGLISH_HEAD, ENGLISH), (CHINESE_HEAD, CHINESE)
 TEXTS = {"README.md": ENGLISH_TEXTS, "README.zh-CN.md": CHINESE_TEXTS, "docs/guide.md": ENGLISH_TEXTS}
+PEERS = {"README.md": "en", "README.zh-CN.md": "zh"}
+"""Language of the table of peers in the documents that show it."""
 ONLY = {"docs/guide.md": ("step",)}
 """Themes of a document that does not show all of them."""
 
@@ -43,14 +46,24 @@ def rows(result: dict[str, Any], texts: dict[str, tuple[str, str, str]]) -> Iter
 
 
 def with_table(name: str) -> str:
-    """The README with its table as the results say."""
+    """The document with its tables as the results say."""
     content = (ROOT / name).read_text(encoding="utf-8")
-    before, rest = content.split(BEGIN)
+    results = newest_results()
     head, texts = TEXTS[name]
-    lines = [head, "|---|---|---|---|"]
-    shown = [result for result in newest_results() if result["theme"] in ONLY.get(name, (result["theme"],))]
-    lines += [row for result in shown for row in rows(result, texts)]
-    return before + BEGIN + "\n" + "\n".join(lines) + "\n" + END + rest.split(END)[1]
+    shown = [result for result in results if result["theme"] in ONLY.get(name, (result["theme"],))]
+    figures = [head, "|---|---|---|---|", *(row for result in shown for row in rows(result, texts))]
+    content = between(content, BEGIN, END, figures)
+    peers = [result for result in results if result["theme"] == "peers"]
+    if name in PEERS and peers:
+        newest = max(peers, key=lambda result: result["date"])
+        content = between(content, peers_table.BEGIN, peers_table.END, peers_table.lines(newest, PEERS[name]))
+    return content
+
+
+def between(content: str, begin: str, end: str, lines: list[str]) -> str:
+    """The content with these lines between the two marks."""
+    before, rest = content.split(begin)
+    return "\n".join([before + begin, *lines, end]) + rest.split(end)[1]
 
 
 def main() -> int:

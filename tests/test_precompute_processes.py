@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +15,7 @@ import pytest
 import torch
 
 from small_data import SIZE, start, write_dataset
+from trials.killed_runs import killed_runs
 from vggt_cache import FeatureCache
 from vggt_cache.precompute.plan import make_plan
 
@@ -231,26 +230,7 @@ def test_a_claim_torn_by_a_crash_expires(arguments, data, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_hundred_kills_of_whole_runs_leave_nothing_torn(arguments, tmp_path, single):
-    """Each kill comes at a random moment between the start and the end of a run; a finished cache is begun anew."""
-    expected = single("frame")
-    cache_dir = tmp_path / "cache"
-    moments = random.Random(0)
-    kills = killed_while_writing = 0
-    while kills < 100:
-        process = start(arguments(cache_dir, "--num_workers", 2), VGGT_CACHE_SHARD_BYTES="1")
-        time.sleep(moments.uniform(0.5, 3.5))
-        if process.poll() is None:
-            process.kill()
-            kills += 1
-        process.communicate()
-        if not list(cache_dir.glob("*/spec.json")):
-            continue
-        found = records(cache_dir)
-        assert all(torch.equal(feature, expected[key]) for key, feature in found.items())
-        killed_while_writing += 0 < len(found) < len(expected)
-        if len(found) == len(expected):
-            shutil.rmtree(cache_dir)
-    assert killed_while_writing > 20, "most kills came too early or too late to say anything"
-    finish(start(arguments(cache_dir)))
-    assert_same(records(cache_dir), expected)
+@pytest.mark.parametrize("seed", range(10))
+def test_killed_runs_leave_nothing_torn_and_are_taken_up_to_the_same_bits(tmp_path, seed):
+    """A hundred runs in all, each killed at a random moment."""
+    assert killed_runs(seed, tmp_path) == 10

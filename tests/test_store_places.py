@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -37,18 +37,22 @@ from vggt_cache.errors import (
     SpecMismatchError,
 )
 from vggt_cache.store import FeatureCache, create_store, describe, list_stores
+from vggt_cache.store.index import build_index
 
 CAUSAL = make_spec(context="causal")
 
 
-@pytest.fixture(params=["index", "no index"])
-def filled(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
-    cache_dir = tmp_path / "cache"
+def fill(cache_dir: Path, *, indexed: bool) -> Path:
     write_shard(cache_dir, range(5))
     write_shard(cache_dir, range(3, 9))
-    if request.param == "index":
+    if indexed:
         save_index(cache_dir)
     return cache_dir
+
+
+@pytest.fixture(params=["index", "no index"])
+def filled(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    return fill(tmp_path / "cache", indexed=request.param == "index")
 
 
 def tree(folder: Path) -> list[tuple[str, int, int]]:
@@ -97,17 +101,24 @@ def test_a_relative_path_is_meant_from_where_the_cache_was_opened(
         assert holds(cache, range(9))
 
 
-@pytest.fixture
-def read_only(filled: Path, tmp_path: Path) -> Iterator[Path]:
+@contextmanager
+def read_only_mount(cache_dir: Path, place: Path) -> Iterator[Path]:
     """The cache through a read-only mount: root is stopped by that and by no permission bits."""
-    place = tmp_path / "read-only"
     place.mkdir()
-    for command in (["mount", "--bind", filled, place], ["mount", "-o", "remount,ro,bind", place]):
+    for command in (["mount", "--bind", cache_dir, place], ["mount", "-o", "remount,ro,bind", place]):
         made = subprocess.run(command, capture_output=True, text=True)
         if made.returncode:
             pytest.skip(f"no read-only mount can be made here: {made.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+@pytest.fixture
+def read_only(filled: Path, tmp_path: Path) -> Iterator[Path]:
+    with read_only_mount(filled, tmp_path / "read-only") as place:
+        yield place
 
 
 @pytest.mark.filterwarnings("ignore:the index in:UserWarning")
@@ -146,6 +157,20 @@ def test_a_cache_without_the_empty_folders_that_a_copy_may_lose_is_an_empty_cach
         write_shard(tmp_path, [1])
         cache.refresh()
         assert holds(cache, [1])
+
+
+def test_an_index_that_names_a_file_outside_of_the_store_leads_nowhere(tmp_path: Path) -> None:
+    """Its checksums fit: they protect from accidents and from nobody who means harm."""
+    cache_dir = fill(tmp_path / "cache", indexed=True)
+    outside = shard_path(cache_dir, write_shard(cache_dir, [20]))
+    with FeatureCache.open(cache_dir) as cache:
+        rows = cache._view.snapshot.rows_in(list(cache.shard_names()))
+        names = [*cache.shard_names()[:2], "../../../" + "0" * 20 + ".safetensors"]
+    outside.rename(shards_dir(cache_dir) / names[-1])
+    index = cache_dir / SPEC.short_name / "index" / "rows"
+    index.write_bytes(b"".join(build_index(rows, names, SPEC.fingerprint)))
+    with FeatureCache.open(cache_dir) as cache:
+        assert holds(cache, range(9))
 
 
 # ---------------------------------------------------------------- which store

@@ -7,7 +7,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from trials import damage, full_disk, power_controls, power_loss, processes, quotas, simulated, system_calls
+from trials import (
+    damage,
+    descriptors,
+    full_disk,
+    fuzz,
+    hostile_annotations,
+    hostile_images,
+    killed_runs,
+    places,
+    power_controls,
+    power_loss,
+    processes,
+    quotas,
+    replaced_images,
+    signalled,
+    simulated,
+    soak,
+    system_calls,
+)
 from trials.registry import Trial
 
 EXAMPLES_PER_SEED = 50
@@ -122,6 +140,42 @@ _ALL = (
     Trial(
         name="spawned_readers", count=1_000_000, run=processes.read_spawned,
         about="a read, compared bit by bit, in one of 4 processes started with spawn",
+    ),
+    Trial(
+        name="killed_runs", count=200, run=killed_runs.killed_runs,
+        about="a whole run of precompute killed 1 to 3 times, then run to the end; features compared bit by bit",
+    ),
+    Trial(
+        name="signals", count=1_000, run=signalled.signals,
+        about="a run or a writer gets SIGINT or SIGTERM, half of them again a moment later, or too little memory",
+    ),
+    Trial(
+        name="replaced_images", count=1_000, run=replaced_images.replaced_images,
+        about="images rewritten in place, exchanged, renamed, torn, before, while and after precompute reads them",
+    ),
+    Trial(
+        name="hostile_images", count=100_000, run=hostile_images.hostile_images,
+        about="a PNG, JPEG, WebP or BMP with parts changed, repeated, moved, spliced, enlarged, cut or bombs put in",
+    ),
+    Trial(
+        name="hostile_annotations", count=100_000, run=hostile_annotations.hostile_annotations,
+        about="an annotation file or episode folder with fields, names, nesting or bytes changed; read by both readers",
+    ),
+    Trial(
+        name="fuzz", count=1_000_000, file_system="memory", run=fuzz.fuzzed_headers,
+        about="a shard's header that atheris makes, led by the coverage of the parser",
+    ),
+    Trial(
+        name="descriptors", count=1, run=descriptors.descriptors,
+        about="5,000 shards read by 4 threads with 64 descriptors, without and with index; no file is mapped",
+    ),
+    Trial(
+        name="places", count=len(places.CASES), run=places.placed,
+        about="one of the places and things in places: moved, linked, read-only, closed to this user, pipes, `..`",
+    ),
+    Trial(
+        name="soak", count=1_152_000, run=soak.soak,
+        about="a read, compared bit by bit, in one of 8 processes that commit too; a seed: 4 hours of 8 GPUs",
     ),
 )  # fmt: skip
 

@@ -15,7 +15,7 @@ from test_store_format import make_header
 from trials.oracle import FEATURES, VALUES, read_shard
 from vggt_cache.errors import CorruptRecordError, ShardFormatError, SpecMismatchError, StoreError
 from vggt_cache.store import FeatureCache
-from vggt_cache.store.format import MAX_SIDE, payload_bytes
+from vggt_cache.store.format import MAX_SIDE, payload_bytes, stored_length
 from vggt_cache.store.parse import parse_header, parse_spec
 from vggt_cache.store.tensors import bytes_of
 
@@ -211,7 +211,7 @@ def hostile_headers(seed: int, folder: Path) -> int:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(HEADERS_PER_SEED):
         started_s = time.monotonic()
-        _check_header(hostile_header(random, good))
+        check_header(hostile_header(random, good))
         _check_spec(random)
         assert time.monotonic() - started_s < LONGEST_S
     assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 < MOST_MEMORY_BYTES
@@ -223,7 +223,7 @@ def random_count(seed: int) -> int:
     return (1, 3, 3, 8)[seed % 4]
 
 
-def _check_header(data: bytes) -> None:
+def check_header(data: bytes) -> None:
     try:
         header = parse_header(data, "x")
     except ShardFormatError:
@@ -234,7 +234,7 @@ def _check_header(data: bytes) -> None:
         assert record.offset == position
         assert 1 <= record.h <= MAX_SIDE
         assert 1 <= record.w <= MAX_SIDE
-        position += payload_bytes(header.spec, record.h, record.w)
+        position += stored_length(header.spec, record)
     assert position == header.data_end
     assert len({record.key for record in header.records}) == len(header.records)
 
