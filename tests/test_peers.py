@@ -4,7 +4,10 @@ of them tells good from bad."""
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -120,9 +123,6 @@ def test_a_verdict_says_whether_reports_were_kept_and_nothing_else_served(
 
 
 def test_a_child_that_dies_hangs_or_raises_is_an_error_in_one_sentence() -> None:
-    import os
-    import time
-
     from peers.processes import ChildError, in_child
 
     with pytest.raises(ChildError, match="the process died: exit status 3"):
@@ -131,6 +131,33 @@ def test_a_child_that_dies_hangs_or_raises_is_an_error_in_one_sentence() -> None
         in_child("fork", 0.1, time.sleep, 60)
     with pytest.raises(ChildError, match="ValueError: invalid literal"):
         in_child("fork", 60.0, int, "x")
+
+
+def test_a_child_that_hangs_is_gone_afterwards_with_its_own_children(tmp_path: Path) -> None:
+    from peers.processes import ChildError, in_child
+
+    with pytest.raises(ChildError):
+        in_child("fork", 2.0, hang_with_a_child, tmp_path / "processes")
+    processes = [int(text) for text in (tmp_path / "processes").read_text().split()]
+    assert len(processes) == 2
+    deadline_s = time.monotonic() + 20
+    while any(map(runs, processes)) and time.monotonic() < deadline_s:
+        time.sleep(0.05)  # a kill takes effect a little later
+    assert not any(map(runs, processes))
+
+
+def runs(process: int) -> bool:
+    """Whether it does; one that was killed and that nobody has asked after has no command line any more."""
+    try:
+        return bool(Path(f"/proc/{process}/cmdline").read_bytes())
+    except OSError:
+        return False
+
+
+def hang_with_a_child(path: Path) -> None:
+    child = subprocess.Popen(["sleep", "60"])
+    path.write_text(f"{os.getpid()} {child.pid}")
+    time.sleep(60)
 
 
 def test_a_peer_that_cannot_be_imported_is_a_row_that_says_why(

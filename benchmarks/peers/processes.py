@@ -74,7 +74,7 @@ def in_child(start_method: str, timeout_s: float | None, work: Callable[..., Any
         child.kill()
         raise ChildError(f"the process died: exit status {child.exit_code}") from None
     finally:
-        pass
+        child.end(done=kind is not None)
     if kind == "error":
         raise ChildError(result)
     return result

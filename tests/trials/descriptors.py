@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from random import Random
 
+from torch import Tensor
+
 from store_kit import SPEC, equal, make_feature, make_key, open_descriptors, save_index
 from trials.children import Child
 from vggt_cache.store import FeatureCache, FileSystem, ShardWriter, create_store
@@ -18,6 +20,7 @@ SHARDS = 5000
 DESCRIPTORS = 64
 THREADS = 4
 LOOK_EVERY_S = 0.05
+REFRESH_EVERY = 500
 
 
 class NothingSynced(FileSystem):
@@ -61,16 +64,18 @@ def _write(folder: Path, shards: int) -> None:
 
 def _read(seed: int, folder: Path, shards: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, DESCRIPTORS))
-    before = open_descriptors()
+    before, features = open_descriptors(), [make_feature(number) for number in range(shards)]
     with FeatureCache.open(folder) as cache:
         assert len(cache) == len(cache.shard_names()) == shards
         numbers = list(range(shards))
         Random(seed).shuffle(numbers)
         with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(lambda part: _read_part(cache, numbers[part::THREADS]), range(THREADS)))
+            list(pool.map(lambda part: _read_part(cache, features, numbers[part::THREADS]), range(THREADS)))
     assert open_descriptors() == before
 
 
-def _read_part(cache: FeatureCache, numbers: list[int]) -> None:
-    for number in numbers:
-        assert equal(cache.get_by_key(make_key(number)), make_feature(number)), f"number {number} is wrong"
+def _read_part(cache: FeatureCache, features: list[Tensor], numbers: list[int]) -> None:
+    for position, number in enumerate(numbers):
+        assert equal(cache.get_by_key(make_key(number)), features[number]), f"number {number} is wrong"
+        if position % REFRESH_EVERY == 0:
+            cache.refresh()

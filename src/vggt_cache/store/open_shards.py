@@ -34,6 +34,8 @@ class OpenShards:
     def _forget(self) -> None:
         self._lock = threading.Lock()
         self._shards: OrderedDict[str, OpenShard] = OrderedDict()
+        self.releases = 0
+        """How often `release_idle` has closed something."""
 
     def take(self, name: str) -> OpenShard:
         """The shard, which stays open until `give_back`. Raises what `open_one` raises."""
@@ -64,13 +66,19 @@ class OpenShards:
         names = [name for name, shared in self._shards.items() if not shared.users][: max(0, count)]
         return [self._shards.pop(name) for name in names]
 
-    def release_idle(self) -> bool:
-        """Close what is not in use, because descriptors ran out; from now on keep fewer. False: nothing to close."""
+    def release_idle(self, seen: int) -> bool:
+        """Close what is not in use, because descriptors ran out; from now on keep fewer.
+
+        `seen`: `releases` before the attempt that failed. False: nothing was closed since then, nor can be.
+        """
         with self._lock:
+            if self.releases != seen:
+                return True  # another thread was quicker, and has closed all that was idle
             self._limit = max(1, min(self._limit, len(self._shards) // 2))
             idle = self._pop_idle(len(self._shards))
-        for shared in idle:
-            release(self._fs, shared.fd)
+            for shared in idle:
+                release(self._fs, shared.fd)
+            self.releases += bool(idle)
         return bool(idle)
 
     def close(self) -> None:

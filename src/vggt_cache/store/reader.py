@@ -6,6 +6,7 @@ import errno
 import os
 import re
 from collections.abc import Callable
+from typing import TypeVar
 
 from vggt_cache.errors import CacheAccessError
 from vggt_cache.identity import FeatureSpec
@@ -23,6 +24,8 @@ from vggt_cache.store.open_shards import OpenShards
 from vggt_cache.store.parse import ForeignShardError, ShardHeader, header_length, parse_header
 from vggt_cache.store.records import RecordReader
 from vggt_cache.store.rows import Record
+
+T = TypeVar("T")
 
 SHARDS_FOLDER = "shards"
 SHARD_NAME = re.compile(r"[0-9a-f]{12}-[0-9a-f]{16}\.safetensors")
@@ -62,7 +65,7 @@ class ShardReader:
         if dir_fd is None:
             return []
         try:
-            found = persist(self._fs.list_names, dir_fd)
+            found = self._with_room(lambda: persist(self._fs.list_names, dir_fd))
         except OSError:
             found = self._names_by_path()  # the handle may be stale where the path is not
         return sorted(filter(SHARD_NAME.fullmatch, found))
@@ -145,13 +148,21 @@ class ShardReader:
         if dir_fd is None:
             raise _vanished(path)
         try:
-            return open_regular(self._fs, name, dir_fd)
+            return self._with_room(lambda: open_regular(self._fs, name, dir_fd))
         except FileNotFoundError as error:
             raise _vanished(path) from error
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE) and self._pool.release_idle():
-                return self._open(name)
             raise access_error(path, error) from error
+
+    def _with_room(self, call: Callable[[], T]) -> T:
+        """The call's result. Where descriptors run out, shards that nobody is reading are closed, and it goes on."""
+        while True:
+            seen = self._pool.releases
+            try:
+                return call()
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._pool.release_idle(seen):
+                    raise
 
 
 def _vanished(path: str) -> ShardVanishedError:
