@@ -54,7 +54,7 @@ def with_table(name: str) -> str:
     figures = [head, "|---|---|---|---|", *(row for result in shown for row in rows(result, texts))]
     content = between(content, BEGIN, END, figures)
     peers = [result for result in results if result["theme"] == "peers"]
-    if name in PEERS and peers:
+    if name in PEERS and peers and peers_table.BEGIN in content:
         newest = max(peers, key=lambda result: result["date"])
         content = between(content, peers_table.BEGIN, peers_table.END, peers_table.lines(newest, PEERS[name]))
     return content

@@ -26,18 +26,21 @@ def newest(theme: str) -> dict[str, Any]:
 def trials_table() -> str:
     result = newest("trials")
     rows = [
-        "| trial | one trial is | on | trials | violations | seeds from 0 to |",
-        "|---|---|---|---|---|---|",
+        "| trial | one trial is | on | trials | violations | seeds from 0 to | store |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, row in result["figures"].items():
         done = f"{row['trials']:,} | {row['violations']:,} | {row['next_seed'] - 1:,}"
         if "skipped" in row and not row["trials"]:
             done = f"not on this machine: {row['skipped']} | - | -"
-        rows.append(f"| `{name}` | {row['about']} | {row['file_system']} | {done} |")
+        rows.append(
+            f"| `{name}` | {row['about']} | {row['file_system']} | {done} | {row['store_digest'][:6]} |"
+        )
     digests = sorted({row["store_digest"] for row in result["figures"].values()})
     rows += [
         "",
-        f"{result['date']}, commit {result['commit']}, digest of the store's source {', '.join(digests)}; ",
+        f"{result['date']}, commit {result['commit']}; `store` begins the digest of the store's source, here "
+        f"{', '.join(digests)}; ",
     ]
     machine = result["machine"]
     rows[-1] += f"{machine['cpu']}, {machine['cores']} cores, Python {machine['python']}."
