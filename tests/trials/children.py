@@ -17,6 +17,7 @@ from types import TracebackType
 STUCK_S = 120.0
 """A child that takes longer hangs: each of them has work for a few seconds."""
 _SHOWN_CHARS = 4000
+_HOARD: list[bytearray] = []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +112,20 @@ def limit_memory(more_bytes: int) -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most_bytes = pages * resource.getpagesize() + more_bytes
     resource.setrlimit(resource.RLIMIT_AS, (most_bytes, most_bytes))
+
+
+def exhaust_memory(spare_bytes: int) -> None:
+    """This process has so much memory left and no more, whatever its allocators still had in store."""
+    limit_memory(0)
+    for block_bytes in (2**20, 2**16, 2**12):
+        try:
+            while True:
+                _HOARD.append(bytearray(block_bytes))
+        except MemoryError:
+            continue
+    freed = 0
+    while _HOARD and freed < spare_bytes:
+        freed += len(_HOARD.pop())
 
 
 def _live(body: Callable[[], int | None], log: Path, ready: int) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 
 from store_kit import SPEC, equal, make_key
 from test_store_processes import FEATURES, read_all, write_for_ever
-from trials.children import Child, limit_memory
-from trials.small_runs import Scene, small_checkpoint, temporary_shards
+from trials.children import Child, exhaust_memory
+from trials.small_runs import Scene, Spare, small_checkpoint, temporary_shards
 from trials.toy_encoder import ToyCheckpoint
 from vggt_cache.store import FeatureCache, create_store
 
@@ -74,7 +74,8 @@ def _send(child: Child, random: Random) -> list[int]:
 
 def _starve_run(scene: Scene, cache_dir: Path, random: Random) -> None:
     """It may fail in any way that is an end; what it has stored is right, and a run with enough memory goes on."""
-    with scene.start(cache_dir, memory_bytes=_some_memory(random)) as child:
+    spare = Spare(feature=random.randrange(len(scene.expected)), memory_bytes=_some_memory(random))
+    with scene.start(cache_dir, spare=spare) as child:
         status = child.end().status
     found = scene.check(cache_dir)
     assert status or found == set(scene.expected), "a run that ended well is incomplete"
@@ -83,7 +84,7 @@ def _starve_run(scene: Scene, cache_dir: Path, random: Random) -> None:
 
 
 def _some_memory(random: Random) -> int:
-    return int(2 ** random.uniform(16, 28))
+    return int(2 ** random.uniform(8, 23))
 
 
 # ---------------------------------------------------------------- the store alone
@@ -125,12 +126,12 @@ def _starve_store(scene: Scene, cache_dir: Path, random: Random) -> None:
 
 
 def _write_starving(store: Path, seed: int, acknowledge: int, memory_bytes: int) -> None:
-    limit_memory(memory_bytes)
+    exhaust_memory(memory_bytes)
     write_for_ever(store, seed, acknowledge)
 
 
 def _read_starving(store: Path, memory_bytes: int) -> int:
-    limit_memory(memory_bytes)
+    exhaust_memory(memory_bytes)
     with FeatureCache.open(store) as cache:
         return 0 if all(_is_right(cache, number) for number in range(len(FEATURES))) else WRONG
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,12 +17,12 @@ from tqdm import tqdm
 import golden_recipe
 from small_data import SIZE, write_dataset
 from store_kit import make_spec
-from trials.children import Child, End, limit_memory
+from trials.children import Child, End, exhaust_memory
 from trials.toy_encoder import toy_encoder
 from vggt_cache import cli
 from vggt_cache.encoder import Encoder, EncoderConfig
-from vggt_cache.identity import EncoderSpec
-from vggt_cache.precompute import failures, run, write
+from vggt_cache.identity import EncoderSpec, FeatureSpec
+from vggt_cache.precompute import failures, pipeline, run, write
 from vggt_cache.store import FeatureCache
 from vggt_cache.store.tensors import bytes_of
 
@@ -85,6 +87,26 @@ def temporary_shards(cache_dir: Path) -> list[Path]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Spare:
+    """What a run has left of memory, and from which feature on."""
+
+    feature: int
+    memory_bytes: int
+
+
+def _run_short(spare: Spare) -> None:
+    """In a child. All threads run by then: what comes too early only shows that no thread can be started."""
+    key, number = pipeline.feature_key, count()
+
+    def feature_key(spec: FeatureSpec, digests: Sequence[bytes]) -> bytes:
+        if next(number) == spare.feature:
+            exhaust_memory(spare.memory_bytes)
+        return key(spec, digests)
+
+    pipeline.feature_key = feature_key
+
+
+@dataclass(frozen=True, kw_only=True)
 class Scene:
     """A small data set, an encoder, and what a run that nobody disturbs makes of them."""
 
@@ -111,9 +133,7 @@ class Scene:
     def feature_bytes(self) -> int:
         return len(next(iter(self.expected.values()), b"."))
 
-    def start(
-        self, cache_dir: Path, *more: str, shard_records: int = 1, memory_bytes: int | None = None
-    ) -> Child:
+    def start(self, cache_dir: Path, *more: str, shard_records: int = 1, spare: Spare | None = None) -> Child:
         """`precompute` in a process of its own; a shard is committed when it has so many records."""
         log = self.folder / f"{cache_dir.name}.log"
         place = ["--data_root", str(self.folder / "data"), "--cache_dir", str(cache_dir)]
@@ -123,8 +143,8 @@ class Scene:
             # A lock of this process alone: one that is shared may be held for ever by a child that was killed.
             tqdm.set_lock(threading.RLock())
             write.SHARD_BYTES = shard_records * self.feature_bytes
-            if memory_bytes is not None:
-                limit_memory(memory_bytes)
+            if spare is not None:
+                _run_short(spare)
             if isinstance(self.checkpoint, LoadedCheckpoint):
                 run.Checkpoint = self.checkpoint
                 return cli.main(arguments)
