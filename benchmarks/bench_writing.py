@@ -39,6 +39,7 @@ import torch
 
 import record
 from vggt_cache.codec import NONE, codec_for
+from vggt_cache.doctor.place import mount_of
 from vggt_cache.identity import EncoderSpec, FeatureSpec, Preprocessing
 from vggt_cache.store import FileSystem, ShardWriter, create_store
 from vggt_cache.store.format import record_checksum
@@ -212,17 +213,6 @@ def _medians(found: list[dict[str, float]]) -> dict[str, float]:
     return {what: statistics.median(one[what] for one in found) for what in found[0]}
 
 
-def file_system(path: Path) -> str:
-    """Type of the file system on which `path` lies, by the longest mount point above it."""
-    real, best = os.path.realpath(path), ("", "unknown")
-    for line in Path("/proc/self/mounts").read_text().splitlines():
-        _, mount, kind, *_ = line.split(" ")
-        inside = real == mount or real.startswith(mount.rstrip("/") + "/")
-        if inside and len(mount) >= len(best[0]):
-            best = (mount, kind)
-    return best[1]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -244,11 +234,11 @@ def main() -> None:
     chosen = Path(arguments.dir or tempfile.gettempdir())
     if not chosen.is_dir():
         parser.error(f"there is no directory {chosen}: give one that exists with --dir")
-    if arguments.dir is None and file_system(chosen) == "tmpfs":
+    if arguments.dir is None and mount_of(chosen)[0] == "tmpfs":
         parser.error(f"{chosen} lies in memory, and the goal is about a disk: name a directory with --dir")
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=chosen) as folder:
-        kind = file_system(Path(folder))
+        kind = mount_of(Path(folder))[0]
         for codec in arguments.codec:
             figures[codec] = Bench(arguments, Path(folder), codec).run(arguments.rounds)
     configuration = vars(arguments) | {"file_system": kind}

@@ -80,16 +80,6 @@ def store_digest() -> str:
     return hasher.hexdigest()[:16]
 
 
-def file_system_of(folder: str) -> str:
-    """Its type, such as ext4, as the kernel's table of mounts has it."""
-    path, best = os.path.realpath(folder), ("", "unknown")
-    for line in Path("/proc/mounts").read_text().splitlines():
-        _, mount, kind, *_ = line.split()
-        if os.path.commonpath([path, mount]) == mount and len(mount) >= len(best[0]):
-            best = (mount, kind)
-    return best[1]
-
-
 class Results:
     """The results file; written as a whole, by rename."""
 
@@ -154,6 +144,8 @@ def run_trial(trial: Any, arguments: argparse.Namespace, results: Results) -> No
 
 
 def _begin(trial: Any, arguments: argparse.Namespace, results: Results) -> dict[str, Any]:
+    from vggt_cache.doctor.place import mount_of
+
     old = results.of(trial.name)
     if arguments.resume and (old.get("store_digest"), old.get("first_seed")) == (
         store_digest(),
@@ -168,7 +160,7 @@ def _begin(trial: Any, arguments: argparse.Namespace, results: Results) -> dict[
         "first_seed": arguments.seed,
         "next_seed": arguments.seed,
         "seconds": 0.0,
-        "file_system": trial.file_system or file_system_of(arguments.folder or tempfile.gettempdir()),
+        "file_system": trial.file_system or mount_of(Path(arguments.folder or tempfile.gettempdir()))[0],
         "store_digest": store_digest(),
         "finished": False,
     }
