@@ -1,12 +1,14 @@
 """Writing shards: checksums, header, link and durable folder, beside the bare writing of the same bytes.
 
-Theory. A shard must pass through one `write` and one `fsync`, so nothing is faster than those two alone:
-`os.write` of the very same bytes, record by record, into a fresh file of the same size in the same folder,
-then `fsync` and `close`. That limit promises nothing about a crash of the writer, checks nothing, and leaves
-no name that a reader may trust; what the product adds (xxh3-128 of every record, the header, the lock, the
-link to the final name, the fsync of the folder) is what the ratio shows. Both write a whole shard in turns,
-the one that begins changes, and the ratio is the middle of the pairs. The files of a pair are removed, and
-the disk is left to settle, before the next pair.
+Theory. A shard must pass through `write` and `fsync`, so its yardstick is those two alone: `os.write` of the
+very same bytes, record by record, into a fresh file of the same size in the same folder, then `fsync` and
+`close`. That promises nothing about a crash of the writer, checks nothing, and leaves no name that a reader
+may trust. The product adds work (xxh3-128 of every record, the header, the lock, the link to the final name,
+the fsync of the folder), and takes some away: it asks the disk to begin with what is already appended, so
+that the disk works beside the copying and the checksums and not only in `fsync`. Hence a ratio can be above
+1; `raw_early` is the bare writing with the same request, which nothing is faster than. Each way writes a whole
+shard in turns, the one that begins changes, and the ratio is the middle of the rounds. The files of a round
+are removed, and the disk is left to settle, before the next.
 
 Where the time goes is seen from the store's seam to the operating system, a `FileSystem` that is given to the
 writer and looks at the clock around each call; what is left is the product's own: the checksum (which is also
@@ -32,6 +34,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,6 +45,7 @@ from vggt_cache.codec import NONE, codec_for
 from vggt_cache.doctor.place import mount_of
 from vggt_cache.identity import EncoderSpec, FeatureSpec, Preprocessing
 from vggt_cache.store import FileSystem, ShardWriter, create_store
+from vggt_cache.store.filesystem import OPERATING_SYSTEM
 from vggt_cache.store.format import record_checksum
 from vggt_cache.store.tensors import bytes_of
 
@@ -66,6 +70,9 @@ class TimedFileSystem(FileSystem):
 
     def pwrite(self, fd: int, data: bytes | bytearray | memoryview, offset: int) -> int:
         return self._timed("write", lambda: os.pwrite(fd, data, offset))
+
+    def begin_write_back(self, fd: int, offset: int, length: int) -> None:
+        self._timed("write", lambda: FileSystem.begin_write_back(self, fd, offset, length))
 
     def fsync(self, fd: int) -> None:
         self._timed("fsync_file", lambda: os.fsync(fd))
@@ -146,13 +153,17 @@ class Bench:
         seconds = time.perf_counter() - began_s
         return seconds, {**fs.seconds, "own": seconds - sum(fs.seconds.values())}
 
-    def raw(self) -> tuple[float, dict[str, float]]:
+    def raw(self, *, early: bool = False) -> tuple[float, dict[str, float]]:
         began_s = time.perf_counter()
         fd = os.open(self.raw_path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        written = 0
         for piece in self.pieces:
             rest = piece
             while rest:
                 rest = rest[os.write(fd, rest) :]
+            if early:
+                OPERATING_SYSTEM.begin_write_back(fd, written, len(piece))
+            written += len(piece)
         written_s = time.perf_counter()
         os.fsync(fd)
         os.close(fd)
@@ -178,7 +189,7 @@ class Bench:
         return time.perf_counter() - began_s
 
     def run(self, rounds: int) -> dict[str, Any]:
-        ways = {"ours": self.ours, "raw": self.raw}
+        ways = {"ours": self.ours, "raw": self.raw, "raw_early": partial(self.raw, early=True)}
         seconds: dict[str, list[float]] = defaultdict(list)
         parts: dict[str, list[dict[str, float]]] = defaultdict(list)
         alone: dict[str, list[float]] = defaultdict(list)
@@ -186,8 +197,7 @@ class Bench:
             pair = {}
             for way in sorted(ways, reverse=turn % 2 == 1):
                 pair[way] = ways[way]()
-                os.sync()
-            self._clear()
+                self._clear()
             if turn == 0:
                 continue  # warm-up: memory, directory and the disk's own caches
             for way, (taken_s, split) in pair.items():
@@ -195,7 +205,8 @@ class Bench:
                 parts[way].append(split)
             alone["checksum"].append(self.checksums())
             alone["packing"].append(self.packing())
-        ratios = sorted(raw / ours for raw, ours in zip(seconds["raw"], seconds["ours"], strict=True))
+        ratios = _ratios(seconds["raw"], seconds["ours"])
+        early = _ratios(seconds["raw_early"], seconds["ours"])
         size = sum(map(len, self.pieces))
         return {
             "shard_bytes": size,
@@ -204,9 +215,14 @@ class Bench:
             "over_limit": statistics.median(ratios),
             "over_limit_lowest": ratios[0],
             "over_limit_highest": ratios[-1],
+            "over_raw_early": statistics.median(early),
             "parts_s": {way: _medians(found) for way, found in parts.items()},
             "alone_s": {what: statistics.median(found) for what, found in alone.items()},
         }
+
+
+def _ratios(bare: list[float], ours: list[float]) -> list[float]:
+    return sorted(one / other for one, other in zip(bare, ours, strict=True))
 
 
 def _medians(found: list[dict[str, float]]) -> dict[str, float]:
@@ -224,7 +240,7 @@ def main() -> None:
     parser.add_argument(
         "--features", type=int, default=41, help="in a shard; 41 of 6.6 MB make precompute's 256 MiB"
     )
-    parser.add_argument("--rounds", type=int, default=15, help="pairs, for each codec")
+    parser.add_argument("--rounds", type=int, default=15, help="rounds, for each codec")
     parser.add_argument("--codec", nargs="+", choices=[NONE, "lossless"], default=[NONE, "lossless"])
     parser.add_argument("--small", action="store_true", help="a few small shards, to see that it works")
     parser.add_argument("--no_result", action="store_true", help="print the figures, write no file")

@@ -124,6 +124,7 @@ def writing(figures: Values, settings: Values) -> Iterator[Row]:
             ours=round(one["bytes_per_s"]["ours"] / 1e6),
             over=f"{one['over_limit']:.2f}",
             raw=round(one["bytes_per_s"]["raw"] / 1e6),
+            early=round(one["bytes_per_s"]["raw_early"] / 1e6),
         )
 
 

@@ -266,6 +266,9 @@ class Client(FileSystem):
         node.modified_s = self.disk.now_s
         return count
 
+    def begin_write_back(self, fd: int, offset: int, length: int) -> None:
+        assert offset + length <= len(self._node(fd).data)
+
     def fsync(self, fd: int) -> None:
         try:
             self._begin("fsync")

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -436,6 +437,30 @@ def test_a_failing_disk_ends_the_run_and_keeps_what_was_committed(run, monkeypat
     assert code == 1
     assert "[ERROR] the disk is full" in err
     assert len(records(cache_dir)) == 1
+
+
+@pytest.mark.parametrize("where", ["the shard", "the queue"])
+def test_running_out_of_memory_is_one_sentence_and_the_next_run_goes_on(run, monkeypatch, cache_dir, where):
+    """Of the thread that writes, also while it waits for work: nobody may wait for a thread that has gone."""
+    from queue import Queue
+
+    from vggt_cache.store import ShardWriter
+
+    owner, name = (ShardWriter, "append") if where == "the shard" else (Queue, "get")
+    real, fallen = getattr(owner, name), []
+
+    def full_once(*arguments, **options):
+        if threading.current_thread().name == "feature-writer" and not fallen:
+            fallen.append(1)
+            raise MemoryError
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, full_once)
+    code, _, err = run()
+    assert code == 1
+    assert "[ERROR] this process has no memory left: what is committed stays" in err
+    assert run()[0] == 0
+    assert len(records(cache_dir)) == 12
 
 
 def test_features_that_are_not_finite_are_not_stored(run, monkeypatch):

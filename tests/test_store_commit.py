@@ -69,6 +69,33 @@ def test_commit_syncs_the_file_then_names_it_then_syncs_the_directory(tmp_path: 
     ]
 
 
+@pytest.mark.parametrize("refuse", [False, True], ids=["taken", "refused"])
+def test_the_disk_is_asked_to_begin_while_records_are_appended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse: bool
+) -> None:
+    """In order and without gaps, never past what is written; and a hint that is refused changes nothing."""
+    begun: list[tuple[int, int]] = []
+    features = [make_feature(number) for number in range(5)]
+    size = features[0].nbytes
+    monkeypatch.setattr("vggt_cache.store.publish.WRITE_BACK_BYTES", 2 * size)
+
+    class Hinted(FileSystem):
+        def begin_write_back(self, fd: int, offset: int, length: int) -> None:
+            assert offset + length == os.fstat(fd).st_size
+            begun.append((offset, offset + length))
+            if refuse:
+                raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    with ShardWriter(create_store(tmp_path, SPEC), SPEC, fs=Hinted()) as writer:
+        for number, feature in enumerate(features):
+            writer.append(make_key(number), feature)
+        writer.commit()
+    assert [start for start, _ in begun] == [0, *(end for _, end in begun[:-1])]
+    assert begun[-1][1] >= writer.bytes_written - 2 * size
+    with FeatureCache.open(tmp_path) as cache:
+        assert holds(cache, list(range(5)))
+
+
 def test_nothing_can_be_seen_before_commit_returns(tmp_path: Path) -> None:
     def fault(name: str, position: int, call: Call) -> Any:
         if name in ("pwrite", "fsync"):

@@ -347,9 +347,11 @@ def test_files_that_lie_on_no_device_get_no_hint(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: hints.append(arguments[3]))
     with open(tmp_path / "file", "wb") as file:
         real = os.fstat(file.fileno())
-        for device, expected in ((os.makedev(0, 44), []), (os.makedev(8, 1), [os.POSIX_FADV_RANDOM])):
+        asked = [os.POSIX_FADV_RANDOM, os.POSIX_FADV_DONTNEED]
+        for device, expected in ((os.makedev(0, 44), []), (os.makedev(8, 1), asked)):
             status = os.stat_result([*real[:2], device, *real[3:]])
             with monkeypatch.context() as patch:
                 patch.setattr(os, "fstat", lambda fd, status=status: status)
                 FileSystem().expect_scattered_reads(file.fileno())
+                FileSystem().begin_write_back(file.fileno(), 0, 1)
             assert hints == expected

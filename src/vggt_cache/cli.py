@@ -25,6 +25,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(arguments.command(arguments))
     except (VggtCacheError, StoppedError) as error:
         return _fail(str(error), error.exit_code)
+    except MemoryError:
+        return _fail(
+            "this process has no memory left: what is committed stays, and the same command goes on from there; give "
+            "it more (ulimit -v, a container's limit), or use smaller --batch_size and --num_workers",
+            1,
+        )
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone; there is nobody left to tell
         return 1

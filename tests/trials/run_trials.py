@@ -5,7 +5,7 @@
     python tests/trials/run_trials.py --list
 
 Results go to benchmarks/results/trials_<hardware>_<date>.json after every few seconds. With --resume a trial goes
-on behind the last seed that is in the newest of these files, if the store's source is the same. A violation is
+on behind the last seed that is in the newest of these files, if the package's source is the same. A violation is
 written down with its seed and the run goes on; `--trial <name> --seed <seed> --count 1` repeats it. The exit status
 is 1 if there was any.
 """
@@ -71,11 +71,10 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def store_digest() -> str:
-    """sha256 of the store's source, so that a figure belongs to a program also where nothing is committed."""
+def source_digest() -> str:
+    """sha256 of the package's source, so that a figure belongs to a program also where nothing is committed."""
     hasher = hashlib.sha256()
-    source = ROOT / "src" / "vggt_cache"
-    for path in (source / "identity.py", *sorted((source / "store").rglob("*.py"))):
+    for path in sorted((ROOT / "src" / "vggt_cache").rglob("*.py")):
         hasher.update(path.read_bytes())
     return hasher.hexdigest()[:16]
 
@@ -147,8 +146,8 @@ def _begin(trial: Any, arguments: argparse.Namespace, results: Results) -> dict[
     from vggt_cache.doctor.place import mount_of
 
     old = results.of(trial.name)
-    if arguments.resume and (old.get("store_digest"), old.get("first_seed")) == (
-        store_digest(),
+    if arguments.resume and (old.get("source_digest"), old.get("first_seed")) == (
+        source_digest(),
         arguments.seed,
     ):
         return {key: value for key, value in old.items() if key != "skipped"}
@@ -161,7 +160,7 @@ def _begin(trial: Any, arguments: argparse.Namespace, results: Results) -> dict[
         "next_seed": arguments.seed,
         "seconds": 0.0,
         "file_system": trial.file_system or mount_of(Path(arguments.folder or tempfile.gettempdir()))[0],
-        "store_digest": store_digest(),
+        "source_digest": source_digest(),
         "finished": False,
     }
 

@@ -26,7 +26,7 @@ def newest(theme: str) -> dict[str, Any]:
 def trials_table() -> str:
     result = newest("trials")
     rows = [
-        "| trial | one trial is | on | trials | violations | seeds from 0 to | store |",
+        "| trial | one trial is | on | trials | violations | seeds from 0 to | source |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in result["figures"].items():
@@ -34,12 +34,12 @@ def trials_table() -> str:
         if "skipped" in row and not row["trials"]:
             done = f"not on this machine: {row['skipped']} | - | -"
         rows.append(
-            f"| `{name}` | {row['about']} | {row['file_system']} | {done} | {row['store_digest'][:6]} |"
+            f"| `{name}` | {row['about']} | {row['file_system']} | {done} | {row['source_digest'][:6]} |"
         )
-    digests = sorted({row["store_digest"] for row in result["figures"].values()})
+    digests = sorted({row["source_digest"] for row in result["figures"].values()})
     rows += [
         "",
-        f"{result['date']}, commit {result['commit']}; `store` begins the digest of the store's source, here "
+        f"{result['date']}, commit {result['commit']}; `source` begins the digest of the package's source, here "
         f"{', '.join(digests)}; ",
     ]
     machine = result["machine"]

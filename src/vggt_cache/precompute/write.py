@@ -99,19 +99,19 @@ class FeatureWriter:
         """After an error jobs are taken and dropped, so that nobody waits for a place in the queue."""
         while True:
             try:
-                job = self._jobs.get(timeout=1.0)
-            except queue.Empty:
-                job = _nothing
-            if job is None:
-                return
-            if self._error is None:
                 try:
+                    job = self._jobs.get(timeout=1.0)
+                except queue.Empty:
+                    job = _nothing
+                if job is None:
+                    return
+                if self._error is None:
                     job()
                     if self._shard_is_due():
                         self._commit()
-                except BaseException as error:
-                    self._error = error
-                    self._abort()
+            except BaseException as error:  # also of the queue itself, which can run out of memory
+                self._error = self._error or error
+                self._abort()
 
     def _write(self, keys: Sequence[bytes], labels: Sequence[str], features: torch.Tensor) -> None:
         for key, label, feature in zip(keys, labels, features, strict=True):

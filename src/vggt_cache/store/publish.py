@@ -1,6 +1,6 @@
 """How a file comes to be: complete and synced under a temporary name first, then under its own.
 
-1. create `.tmp-<random>` in the directory where the file will live, and write it
+1. create `.tmp-<random>` in the directory where the file will live, and write it; the disk is asked to begin at once
 2. fsync it, close it
 3. link it to its final name (or rename, where the name may be replaced), drop the temporary name
 4. fsync the directory
@@ -31,6 +31,9 @@ from vggt_cache.store.filesystem import (
 
 TEMP_NAME = re.compile(r"\.tmp-[0-9a-f]{16}")
 
+WRITE_BACK_BYTES = 4 * 1024 * 1024
+"""After so many new bytes the disk is asked to begin with them: it works while the next are made, not only in fsync."""
+
 _NO_LINKS_HERE = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
 _NO_MODES_HERE = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP}
 _WRITE_BITS = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
@@ -45,6 +48,8 @@ class PendingFile:
         self._dir_fd = dir_fd
         self._name = f".tmp-{secrets.token_hex(8)}"
         self._process = os.getpid()
+        self._begun = 0
+        """Up to here the disk was asked to begin."""
         self._fd: int | None = persist(fs.create_file, self._name, dir_fd=dir_fd)
         try:
             status = persist(fs.fstat, self._fd)
@@ -61,7 +66,13 @@ class PendingFile:
             self._fs.try_lock(self._open_fd())
 
     def write(self, data: Buffer, offset: int) -> None:
-        write_fully(self._fs, self._open_fd(), data, offset)
+        fd = self._open_fd()
+        write_fully(self._fs, fd, data, offset)
+        end = offset + memoryview(data).nbytes
+        if end - self._begun >= WRITE_BACK_BYTES:
+            with suppress(OSError):  # a hint, and no more: what becomes of the bytes, fsync tells
+                self._fs.begin_write_back(fd, self._begun, end - self._begun)
+            self._begun = end
 
     def read(self, length: int, offset: int) -> bytes:
         """What was written there; fewer bytes at the end of the file."""
