@@ -315,3 +315,12 @@ def test_every_make_target_that_a_document_names_exists() -> None:
 
 def test_continuous_integration_runs_the_test_command() -> None:
     assert "exec make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_every_benchmark_and_every_document_is_named_where_a_reader_looks_for_it() -> None:
+    table = (ROOT / "benchmarks" / "README.md").read_text()
+    assert [
+        path.name for path in (ROOT / "benchmarks").glob("bench_*.py") if f"`{path.name}`" not in table
+    ] == []
+    documents = "\n".join(path.read_text() for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+    assert [path.name for path in (ROOT / "docs").glob("*.md") if path.name not in documents] == []
