@@ -95,6 +95,16 @@ def test_one_seed_is_one_run() -> None:
         assert contents(first.disk) == contents(second.disk)
 
 
+def test_a_lost_index_takes_along_only_what_a_damaged_shard_held() -> None:
+    """A reader whose index fails in the middle, with a shard whose header was cut: a miss is no violation."""
+    machine = StoreMachine()
+    machine.work_with_faults(clients="rw", rate=0.2, seed=142)
+    machine.damage_a_shard(how="cut", seed=532)
+    machine.work_with_faults(clients="wwr", rate=0.01, seed=512)
+    machine.damage_a_shard(how="cut", seed=65)
+    machine.work_with_faults(clients="r", rate=0.05, seed=16557462)
+
+
 def contents(disk: Disk) -> list[bytes]:
     return [bytes(node.data) for node in disk.nodes()]
 

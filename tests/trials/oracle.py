@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -132,6 +133,11 @@ class Oracle:
         """Of each shard that is there, its records; None where the header is broken."""
         found = {name: self.contents(name) for name in self.names()}
         return {name: read_shard(data, self.original.get(name, data)) for name, data in found.items()}
+
+    def intact(self, names: Iterable[str]) -> set[int]:
+        """Numbers in those of these shards that nobody damaged."""
+        records = self.records()
+        return {number for name in names if name not in self.damaged for number in records.get(name) or ()}
 
     def check_files(self) -> None:
         """Nothing is torn, foreign or changed, and nothing acknowledged is lost."""
