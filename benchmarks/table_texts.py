@@ -58,7 +58,7 @@ ENGLISH: dict[str, tuple[str, str, str]] = {
     "writing": (
         "writing a shard of {size} MB, codec {codec}, {file_system}",
         "{ours} MB/s, **{over}** of write and fsync",
-        "{raw} MB/s: write and fsync of the same bytes, nothing else; {early} MB/s when the disk begins early there too",
+        "{raw} MB/s: write and fsync of the same bytes, nothing else; {early} MB/s with the same early start",
     ),
     "index": (
         "a cache of {records} records: open it, find one",

@@ -235,6 +235,34 @@ def test_an_index_that_is_damaged_under_an_open_cache_changes_no_answer(tmp_path
     assert rows.read_bytes() == undamaged
 
 
+def test_an_index_that_was_replaced_on_another_machine_is_opened_again(tmp_path: Path) -> None:
+    """A network file system then answers ESTALE. No header is read for that, and the next refresh uses the index."""
+    stale: set[int] = set()
+
+    class ForgetsReplacedFiles(TracedFileSystem):
+        def pread(self, fd: int, length: int, offset: int) -> bytes:
+            if os.fstat(fd).st_ino in stale:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            return super().pread(fd, length, offset)
+
+    for number in (1, 2):
+        write_shard(tmp_path, [number])
+    index = save_index(tmp_path)
+    fs = ForgetsReplacedFiles()
+    with FeatureCache.open(tmp_path, fs=fs) as cache:
+        for number in (3, 4):
+            stale.add(index.stat().st_ino)
+            with open(index, "rb"):  # or the new file might get the old one's number
+                write_shard(tmp_path, [number])
+                save_index(tmp_path)
+            opened = fs.operations.count("open_file")
+            assert make_key(1) in cache
+            assert make_key(number) not in cache
+            assert fs.operations.count("open_file") == opened + 1
+            cache.refresh()
+            assert holds(cache, [1, 2, 3, 4][:number])
+
+
 def test_an_index_from_another_store_is_ignored(tmp_path: Path) -> None:
     other = make_spec(context="causal")
     write_shard(tmp_path, range(5))

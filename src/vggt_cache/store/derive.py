@@ -69,6 +69,13 @@ class Deriver:
         """The snapshot of just these shards, in order. Raises CacheAccessError, also if one of them is gone."""
         return self._derive(list(names), self._base_index(None), None, gone_is_error=True)
 
+    def with_saved_index(self, snapshot: Snapshot) -> Snapshot:
+        """The same shards as in `snapshot`, with the index that is saved now; those that are gone are left out.
+
+        Raises IndexDamagedError, CacheAccessError.
+        """
+        return self._derive(list(snapshot.names), self._base_index(None), snapshot, gone_is_error=False)
+
     def without_index(self, snapshot: Snapshot) -> Snapshot:
         """The same shards as in `snapshot`, all read from their headers; those that are gone are left out."""
         return self._derive(list(snapshot.names), None, None, gone_is_error=False)

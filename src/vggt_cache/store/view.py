@@ -137,13 +137,27 @@ class StoreView:
     # ------------------------------------------------------------ steps
 
     def _ask(self, question: Callable[[Snapshot], T]) -> T:
-        """The snapshot's answer; where the index proves damaged, it is put together from the shards first."""
+        """The snapshot's answer, whatever has become of the index."""
         self._require_open()
         snapshot = self._snapshot
         try:
             return question(snapshot)
         except IndexDamagedError:
-            return question(self._distrust_index(snapshot))
+            return self._ask_again(question, snapshot)
+
+    def _ask_again(self, question: Callable[[Snapshot], T], snapshot: Snapshot) -> T:
+        """With the index that is saved now; where that proves damaged too, without one, from the shards."""
+        try:
+            return question(self._reopen_index(snapshot))
+        except IndexDamagedError:
+            return question(self._distrust_index(self._snapshot))
+
+    def _reopen_index(self, snapshot: Snapshot) -> Snapshot:
+        """Writers replace the index; on a network file system the old one, open here, may be gone with its name."""
+        with self._lock:
+            if self._snapshot is snapshot and self._use_index:
+                self._snapshot = self._deriver.with_saved_index(snapshot)
+            return self._snapshot
 
     def _index_is_wrong(self, shard: str, record: Record) -> bool:
         """Whether the shard itself tells something else about a record than the index did."""
