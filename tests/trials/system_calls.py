@@ -24,7 +24,7 @@ OLD, NEW = (1, 2), (2, 3)
 """Numbers that were committed before, and those of the commit that is killed."""
 NAMES = "openat,getdents64,link,linkat,unlink,unlinkat,rename,renameat"
 WATCHED = f"{NAMES},fstat,newfstatat,flock,pwrite64,fchmod,fsync,close"
-ATTEMPTS = 5
+ATTEMPTS = 30
 """strace may miss the first calls of a process that it has just attached to; the process then ends unharmed."""
 _FEATURES = [make_feature(number) for number in range(4)]
 
