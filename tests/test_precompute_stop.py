@@ -15,6 +15,7 @@ from test_store_processes import child, finish
 from trials.toy_encoder import ToyCheckpoint, toy_encoder
 from vggt_cache import frames
 from vggt_cache.cli import main
+from vggt_cache.precompute.plan import Plan
 from vggt_cache.precompute.stop import StoppedError, StopRequest
 
 
@@ -50,6 +51,21 @@ def test_a_dry_run_ends_at_a_signal_that_comes_while_an_image_is_decoded(
     run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("--dry_run", signals=1) == 143
+    assert capsys.readouterr().err.endswith("[ERROR] stopped by SIGTERM\n")
+
+
+def test_a_stop_that_a_library_turns_into_an_error_of_its_own_is_a_stop(
+    run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def passes(plan: Plan) -> tuple[int, int]:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except StoppedError as error:
+            raise TypeError("no common dtype") from error
+        raise AssertionError("the signal had no effect")
+
+    monkeypatch.setattr(Plan, "passes", passes)
+    assert run("--context", "causal", signals=0) == 143
     assert capsys.readouterr().err.endswith("[ERROR] stopped by SIGTERM\n")
 
 

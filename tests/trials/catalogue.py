@@ -26,7 +26,7 @@ from trials import (
     soak,
     system_calls,
 )
-from trials.registry import Trial
+from trials.registry import PRECOMPUTE, Trial
 
 EXAMPLES_PER_SEED = 50
 
@@ -142,23 +142,24 @@ _ALL = (
         about="a read, compared bit by bit, in one of 4 processes started with spawn",
     ),
     Trial(
-        name="killed_runs", count=200, run=killed_runs.killed_runs,
+        name="killed_runs", count=200, exercises=PRECOMPUTE, run=killed_runs.killed_runs,
         about="a whole run of precompute killed 1 to 3 times, then run to the end; features compared bit by bit",
     ),
     Trial(
-        name="signals", count=1_000, run=signalled.signals,
+        name="signals", count=1_000, exercises=PRECOMPUTE, run=signalled.signals,
         about="a run or a writer gets SIGINT or SIGTERM, half of them again a moment later, or too little memory",
     ),
     Trial(
-        name="replaced_images", count=1_000, run=replaced_images.replaced_images,
+        name="replaced_images", count=1_000, exercises=PRECOMPUTE, run=replaced_images.replaced_images,
         about="images rewritten in place, exchanged, renamed, torn, before, while and after precompute reads them",
     ),
     Trial(
-        name="hostile_images", count=100_000, run=hostile_images.hostile_images,
+        name="hostile_images", count=100_000, exercises=("errors.py", "frames.py"), run=hostile_images.hostile_images,
         about="a PNG, JPEG, WebP or BMP with parts changed, repeated, moved, spliced, enlarged, cut or bombs put in",
     ),
     Trial(
-        name="hostile_annotations", count=100_000, run=hostile_annotations.hostile_annotations,
+        name="hostile_annotations", count=100_000, exercises=("errors.py", "samples"),
+        run=hostile_annotations.hostile_annotations,
         about="an annotation file or episode folder with fields, names, nesting or bytes changed; read by both readers",
     ),
     Trial(

@@ -5,9 +5,9 @@
     python tests/trials/run_trials.py --list
 
 Results go to benchmarks/results/trials_<hardware>_<date>.json after every few seconds. With --resume a trial goes
-on behind the last seed that is in the newest of these files, if the package's source is the same. A violation is
-written down with its seed and the run goes on; `--trial <name> --seed <seed> --count 1` repeats it. The exit status
-is 1 if there was any.
+on behind the last seed that is in the newest of these files, if the source that it exercises is the same. A violation
+is written down with its seed and the run goes on; `--trial <name> --seed <seed> --count 1` repeats it. The exit
+status is 1 if there was any.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +72,13 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def source_digest() -> str:
-    """sha256 of the package's source, so that a figure belongs to a program also where nothing is committed."""
+def source_digest(exercises: Sequence[str]) -> str:
+    """sha256 of these sources, so that a figure belongs to a program also where nothing is committed."""
     hasher = hashlib.sha256()
-    for path in sorted((ROOT / "src" / "vggt_cache").rglob("*.py")):
-        hasher.update(path.read_bytes())
+    for name in exercises:
+        path = ROOT / "src" / "vggt_cache" / name
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            hasher.update(file.read_bytes())
     return hasher.hexdigest()[:16]
 
 
@@ -145,11 +148,8 @@ def run_trial(trial: Any, arguments: argparse.Namespace, results: Results) -> No
 def _begin(trial: Any, arguments: argparse.Namespace, results: Results) -> dict[str, Any]:
     from vggt_cache.doctor.place import mount_of
 
-    old = results.of(trial.name)
-    if arguments.resume and (old.get("source_digest"), old.get("first_seed")) == (
-        source_digest(),
-        arguments.seed,
-    ):
+    old, digest = results.of(trial.name), source_digest(trial.exercises)
+    if arguments.resume and (old.get("source_digest"), old.get("first_seed")) == (digest, arguments.seed):
         return {key: value for key, value in old.items() if key != "skipped"}
     return {
         "about": trial.about,
@@ -160,7 +160,7 @@ def _begin(trial: Any, arguments: argparse.Namespace, results: Results) -> dict[
         "next_seed": arguments.seed,
         "seconds": 0.0,
         "file_system": trial.file_system or mount_of(Path(arguments.folder or tempfile.gettempdir()))[0],
-        "source_digest": source_digest(),
+        "source_digest": digest,
         "finished": False,
     }
 

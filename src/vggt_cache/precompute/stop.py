@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from vggt_cache.errors import VggtCacheError
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LOOK_EVERY_S = 0.05
 
@@ -48,13 +50,23 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle the signals as long as this lasts. Only a process's main thread can."""
+        """Handle the signals as long as this lasts. Only a process's main thread can.
+
+        Raises StoppedError also in the place of an error that the stop became on its way: numpy, for one, turns
+        whatever comes up while it looks for a common dtype into a TypeError.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
         try:
             yield
+        except VggtCacheError:
+            raise
+        except Exception as error:
+            if self.requested:
+                raise StoppedError(self.signal_number) from error
+            raise
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
