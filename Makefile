@@ -1,5 +1,5 @@
 # `make demo` and `make test` need Python (3.10 or newer, with venv) and make; all else they fetch themselves
-# into .venv. Settings: PYTHON, TORCH, PIP_ARGS, for example
+# into .venv. Settings: PYTHON, TORCH, PIP_ARGS, TEST_PROCESSES, for example
 #   make test PYTHON=python3.12
 #   make demo PIP_ARGS="--index-url <an index with CPU wheels>"
 # `make bench-peers` has an environment of its own, .venv-peers, so that no other package gets into .venv; PEERS_ARGS
@@ -10,6 +10,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
 PEERS_ARGS ?=
+TEST_PROCESSES ?= 2
 DEMO_DIR ?= demo
 
 .DEFAULT_GOAL := help
@@ -33,7 +34,7 @@ demo: $(READY) ## small data and models: precompute, verify, draw; then train li
 	$(BIN)/python -m qwen_vl.demo "$(DEMO_DIR)"
 
 test: lint ## all checks: ruff, mypy, pytest
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 test-slow: $(READY) ## the longer trials
 	$(BIN)/python -m pytest -m slow
