@@ -31,7 +31,7 @@ help: ## show this list
 
 demo: $(READY) ## small data and models: precompute, verify, draw; then train live and from the cache
 	$(BIN)/vggt-cache demo "$(DEMO_DIR)"
-	$(BIN)/python -m qwen_vl.demo "$(DEMO_DIR)"
+	$(BIN)/python -m janusvln.demo "$(DEMO_DIR)"
 
 test: lint ## all checks: ruff, mypy, pytest
 	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import record
-from qwen_vl.demo.measured_run import MeasuredRun, run_training
-from qwen_vl.demo.tiny_qwen import write_tiny_qwen
+from janusvln.demo.measured_run import MeasuredRun, run_training
+from janusvln.demo.tiny_qwen import write_tiny_qwen
 from vggt_cache.demo.checkpoint import write_checkpoint
 from vggt_cache.demo.dataset import write_dataset
 

@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
 import record
-from qwen_vl.features.read_ahead import ReadAhead
+from janusvln.features.read_ahead import ReadAhead
 from vggt_cache.identity import EncoderSpec, FeatureSpec, Preprocessing
 from vggt_cache.store import FeatureCache, ShardWriter, create_store
 from vggt_cache.store.records import PIECE_BYTES

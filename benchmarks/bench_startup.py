@@ -18,7 +18,7 @@ from pathlib import Path
 
 import record
 from bench_planning import PER_FOLDER, write_tree
-from qwen_vl.demo.tiny_qwen import write_tiny_qwen
+from janusvln.demo.tiny_qwen import write_tiny_qwen
 from vggt_cache.demo.checkpoint import write_checkpoint
 
 PROMPT = (
@@ -45,7 +45,7 @@ def write_annotations(root: Path, images: int, samples: int) -> None:
 def seconds_to_first_step(folder: Path, data: Path) -> float:
     """Until the first step's line is in the log."""
     command = [
-        sys.executable, "-m", "qwen_vl.train.train_vln", "--model_name_or_path", folder / "qwen",
+        sys.executable, "-m", "janusvln.train", "--model_name_or_path", folder / "qwen",
         "--train_data_root", data, "--vggt_cache_dir", folder / "cache", "--output_dir", folder / "out",
         "--max_steps", "1", "--logging_steps", "1", "--use_cpu", "True", "--save_strategy", "no", "--report_to", "none",
         "--min_pixels", "784", "--disable_tqdm", "True",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import xxhash
 
-from qwen_vl.features.read_ahead import THREADS, ReadAhead
+from janusvln.features.read_ahead import THREADS, ReadAhead
 from slow_disk import bytes_from_disks, drop_pages, join, read_ahead_bytes
 from slow_mount import Wire
 from vggt_cache.store import FeatureCache

@@ -16,16 +16,16 @@ from transformers import AutoTokenizer
 
 from bench_causal import one_by_one
 from bench_encoder import SIZES, random_weights
+from janusvln.data import DataOptions, NavigationDataset, PaddedCollator, SampleIndex
+from janusvln.demo.tiny_qwen import TOKEN_IDS, tiny_config, write_tiny_qwen
+from janusvln.features.fill import CacheFiller
+from janusvln.features.live import LiveEncoder
+from janusvln.features.read_ahead import ReadAhead
+from janusvln.features.request import FeatureRequest
+from janusvln.features.source import FeatureSource
+from janusvln.model.config import JanusVLNConfig, as_janusvln_config
+from janusvln.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenerationForJanusVLN
 from profile_parts import synchronize
-from qwen_vl.data import DataOptions, NavigationDataset, PaddedCollator, SampleIndex
-from qwen_vl.demo.tiny_qwen import TOKEN_IDS, tiny_config, write_tiny_qwen
-from qwen_vl.features.fill import CacheFiller
-from qwen_vl.features.live import LiveEncoder
-from qwen_vl.features.read_ahead import ReadAhead
-from qwen_vl.features.request import FeatureRequest
-from qwen_vl.features.source import FeatureSource
-from qwen_vl.model.config import JanusVLNConfig, as_janusvln_config
-from qwen_vl.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenerationForJanusVLN
 from vggt_cache.demo.dataset import write_dataset
 from vggt_cache.encoder import Encoder
 from vggt_cache.identity import EncoderSpec, FeatureSpec, Preprocessing

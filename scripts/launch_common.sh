@@ -195,7 +195,7 @@ train() {
   export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0} # NVLink SHARP takes memory at the start, and fails on some drivers
   run_logged "$log" "$python" -m torch.distributed.run --nnodes "$NNODES" --node_rank "$NODE_RANK" \
     --nproc_per_node "$NPROC_PER_NODE" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
-    -m qwen_vl.train.train_vln "${flags[@]}"
+    -m janusvln.train "${flags[@]}"
 }
 
 # Runs a command with a log; a signal goes to the command once, and the exit code is the command's.

@@ -1,4 +1,4 @@
-"""Small models, prompts and images for the tests of `qwen_vl.model`."""
+"""Small models, prompts and images for the tests of `janusvln.model`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwen_vl.demo.tiny_qwen import TOKEN_IDS
-from qwen_vl.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenerationForJanusVLN as JanusVLN
+from janusvln.demo.tiny_qwen import TOKEN_IDS
+from janusvln.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenerationForJanusVLN as JanusVLN
 
 CHANNELS = 48
 HIDDEN = 96

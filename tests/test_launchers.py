@@ -51,7 +51,7 @@ def test_one_process_is_started_for_each_gpu_with_the_published_settings(tmp_pat
     launch = Launch(tmp_path, gpus=8)
     assert launch.finish() == 0, launch.err
     arguments = launch.arguments
-    assert arguments[: arguments.index("qwen_vl.train.train_vln") + 1][:6] == [
+    assert arguments[: arguments.index("janusvln.train") + 1][:6] == [
         "-m", "torch.distributed.run", "--nnodes", "1", "--node_rank", "0",
     ]  # fmt: skip
     assert launch.flag("--nproc_per_node") == "8"
@@ -79,10 +79,10 @@ def test_one_process_is_started_for_each_gpu_with_the_published_settings(tmp_pat
 
 
 def test_each_flag_of_the_launcher_is_one_that_the_training_command_knows(tmp_path: Path) -> None:
-    arguments = pytest.importorskip("qwen_vl.train.arguments")
+    arguments = pytest.importorskip("janusvln.train.arguments")
     launch = Launch(tmp_path, "--max_steps", "3", **CPU, LAM="0.3", EXTRA_ARGS="--vggt_cache_threads 4")
     assert launch.finish() == 0, launch.err
-    flags = launch.arguments[launch.arguments.index("qwen_vl.train.train_vln") + 1 :]
+    flags = launch.arguments[launch.arguments.index("janusvln.train") + 1 :]
     flags[flags.index("--deepspeed") : flags.index("--deepspeed") + 2] = []  # would start the engine
     model, data, features, training = arguments.parse_arguments(flags)
     assert (model.lam, data.train_data_root, training.max_steps) == (0.3, "data", 3)

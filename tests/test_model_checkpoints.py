@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, core_model_loading
 
+from janusvln.demo.tiny_qwen import write_tiny_qwen
+from janusvln.model import checkpoints
+from janusvln.model.config import JanusVLNConfig
+from janusvln.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenerationForJanusVLN as JanusVLN
 from model_kit import CHANNELS, HIDDEN, feature, images, load, prompt, rows
-from qwen_vl.demo.tiny_qwen import write_tiny_qwen
-from qwen_vl.model import checkpoints
-from qwen_vl.model.config import JanusVLNConfig
-from qwen_vl.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenerationForJanusVLN as JanusVLN
 from vggt_cache.errors import CheckpointError, VggtCacheError
 
 GRID = (4, 6)

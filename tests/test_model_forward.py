@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from transformers.utils import import_utils
 
+from janusvln.demo.tiny_qwen import TOKEN_IDS, write_tiny_qwen
+from janusvln.model import attention
+from janusvln.model.fusion import SpatialFeatureError
+from janusvln.model.losses import weighted_token_loss
+from janusvln.model.modeling_qwen2_5_vl import KEPT
 from model_kit import feature, images, load, prompt, rows
-from qwen_vl.demo.tiny_qwen import TOKEN_IDS, write_tiny_qwen
-from qwen_vl.model import attention
-from qwen_vl.model.fusion import SpatialFeatureError
-from qwen_vl.model.losses import weighted_token_loss
-from qwen_vl.model.modeling_qwen2_5_vl import KEPT
 
 SMALL, WIDE = (4, 6), (2, 8)
 

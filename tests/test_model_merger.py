@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from janusvln.demo.tiny_qwen import TOKEN_IDS, write_tiny_qwen
+from janusvln.model.fusion import SpatialFeatureError, count_images
+from janusvln.model.merger import SpatialMerger, group_patches, merge
 from model_kit import feature, images, load, prompt, rows
-from qwen_vl.demo.tiny_qwen import TOKEN_IDS, write_tiny_qwen
-from qwen_vl.model.fusion import SpatialFeatureError, count_images
-from qwen_vl.model.merger import SpatialMerger, group_patches, merge
 
 LAM = 0.7
 SMALL, WIDE = (4, 6), (2, 8)

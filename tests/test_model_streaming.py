@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from janusvln.demo.tiny_qwen import write_tiny_qwen
+from janusvln.model.streaming import StreamingFeatures, generate_from_frames, trimmed
 from model_kit import CHANNELS, images, load, prompt, rows
-from qwen_vl.demo.tiny_qwen import write_tiny_qwen
-from qwen_vl.model.streaming import StreamingFeatures, generate_from_frames, trimmed
 from vggt_cache.encoder import Checkpoint, Encoder
 from vggt_cache.encoder.causal import encode_lists
 from vggt_cache.encoder.model import FrameCache

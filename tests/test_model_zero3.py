@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from janusvln.demo.tiny_qwen import write_tiny_qwen
+from janusvln.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenerationForJanusVLN as JanusVLN
 from model_kit import feature, images, load, prompt, rows
-from qwen_vl.demo.tiny_qwen import write_tiny_qwen
-from qwen_vl.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenerationForJanusVLN as JanusVLN
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """

@@ -85,7 +85,7 @@ def test_the_cache_never_imports_transformers_nor_the_trainer() -> None:
     for path in (ROOT / "src" / "vggt_cache").rglob("*.py"):
         forbidden = roots(imported_modules(ast.parse(path.read_text()))) & {
             "transformers",
-            "qwen_vl",
+            "janusvln",
             "deepspeed",
         }
         assert not forbidden, (path, forbidden)
@@ -251,7 +251,7 @@ def test_a_second_call_installs_nothing_and_a_changed_pyproject_installs_without
     made: Made,
 ) -> None:
     assert made.run("demo").returncode == 0
-    demo = ["vggt-cache demo demo", "python -m qwen_vl.demo demo"]
+    demo = ["vggt-cache demo demo", "python -m janusvln.demo demo"]
     assert made.calls()[-2:] == demo
     assert made.run("demo").returncode == 0
     assert made.calls() == demo

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from qwen_vl.data import NavigationDataset, PackedCollator, PaddedCollator
-from qwen_vl.data.pixels import QwenPixels
-from qwen_vl.demo.tiny_qwen import TOKEN_IDS
+from janusvln.data import NavigationDataset, PackedCollator, PaddedCollator
+from janusvln.data.pixels import QwenPixels
+from janusvln.demo.tiny_qwen import TOKEN_IDS
 from train_data_kit import make_dataset, talk, text_of, tiny_qwen, write_frames, write_records
 
 PAD = TOKEN_IDS["<|endoftext|>"]

@@ -14,8 +14,8 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoImageProcessor
 
-import qwen_vl.data.frames as frames_module
-from qwen_vl.data import DataOptions, NavigationDataset, navigation_prompt, sentence_of
+import janusvln.data.frames as frames_module
+from janusvln.data import DataOptions, NavigationDataset, navigation_prompt, sentence_of
 from small_data import write_image
 from store_kit import make_feature
 from train_data_kit import (

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoImageProcessor
 
-from qwen_vl.data.errors import UnfitSampleError
-from qwen_vl.data.pixels import Pixels, QwenPixels
-from qwen_vl.data.positions import RopePositions
-from qwen_vl.demo.tiny_qwen import TOKEN_IDS
+from janusvln.data.errors import UnfitSampleError
+from janusvln.data.pixels import Pixels, QwenPixels
+from janusvln.data.positions import RopePositions
+from janusvln.demo.tiny_qwen import TOKEN_IDS
 from train_data_kit import tiny_qwen
 from vggt_cache.errors import SettingsError
 

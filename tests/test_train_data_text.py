@@ -8,13 +8,13 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from qwen_vl.data import navigation_prompt
-from qwen_vl.data.chat import ChatEncoder, Tokens
-from qwen_vl.data.conversations import read_conversation
-from qwen_vl.data.errors import UnfitSampleError
-from qwen_vl.data.structured import read_structured
-from qwen_vl.data.turns import Dialogue, Segment, Turn, action_class, check_dialogue
-from qwen_vl.demo.tiny_qwen import SPECIAL_TOKENS, TOKEN_IDS, VOCABULARY
+from janusvln.data import navigation_prompt
+from janusvln.data.chat import ChatEncoder, Tokens
+from janusvln.data.conversations import read_conversation
+from janusvln.data.errors import UnfitSampleError
+from janusvln.data.structured import read_structured
+from janusvln.data.turns import Dialogue, Segment, Turn, action_class, check_dialogue
+from janusvln.demo.tiny_qwen import SPECIAL_TOKENS, TOKEN_IDS, VOCABULARY
 from train_data_kit import IMAGE, SYSTEM, talk, text_of, tiny_tokenizer
 from vggt_cache.samples import Sample
 

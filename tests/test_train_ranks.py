@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from qwen_vl.train.agree import agree_on_snapshot
-from qwen_vl.train.ranks import Ranks
+from janusvln.train.agree import agree_on_snapshot
+from janusvln.train.ranks import Ranks
 from store_kit import make_spec, shard_path, write_shard
 from vggt_cache.errors import CacheAccessError
 from vggt_cache.store import FeatureCache
@@ -24,7 +24,7 @@ def torchrun(tmp_path: Path, processes: int, body: str) -> subprocess.CompletedP
     script = tmp_path / "program.py"
     script.write_text(
         "import sys, time, torch, torch.distributed as dist\n"
-        "from qwen_vl.train.ranks import Ranks\n"
+        "from janusvln.train.ranks import Ranks\n"
         "dist.init_process_group('gloo')\n"
         "ranks = Ranks.of_this_run()\n" + body
     )
@@ -129,7 +129,7 @@ def test_a_process_leaves_without_taking_the_interpreter_down(exit_code: int) ->
     """What is freed in a half torn down interpreter, on a thread of gloo's, aborts a run that had finished."""
     program = (
         "import atexit\n"
-        "from qwen_vl.train.train_vln import leave\n"
+        "from janusvln.train.command import leave\n"
         "class Tensor:\n"
         "    def __del__(self, say=print):\n"
         "        say('freed')\n"

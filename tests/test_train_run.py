@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from qwen_vl.features.coverage import measure_coverage
-from qwen_vl.train.train_vln import main
+from janusvln.features.coverage import measure_coverage
+from janusvln.train.command import main
 from small_data import write_image
 from train_kit import Kit, largest_difference, logged, write_kit
 from vggt_cache.samples import find_sources
@@ -258,7 +258,7 @@ def test_a_finished_run_that_is_started_again_is_left_as_it_is(
 
 
 def _kill_when(path: Path, flags: list[str]) -> None:
-    command = [sys.executable, "-m", "qwen_vl.train.train_vln", *flags]
+    command = [sys.executable, "-m", "janusvln.train", *flags]
     # As many threads as in this process: sums are rounded in the order in which threads share them.
     process = subprocess.Popen(
         command,

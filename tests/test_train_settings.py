@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import nn
 
-from qwen_vl.features.coverage import measure_coverage
-from qwen_vl.features.resolve import WantedFeatures, check_trained_with, open_cache, summary
-from qwen_vl.train.arguments import MEANINGLESS, parse_arguments
-from qwen_vl.train.checkpoints import Maker, checkpoint_to_resume
-from qwen_vl.train.learning_rates import freeze, parameter_groups, part_of
-from qwen_vl.train.order import EpochOrder, LengthGroupedOrder
-from qwen_vl.train.ranks import Ranks
+from janusvln.features.coverage import measure_coverage
+from janusvln.features.resolve import WantedFeatures, check_trained_with, open_cache, summary
+from janusvln.train.arguments import MEANINGLESS, parse_arguments
+from janusvln.train.checkpoints import Maker, checkpoint_to_resume
+from janusvln.train.learning_rates import freeze, parameter_groups, part_of
+from janusvln.train.order import EpochOrder, LengthGroupedOrder
+from janusvln.train.ranks import Ranks
 from small_data import write_dataset
 from store_kit import make_spec, write_shard
 from vggt_cache.errors import (

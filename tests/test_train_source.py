@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from codec_kit import INT8, NUMBERS, given_back, write_packed
-from qwen_vl.features.fill import CacheFiller
-from qwen_vl.features.live import LiveEncoder
-from qwen_vl.features.read_ahead import ReadAhead
-from qwen_vl.features.request import FeatureRequest
+from janusvln.features.fill import CacheFiller
+from janusvln.features.live import LiveEncoder
+from janusvln.features.read_ahead import ReadAhead
+from janusvln.features.request import FeatureRequest
 from store_kit import SPEC, make_feature, make_key, shard_path, write_shard
 from train_kit import CPU, make_request, make_source, small_spec, write_images
 from vggt_cache.errors import CacheAccessError, CheckpointError, CorruptRecordError, DataError, SettingsError
@@ -232,7 +232,7 @@ class TestDamage:
     def test_a_mount_that_stumbles_is_tried_again_a_bounded_number_of_times(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int, succeeds: bool
     ) -> None:
-        monkeypatch.setattr("qwen_vl.features.read_ahead.RETRY_PAUSES_S", (0.0, 0.0))
+        monkeypatch.setattr("janusvln.features.read_ahead.RETRY_PAUSES_S", (0.0, 0.0))
         write_shard(tmp_path, [1])
         disk = StumblingDisk()
         cache = FeatureCache.open(tmp_path, fs=disk)

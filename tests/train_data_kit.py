@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from qwen_vl.data import DataOptions, NavigationDataset, SampleIndex, sources_of
-from qwen_vl.demo.tiny_qwen import write_tiny_qwen
+from janusvln.data import DataOptions, NavigationDataset, SampleIndex, sources_of
+from janusvln.demo.tiny_qwen import write_tiny_qwen
 from small_data import write_image
 from store_kit import make_spec
 from vggt_cache.identity import FeatureSpec

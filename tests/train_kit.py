@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from qwen_vl.demo.tiny_qwen import write_tiny_qwen
-from qwen_vl.features.live import LiveEncoder
-from qwen_vl.features.read_ahead import ReadAhead
-from qwen_vl.features.request import FeatureRequest
-from qwen_vl.features.source import FeatureSource
+from janusvln.demo.tiny_qwen import write_tiny_qwen
+from janusvln.features.live import LiveEncoder
+from janusvln.features.read_ahead import ReadAhead
+from janusvln.features.request import FeatureRequest
+from janusvln.features.source import FeatureSource
 from small_data import history, write_episode, write_image
 from vggt_cache.encoder.checkpoint import Checkpoint
 from vggt_cache.frames import decode_frame, read_frame

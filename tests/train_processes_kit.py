@@ -21,7 +21,7 @@ def start(flags: Sequence[str], *, processes: int = 2, log: Path) -> subprocess.
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "wb") as file:
         return subprocess.Popen(
-            [*command, "-m", "qwen_vl.train.train_vln", *flags],
+            [*command, "-m", "janusvln.train", *flags],
             stdout=file, stderr=file, env=environment, start_new_session=True,
         )  # fmt: skip
 

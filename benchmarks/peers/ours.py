@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from janusvln.features.read_ahead import ReadAhead
 from peers.base import Committed, Layout, Peer, feature
-from qwen_vl.features.read_ahead import ReadAhead
 from vggt_cache.identity import EncoderSpec, FeatureSpec, Preprocessing
 from vggt_cache.store import FeatureCache, ShardWriter, create_store
 from vggt_cache.store.writer import DEFAULT_MAX_RECORDS

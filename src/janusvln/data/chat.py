@@ -1,0 +1,83 @@
+"""From turns to token ids, labels and loss weights: ChatML as Qwen2.5 has it, one message after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from janusvln.data.turns import IMAGE_TAG, SYSTEM_MESSAGE, Dialogue, Segment, Turn
+
+NOT_LEARNED = -100
+
+_IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+_END = "<|im_end|>\n"
+
+
+def _header(role: str) -> str:
+    return f"<|im_start|>{role}\n"
+
+
+@dataclass(slots=True)
+class Tokens:
+    """The tokens of one sample; the three lists have one length."""
+
+    input_ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    """-100 where nothing is learned: everywhere but in answers, and there on the message's header."""
+    weights: list[float] = field(default_factory=list)
+    """Of the loss of each token; 0 where nothing is learned."""
+    answer_start: int = 0
+    """Where the first learned token of the last answer is; the one before it is the last of the prompt."""
+
+    def add(self, ids: Sequence[int], *, hidden: int, weight: float = 0.0) -> None:
+        """`hidden`: how many of the ids, from the first on, are not learned."""
+        self.input_ids += ids
+        self.labels += [NOT_LEARNED] * hidden
+        self.labels += ids[hidden:]
+        self.weights += [0.0] * hidden + [weight] * (len(ids) - hidden)
+
+
+class ChatEncoder:
+    """Encodes dialogues with one tokenizer. An image is `<|image_pad|>` n times between the vision marks."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.image_token: int = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+        # 3 tokens in Qwen's vocabulary. Counted, not cut at the text: "\n\n" is one token, and belongs to the header.
+        self._hidden = len(self._ids(_header("assistant")))
+
+    def encode(self, dialogue: Dialogue, image_tokens: Sequence[int]) -> Tokens:
+        """`image_tokens`: for each image tag, in order, how many tokens its image takes."""
+        tokens = Tokens()
+        places = iter(image_tokens)
+        for turn in (Turn("system", (Segment(SYSTEM_MESSAGE),)), *dialogue.turns):
+            if turn.role == "assistant":
+                self._add_answer(tokens, turn)
+            else:
+                ids = self._question(turn, places)
+                tokens.add(ids, hidden=len(ids))
+        return tokens
+
+    def _question(self, turn: Turn, places: Iterator[int]) -> list[int]:
+        shown = turn.text.replace(IMAGE_TAG, _IMAGE) if turn.role == "user" else turn.text
+        ids: list[int] = []
+        for token in self._ids(f"{_header(turn.role)}{shown}{_END}"):
+            ids += [token] * (next(places) if token == self.image_token else 1)
+        return ids
+
+    def _add_answer(self, tokens: Tokens, turn: Turn) -> None:
+        """Each segment is encoded on its own, so that a token belongs to one."""
+        hidden = self._hidden
+        tokens.answer_start = len(tokens.input_ids) + hidden
+        last = len(turn.segments) - 1
+        for number, segment in enumerate(turn.segments):
+            text = (
+                (_header(turn.role) if number == 0 else "") + segment.text + (_END if number == last else "")
+            )
+            tokens.add(self._ids(text), hidden=hidden, weight=segment.weight)
+            hidden = 0
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids

@@ -1,0 +1,15 @@
+"""`python -m janusvln.demo DIR`: train on what `vggt-cache demo DIR` has made."""
+
+from __future__ import annotations
+
+import sys
+
+from janusvln.demo.compare import compare
+from vggt_cache.errors import VggtCacheError
+
+if __name__ == "__main__":
+    try:
+        compare(sys.argv[1] if len(sys.argv) > 1 else "demo")
+    except VggtCacheError as error:
+        print(f"[ERROR] {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

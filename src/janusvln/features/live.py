@@ -1,0 +1,94 @@
+"""Features computed while training: where the cache has them not, or where there is no cache.
+
+The encoder is no part of the trained module. It is loaded when it is first needed, runs outside the
+engine and takes part in no collective, so a rank that computes keeps nobody waiting but itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from janusvln.features.request import FeatureRequest
+from vggt_cache.codec.quantise import decode_int8, encode_int8
+from vggt_cache.encoder import Encoder
+from vggt_cache.encoder.checkpoint import Checkpoint
+from vggt_cache.errors import CheckpointError, SettingsError
+from vggt_cache.identity import FeatureSpec
+from vggt_cache.precompute.encode import BatchEncoder, Encoded, Pixels
+
+BATCH_SIZE = 8
+"""Frames encoded together; halved when the device is out of memory."""
+
+
+class LiveEncoder:
+    """The encoder of one specification, loaded on first need."""
+
+    def __init__(
+        self, location: str | None, spec: FeatureSpec, device: torch.device, *, encoder: Encoder | None = None
+    ) -> None:
+        """`encoder`: one that is in memory already, in place of the checkpoint at `location`."""
+        self._location = location
+        self._spec = spec
+        self._device = device
+        self._encoder = None if encoder is None else self._batched(encoder)
+
+    def encode(self, requests: Sequence[FeatureRequest]) -> list[torch.Tensor]:
+        """The features [h, w, C] of these requests, in the dtype of storage, on the device.
+
+        Raises CheckpointError and SettingsError where there is no such encoder.
+        """
+        encoder = self._loaded()
+        features: list[torch.Tensor] = [torch.empty(0)] * len(requests)
+        with torch.no_grad():
+            for positions, batch in self._batches(encoder, requests):
+                for position, feature in zip(positions, batch, strict=True):
+                    features[position] = feature
+        return features
+
+    def as_stored(self, feature: torch.Tensor) -> torch.Tensor:
+        """A computed feature [h, w, C] as it would come back from the cache: a lossy storage dtype changes it."""
+        if self._spec.feature_dtype != "int8":
+            return feature
+        tokens = feature.reshape(-1, feature.shape[-1])
+        return decode_int8(encode_int8(tokens), *tokens.shape).view(feature.shape)
+
+    def _batches(self, encoder: BatchEncoder, requests: Sequence[FeatureRequest]) -> Iterator[Encoded]:
+        if self._spec.context == "frame":
+            return encoder.frames([request.frames_used[-1].numpy() for request in requests])
+        # Equal frames get one number, so that lists of the batch share their common beginnings.
+        numbers: dict[bytes, int] = {}
+        images: dict[int, Pixels] = {}
+        lists: list[list[int]] = []
+        for request in requests:
+            lists.append([numbers.setdefault(digest, len(numbers)) for digest in request.digests])
+            images.update(zip(lists[-1], (frame.numpy() for frame in request.frames_used), strict=True))
+        return encoder.lists(lists, images)
+
+    def _loaded(self) -> BatchEncoder:
+        if self._encoder is None:
+            if self._location is None:
+                raise CheckpointError(
+                    "a feature is not in the cache and --vggt_model_path is not given, so it cannot be computed: "
+                    "give the path of VGGT, or precompute the missing features"
+                )
+            checkpoint = Checkpoint.open(self._location, layer=self._spec.encoder.layer)
+            check_weights(checkpoint, self._spec)
+            encoder = checkpoint.load(device=self._device, compute_dtype=self._spec.encoder.compute_dtype)
+            self._encoder = self._batched(encoder)
+        return self._encoder
+
+    def _batched(self, encoder: Encoder) -> BatchEncoder:
+        return BatchEncoder(encoder, BATCH_SIZE, lambda size: None, feature_dtype=self._spec.feature_dtype)
+
+
+def check_weights(checkpoint: Checkpoint, spec: FeatureSpec) -> None:
+    """Raises SettingsError where the checkpoint is not the encoder that the cache was made with."""
+    if checkpoint.spec(spec.encoder.compute_dtype) != spec.encoder:
+        raise SettingsError(
+            f"--vggt_model_path {checkpoint.location} holds another encoder (weights "
+            f"{checkpoint.weights_digest()[:16]}) than the one the cache was made with (weights "
+            f"{spec.encoder.weights_digest[:16]}), so features computed now would not go with those in the cache: "
+            "give the same VGGT, or precompute into a new directory"
+        )

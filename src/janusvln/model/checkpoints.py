@@ -1,0 +1,220 @@
+"""What may be loaded: a plain Qwen2.5-VL, a checkpoint of ours, a released JanusVLN checkpoint.
+
+Everything is decided from names and shapes in the headers of the safetensors files, before a weight is read:
+random weights never stand in for missing ones without a word.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from transformers import PreTrainedConfig
+
+from janusvln.model.config import OWN_FIELDS, JanusVLNConfig, as_janusvln_config
+from vggt_cache.encoder.locate import CONFIG, INDEX, WEIGHTS, find_files, read_json
+from vggt_cache.encoder.tensor_file import TensorFile
+from vggt_cache.errors import CheckpointError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+MAY_BE_FRESH = [r"^merger\.", r"^action_head\."]
+LEFT_OUT = [r"^vggt\.", r"rotary_emb\.inv_freq$"]
+"""VGGT's weights in a released checkpoint, and buffers that old versions of transformers saved."""
+_OLD_LAYOUT = (
+    (re.compile(r"^visual\."), "model.visual."),
+    (re.compile(r"^model\.(?!language_model\.|visual\.)"), "model.language_model."),
+)
+"""Names in files (also those that transformers writes today) to names in the model."""
+RELEASED_FEATURES = {"context": "causal", "image_size": 644, "resize_mode": "crop"}
+"""Features that JanusVLN's published training uses, from VGGT's last layer but one; its configuration does not say."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCheckpoint:
+    """A directory whose headers were read."""
+
+    location: str
+    """As the user named it."""
+    directory: Path
+    fields: Mapping[str, Any]
+    """config.json"""
+    shapes: Shapes
+    """By name in the model, without what is left out."""
+    vggt: tuple[str, ...]
+    """Names of VGGT's weights that lie beside them."""
+
+    @property
+    def has_merger(self) -> bool:
+        return any(name.startswith("merger.") for name in self.shapes)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether `save_pretrained` of our model wrote it."""
+        return all(name in self.fields for name in OWN_FIELDS)
+
+
+def open_checkpoint(location: str | os.PathLike[str], **hub: Any) -> ModelCheckpoint:
+    """Reads headers only. Raises CheckpointError when there is nothing that can be loaded safely.
+
+    location: a directory, or a hub id, which is downloaded; `hub`: cache_dir, revision, token for that.
+    """
+    directory = _directory(os.fspath(location), hub)
+    try:
+        fields = read_json(directory / CONFIG)
+        stored = _stored_shapes(directory)
+    except OSError as error:
+        raise CheckpointError(
+            f"{location} cannot be read ({error.strerror or error}): check the path and its permissions"
+        ) from error
+    return ModelCheckpoint(
+        location=os.fspath(location),
+        directory=directory,
+        fields=fields,
+        shapes={
+            name_in_model(name): shape
+            for name, shape in stored.items()
+            if not any(re.search(pattern, name) for pattern in LEFT_OUT)
+        },
+        vggt=tuple(name for name in stored if name.startswith("vggt.")),
+    )
+
+
+def name_in_model(name: str) -> str:
+    """The model's name for a weight that a file may call as transformers 4 did."""
+    for pattern, replacement in _OLD_LAYOUT:
+        if pattern.search(name):
+            return pattern.sub(replacement, name)
+    return name
+
+
+def configure(found: ModelCheckpoint, config: Any, arguments: dict[str, Any]) -> JanusVLNConfig:
+    """The configuration to build: `config` or the checkpoint's, then our fields among `arguments` (taken out)."""
+    if not isinstance(config, PreTrainedConfig):
+        config = JanusVLNConfig.from_pretrained(str(config or found.directory))
+    own = copy.deepcopy(as_janusvln_config(config))
+    if found.has_merger and not found.is_ours:
+        own.update(_as_released(found))
+    own.update({name: arguments.pop(name) for name in OWN_FIELDS if name in arguments})
+    return own
+
+
+def check(found: ModelCheckpoint, config: JanusVLNConfig, expected: Shapes) -> None:
+    """Raises CheckpointError unless the files hold exactly `expected`, up to what may be fresh; says what is."""
+    missing = [name for name in expected if name not in found.shapes]
+    if config.tie_word_embeddings:
+        missing = [name for name in missing if name != "lm_head.weight"]
+    fresh = _fresh_parts(found)
+    _refuse(found, "lacks", [name for name in missing if name.split(".")[0] not in fresh])
+    _refuse(found, "also holds", [name for name in found.shapes if name not in expected])
+    _refuse(
+        found,
+        "has in other shapes",
+        [
+            f"{name} ({list(found.shapes[name])}, not {list(shape)})"
+            for name, shape in expected.items()
+            if found.shapes.get(name, shape) != shape
+        ],
+    )
+    _say(found, [name for name in fresh if any(lost.startswith(f"{name}.") for lost in missing)])
+
+
+def check_loaded(found: ModelCheckpoint, info: Mapping[str, Any]) -> None:
+    """The same question put to transformers afterwards, should it map names otherwise than we foresaw."""
+    _refuse(found, "did not give", sorted(info["missing_keys"]))
+
+
+def _directory(location: str, hub: Mapping[str, Any]) -> Path:
+    path = Path(location).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", location):
+        raise CheckpointError(
+            f"{location} is no directory: give the directory of a Qwen2.5-VL or JanusVLN checkpoint ({CONFIG} and "
+            f"{WEIGHTS}), or a hub id such as Qwen/Qwen2.5-VL-3B-Instruct"
+        )
+    try:
+        return Path(snapshot_download(location, allow_patterns=["*.json", "*.safetensors"], **hub))
+    # Whatever the network library of the installed version raises, it means the same to the user.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise CheckpointError(
+            f"{location} is neither an existing directory nor could it be downloaded from the Hugging Face hub "
+            f"({type(error).__name__}: {reason}): correct the path, or check the id, the network and your login"
+        ) from error
+
+
+def _stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    if not (directory / WEIGHTS).is_file() and not (directory / INDEX).is_file():
+        pickles = sorted(path.name for path in directory.glob("*") if path.suffix in (".bin", ".pt", ".pth"))
+        reason = (
+            f"only {pickles[0]}, a pickle, which can run any code when loaded" if pickles else "no weights"
+        )
+        raise CheckpointError(
+            f"{directory} holds neither {WEIGHTS} nor {INDEX}, {reason}: use a checkpoint in safetensors, or "
+            "convert this one where you trust it (save_pretrained of transformers writes safetensors)"
+        )
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, promised in find_files(directory).items():
+        with TensorFile(path) as file:
+            shapes |= {name: entry.shape for name, entry in file.entries.items()}
+            lost = sorted((promised or frozenset()) - file.entries.keys())
+        if lost:
+            raise CheckpointError(
+                f"{path} lacks {lost[0]}, which {INDEX} promises there: the checkpoint is incomplete; download or "
+                "copy it again"
+            )
+    return shapes
+
+
+def _as_released(found: ModelCheckpoint) -> dict[str, Any]:
+    """What a released checkpoint's configuration does not say, from its weights and its published training."""
+    norm, first = (found.shapes.get(f"merger.{name}.weight", ()) for name in ("ln_q", "mlp.0"))
+    fields: dict[str, Any] = {"feature_spec": dict(RELEASED_FEATURES)}
+    pairs = {name.split(".")[3] for name in found.vggt if name.startswith("vggt.aggregator.global_blocks.")}
+    if len(pairs) > 1:
+        fields["feature_spec"]["layer"] = len(pairs) - 2
+    if len(norm) == 1:
+        fields["spatial_channels"] = norm[0]
+    if len(first) == 2:
+        fields["spatial_hidden_size"] = first[0]
+    return fields
+
+
+def _fresh_parts(found: ModelCheckpoint) -> list[str]:
+    """Parts of the model that this checkpoint cannot be expected to have."""
+    plain = not found.has_merger and not found.is_ours and not found.vggt
+    parts = {"merger": plain, "action_head": not found.fields.get("action_head")}
+    return [name for name, fresh in parts.items() if fresh]
+
+
+def _refuse(found: ModelCheckpoint, what: str, names: list[str]) -> None:
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise CheckpointError(
+            f"{found.location} {what} {', '.join(names[:3])}{more}: it is not the checkpoint that its configuration "
+            "describes, and would run with random or unused weights; use a complete Qwen2.5-VL or JanusVLN checkpoint"
+        )
+
+
+def _say(found: ModelCheckpoint, fresh: list[str]) -> None:
+    if os.environ.get("RANK", "0") not in ("", "0"):
+        return
+    words = {"merger": "the spatial merger", "action_head": "the action head"}
+    if fresh:
+        kind = "is a plain Qwen2.5-VL" if "merger" in fresh else "was trained without an action head"
+        parts = " and ".join(words[name] for name in fresh)
+        verb = "starts" if len(fresh) == 1 else "start"
+        print(f"[INFO] {found.location} {kind}: {parts} {verb} from fresh weights", flush=True)
+    if found.vggt:
+        print(
+            f"[INFO] {found.location} is a JanusVLN checkpoint: its {len(found.vggt)} weights of VGGT (vggt.*) are "
+            "left out, features come with the batch",
+            flush=True,
+        )

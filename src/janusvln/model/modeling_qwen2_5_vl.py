@@ -1,0 +1,242 @@
+"""Qwen2.5-VL with spatial tokens added to its image tokens; everything else is transformers' own.
+
+Features come in as a batch field. Where they were computed, and whether they were, is not the model's business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import set_zero3_state
+from transformers.utils.generic import can_return_tuple
+
+from janusvln.model import checkpoints
+from janusvln.model.config import JanusVLNConfig
+from janusvln.model.fusion import VIEW_FIELDS, Views, add_spatial, checked_counts, unseen_images
+from janusvln.model.losses import NOT_LEARNED, action_loss, weighted_token_loss
+from janusvln.model.merger import SpatialMerger, merge
+
+ACTIONS = 4
+"""STOP, MOVE_FORWARD, TURN_LEFT, TURN_RIGHT."""
+# What transformers calls the keys and values of earlier tokens: `past_key_values`, and `cache` from 5.24 on.
+KEPT = ({field.name for field in fields(CausalLMOutputWithPast)} & {"cache", "past_key_values"}).pop()
+# transformers is typed in part, and its parts do not agree with each other.
+_Qwen: Any = Qwen2_5_VLForConditionalGeneration
+
+
+class Qwen2_5_VLForConditionalGenerationForJanusVLN(_Qwen):  # type: ignore[misc]
+    """Adds `merger` and, where the configuration has it, `action_head`. `checkpoints` says what can be loaded."""
+
+    config_class = JanusVLNConfig
+    # `checkpoints` has already refused whatever else is missing or unexpected; a report would only repeat it.
+    _keys_to_ignore_on_load_missing = checkpoints.MAY_BE_FRESH
+    _keys_to_ignore_on_load_unexpected = checkpoints.LEFT_OUT
+
+    def __init__(self, config: JanusVLNConfig) -> None:
+        super().__init__(config)
+        hidden_size = self.config.text_config.hidden_size
+        self.merger = SpatialMerger(config.spatial_channels, config.spatial_hidden_size, hidden_size)
+        if config.action_head:
+            self.action_head = nn.Linear(hidden_size, ACTIONS)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any
+    ) -> Any:
+        """As transformers', from a plain Qwen2.5-VL, a checkpoint of ours or a released JanusVLN checkpoint.
+
+        From a directory or a hub id. Fields of JanusVLNConfig may be given as arguments, and go before those of the
+        checkpoint. Raises CheckpointError for anything but exactly the weights that the configuration describes;
+        only what a plain Qwen2.5-VL cannot have starts from fresh weights, and that is said.
+        """
+        hub = {name: kwargs[name] for name in ("cache_dir", "revision", "token") if name in kwargs}
+        found = checkpoints.open_checkpoint(pretrained_model_name_or_path, **hub)
+        config = checkpoints.configure(found, config, kwargs)
+        checkpoints.check(found, config, cls._shapes(config))
+        wanted = kwargs.pop("output_loading_info", False)
+        kwargs |= {"use_safetensors": True, "output_loading_info": True}
+        model, info = super().from_pretrained(str(found.directory), *args, config=config, **kwargs)
+        checkpoints.check_loaded(found, info)
+        # Names are mapped anew when it is saved: what transformers keeps of loading under ZeRO-3 (5.23) would save
+        # model.model.norm.weight for model.norm.weight.
+        model._weight_conversions = None
+        return (model, info) if wanted else model
+
+    @classmethod
+    def _shapes(cls, config: JanusVLNConfig) -> dict[str, tuple[int, ...]]:
+        # set_zero3_state: parts of the model would otherwise be spread over processes, which meta tensors cannot be.
+        with torch.device("meta"), set_zero3_state():  # type: ignore[no-untyped-call]
+            return {name: tuple(weight.shape) for name, weight in cls(config).state_dict().items()}
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        spatial_features: list[Tensor] | None = None,
+        images_per_sample: list[int] | None = None,
+        action_labels: Tensor | None = None,
+        action_positions: Tensor | None = None,
+        loss_weights: Tensor | None = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As transformers' (`past_key_values` and `cache` are two names of the same), and:
+
+        spatial_features: per sample that has images, the feature [h, w, C] of its current frame, any float dtype.
+        images_per_sample: how many images each of them has; None: as many as each row of input_ids has places for.
+        action_labels, action_positions: int64 [samples], classes 0 to 3 (-100: none) and the token whose hidden
+            state they are read from, as an index into [B * L].
+        loss_weights: [B, L], weight of each token in the language loss.
+
+        Raises SpatialFeatureError where images and features do not belong together.
+        """
+        kept = past_key_values if cache is None else cache
+        if inputs_embeds is None and input_ids is not None:
+            views = Views(pixel_values, image_grid_thw, spatial_features, images_per_sample)
+            is_prompt = kept is None or kept.get_seq_length() == 0
+            inputs_embeds = self._embed(input_ids, views, is_prompt=is_prompt, is_learned=labels is not None)
+        if mm_token_type_ids is None and input_ids is not None:
+            mm_token_type_ids = self._token_types(input_ids)
+        if use_cache is None and (labels is not None or _is_packed(position_ids)):
+            use_cache = False
+        outputs = self.model(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=use_cache,
+            image_grid_thw=image_grid_thw,
+            mm_token_type_ids=mm_token_type_ids,
+            **{KEPT: kept},
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        wanted = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, wanted])
+        loss = None
+        if labels is not None:
+            loss = self._token_loss(logits, labels, loss_weights, kwargs)
+            if self.config.action_head:
+                loss = loss + self._action_loss(hidden, action_labels, action_positions)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **{KEPT: outputs.get(KEPT)},
+        )
+
+    @torch.no_grad()
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', with `spatial_features` and `images_per_sample` as in `forward`.
+
+        The prompt's embeddings and positions are made here, once, so that the steps after it (and several beams of
+        it) are those of a text model.
+        """
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        views = Views(*(kwargs.pop(name, None) for name in VIEW_FIELDS))
+        types = kwargs.pop("mm_token_type_ids", None)
+        if input_ids is not None and kwargs.get("inputs_embeds") is None:
+            kwargs["inputs_embeds"] = self._embed(input_ids, views, is_prompt=True, is_learned=False)
+            if views.grids is not None and kwargs.get("position_ids") is None:
+                kwargs["position_ids"], _ = self.model.get_rope_index(
+                    input_ids,
+                    mm_token_type_ids=self._token_types(input_ids) if types is None else types,
+                    image_grid_thw=views.grids,
+                    attention_mask=kwargs.get("attention_mask"),
+                )
+        return super().generate(input_ids, *args, **kwargs)
+
+    def _token_types(self, input_ids: Tensor) -> Tensor:
+        """1 at places of images: without it, transformers numbers image tokens as if they were text."""
+        types: Tensor = (input_ids == self.config.image_token_id).int()
+        return types
+
+    def _embed(self, input_ids: Tensor, views: Views, *, is_prompt: bool, is_learned: bool) -> Tensor:
+        places = input_ids == self.config.image_token_id
+        images = None
+        if views.pixel_values is not None or views.features:
+            images = self._images(views, places)
+        elif is_prompt and places.any():
+            raise unseen_images(int(places.sum()))
+        elif is_learned and (self.training or is_deepspeed_zero3_enabled()):  # type: ignore[no-untyped-call]
+            images = self._unused_image(input_ids.device)
+        embeddings: Tensor = self.get_input_embeddings()(input_ids)
+        if images is None:
+            return embeddings
+        return embeddings.masked_scatter(places[..., None], images.to(embeddings))
+
+    def _images(self, views: Views, places: Tensor) -> Tensor:
+        """Image tokens with their spatial tokens, [tokens, D], in the order of the prompt's places."""
+        counts = checked_counts(views, places.sum(1).tolist())
+        images = self.model.get_image_features(
+            views.pixel_values, views.grids, return_dict=True
+        ).pooler_output
+        spatial = merge(self.merger, [feature.to(images[0].device) for feature in views.features or []])
+        return torch.cat(add_spatial(images, spatial, counts, self.config.lam))
+
+    def _unused_image(self, device: torch.device) -> Tensor:
+        """What a batch of text alone runs through visual tower and merger: one token that has no place.
+
+        Every parameter gets a gradient (zeros), and where weights are spread over processes (ZeRO-3), all of them
+        make the same calls whatever their batches hold.
+        """
+        vision = self.config.vision_config
+        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        views = Views(
+            pixel_values=torch.zeros(4, values, device=device),
+            grids=torch.tensor([[1, 2, 2]], device=device),
+            features=[torch.zeros(2, 2, self.config.spatial_channels, device=device)],
+        )
+        return self._images(views, torch.ones(1, 1, dtype=torch.bool))
+
+    def _token_loss(
+        self, logits: Tensor, labels: Tensor, weights: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor:
+        if weights is not None:
+            return weighted_token_loss(logits, labels, weights)
+        vocab_size = self.config.text_config.vocab_size
+        loss: Tensor = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+        return loss
+
+    def _action_loss(self, hidden: Tensor, labels: Tensor | None, positions: Tensor | None) -> Tensor:
+        if labels is None or positions is None:
+            positions = torch.zeros(1, dtype=torch.long, device=hidden.device)
+            labels = torch.full_like(positions, NOT_LEARNED)
+        logits = self.action_head(hidden.flatten(0, 1)[positions])
+        weight: float = self.config.distill_loss_weight
+        return weight * action_loss(logits, labels)
+
+
+def _is_packed(position_ids: Tensor | None) -> bool:
+    """Whether rows may hold several samples. With a cache, transformers would let each see the ones before it."""
+    return position_ids is not None and position_ids.ndim == 3 and len(position_ids) == 4
+
+
+# Saved like a plain Qwen2.5-VL, and read in either layout: transformers maps names by the class's name.
+register_checkpoint_conversion_mapping(
+    Qwen2_5_VLForConditionalGenerationForJanusVLN.__name__,
+    get_checkpoint_conversion_mapping(Qwen2_5_VLForConditionalGeneration.__name__),  # type: ignore[no-untyped-call]
+    overwrite=True,
+)

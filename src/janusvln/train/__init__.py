@@ -1,0 +1,1 @@
+"""The training command: `python -m janusvln.train`."""

@@ -1,0 +1,53 @@
+"""Which parameters are trained, and how fast: the language model, the vision tower, the mergers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from janusvln.train.arguments import ModelArguments, TrainingArguments
+
+
+def freeze(model: nn.Module, arguments: ModelArguments) -> None:
+    """Set `requires_grad` of every parameter as the flags say. What JanusVLN adds is always trained."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = {
+            "added": True,
+            "projector": arguments.tune_mm_mlp,
+            "vision": arguments.tune_mm_vision,
+            "language": arguments.tune_mm_llm,
+        }[part_of(name)]
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to, by its name."""
+    steps = name.split(".")
+    if "visual" in steps:
+        return "projector" if "merger" in steps else "vision"
+    return "added" if steps[0] in ("merger", "action_head") else "language"
+
+
+def parameter_groups(
+    model: nn.Module, arguments: TrainingArguments, decaying: set[str]
+) -> list[dict[str, Any]]:
+    """Groups for the optimizer. Both mergers learn with `mm_projector_lr`, the vision tower with `vision_tower_lr`.
+
+    `decaying`: names of the parameters that weight decay applies to. Empty groups are left out.
+    """
+    rates = {
+        "added": arguments.mm_projector_lr,
+        "projector": arguments.mm_projector_lr,
+        "vision": arguments.vision_tower_lr,
+    }
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = rates.get(part_of(name))
+            decay = arguments.weight_decay if name in decaying else 0.0
+            key = (arguments.learning_rate if rate is None else rate, decay)
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {"params": parameters, "lr": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
+    ]

@@ -1,0 +1,253 @@
+"""One training run, from its settings to the saved model."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
+
+from janusvln.data import (
+    DataOptions,
+    NavigationDataset,
+    PackedCollator,
+    PaddedCollator,
+    SampleIndex,
+    sources_of,
+)
+from janusvln.features.coverage import Coverage, measure_coverage
+from janusvln.features.fill import CacheFiller
+from janusvln.features.live import LiveEncoder
+from janusvln.features.read_ahead import ReadAhead
+from janusvln.features.resolve import check_trained_with, live_spec, open_cache, summary
+from janusvln.features.source import FeatureSource
+from janusvln.model.attention import attention_implementation
+from janusvln.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenerationForJanusVLN as _Model
+from janusvln.train.agree import agree_on_snapshot
+from janusvln.train.arguments import Arguments
+from janusvln.train.checkpoints import Maker, checkpoint_to_resume, copy_model, is_finished
+from janusvln.train.learning_rates import freeze
+from janusvln.train.ranks import Ranks
+from janusvln.train.trainer import EpochCallback, FeatureTrainer
+from vggt_cache.errors import DataError, SettingsError
+from vggt_cache.identity import FeatureSpec
+from vggt_cache.samples import Problem, Sources
+from vggt_cache.store import FeatureCache
+from vggt_cache.store.selection import describe_spec
+
+COVERAGE_PATIENCE_S = 5.0
+"""How long the start waits for coverage; of a larger data set it is told when it is known."""
+COMPANIONS = ("preprocessor_config.json", "chat_template.json", "chat_template.jinja")
+_MAX_PROBLEMS_TOLD = 10
+
+
+class TrainingRun:
+    """The parts of a run, made in order. Every rank makes its own."""
+
+    def __init__(self, arguments: Arguments, ranks: Ranks) -> None:
+        self.model_arguments, self.data, self.features, self.training = arguments
+        self.ranks = ranks
+        self.device = self.training.device
+        self.output_dir = str(self.training.output_dir)
+
+    def run(self) -> None:
+        """Raises VggtCacheError for everything that a user can cause or cure."""
+        set_seed(self.training.seed)
+        spec, cache = self._spec_and_cache()
+        sources = sources_of(self.data.train_data_root, self.data.annotation_path, self.data.data_path)
+        index = self._index(sources)
+        if cache is not None:
+            self._tell_coverage(sources, cache)
+        tokenizer = self._tokenizer()
+        dataset = NavigationDataset(index, tokenizer, spec=spec, options=self._data_options())
+        model = self._model(spec)
+        source = self._source(spec, cache)
+        try:
+            self._train(model, dataset, tokenizer, source)
+        finally:
+            source.close()
+
+    # ------------------------------------------------------------ features
+
+    def _spec_and_cache(self) -> tuple[FeatureSpec, FeatureCache | None]:
+        wanted, location = self.features.wanted, self.features.vggt_model_path
+        cache_dir = self.features.vggt_cache_dir
+        if cache_dir is None:
+            spec = live_spec(wanted, location, self.device.type)
+            self._say(f"No feature cache: VGGT runs in every step; {describe_spec(spec)}")
+            return spec, None
+        fill = self.features.vggt_cache_miss == "fill"
+        cache = open_cache(cache_dir, wanted, fill=fill, location=location, device=self.device.type)
+        cache = agree_on_snapshot(cache, self.ranks)
+        self._say(f"VGGT feature cache enabled: {cache.cache_dir}")
+        if cache.spec.feature_dtype == "int8":
+            self._say(
+                "Features are kept in int8, which changes their values by about half a percent: docs/codecs.md"
+            )
+        self._say(f"{describe_spec(cache.spec)}; {len(cache)} features in {len(cache.shard_names())} shards")
+        return cache.spec, cache
+
+    def _source(self, spec: FeatureSpec, cache: FeatureCache | None) -> FeatureSource:
+        fills = cache is not None and self.features.vggt_cache_miss == "fill"
+        return FeatureSource(
+            cache=cache,
+            reader=None
+            if cache is None
+            else ReadAhead(cache, self.device, threads=self.features.vggt_cache_threads),
+            encoder=LiveEncoder(self.features.vggt_model_path, spec, self.device),
+            miss=self.features.vggt_cache_miss,
+            filler=CacheFiller(cache.cache_dir, spec) if cache is not None and fills else None,
+            on_hit=_say_hit if os.environ.get("VGGT_CACHE_DEBUG") == "1" else None,
+        )
+
+    def _tell_coverage(self, sources: Sources, cache: FeatureCache) -> None:
+        """On rank 0, in the background where it takes long."""
+        if self.ranks.rank or self.data.max_samples > 0:
+            return
+        found: list[Coverage] = []
+        told = threading.Event()
+
+        def measure() -> None:
+            found.append(measure_coverage(sources, cache))
+            noun = "image" if cache.spec.context == "frame" else "feature"
+            self._say(found[0].sentence(noun))
+            if told.is_set() and self._refusal(found[0], cache):
+                os._exit(self.ranks.stop_all(str(self._refusal(found[0], cache)), DataError.exit_code))
+
+        thread = threading.Thread(target=measure, name="coverage", daemon=True)
+        thread.start()
+        thread.join(COVERAGE_PATIENCE_S)
+        told.set()
+        if found and (refusal := self._refusal(found[0], cache)):
+            raise refusal
+
+    def _refusal(self, coverage: Coverage, cache: FeatureCache) -> DataError | None:
+        if self.features.vggt_cache_miss != "error" or not coverage.missing:
+            return None
+        return DataError(
+            f"{coverage.missing} of the {coverage.total} features that this data needs are not in {cache.cache_dir}, "
+            "and --vggt_cache_miss is error: precompute them, or train with --vggt_cache_miss encode"
+        )
+
+    # ------------------------------------------------------------ data
+
+    def _index(self, sources: Sources) -> SampleIndex:
+        problems: list[Problem] = []
+        index = SampleIndex.build(sources, on_problem=problems.append)
+        for problem in problems[:_MAX_PROBLEMS_TOLD]:
+            self._say(f"{problem.where} {problem.reason}", "WARN")
+        if len(problems) > _MAX_PROBLEMS_TOLD:
+            self._say(f"{len(problems) - _MAX_PROBLEMS_TOLD} more samples cannot be used", "WARN")
+        if not len(index):
+            raise DataError(
+                "the data holds no sample to train on: check --train_data_root or --annotation_path"
+            )
+        return index if self.data.max_samples < 0 else index.first(self.data.max_samples)
+
+    def _data_options(self) -> DataOptions:
+        data = self.data
+        return DataOptions(
+            model_dir=str(self.model_arguments.model_name_or_path),
+            model_max_length=self.training.model_max_length,
+            max_history_images=data.max_history_images,
+            min_pixels=data.min_pixels,
+            max_pixels=data.max_pixels,
+            subinstruction_weight=data.subinstruction_weight,
+            desc2d_weight=data.desc2d_weight,
+            desc3d_weight=data.desc3d_weight,
+            action_weight=data.action_weight,
+            action_head=self.model_arguments.action_head,
+        )
+
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        path = self.model_arguments.model_name_or_path
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                path,
+                cache_dir=self.training.cache_dir,
+                model_max_length=self.training.model_max_length,
+                padding_side="right",
+            )
+        except (OSError, ValueError) as error:
+            raise SettingsError(
+                f"--model_name_or_path {path} has no tokenizer that can be read "
+                f"({' '.join(str(error).split())[:200]}): give the whole directory of a Qwen2.5-VL or JanusVLN model"
+            ) from error
+        return tokenizer
+
+    # ------------------------------------------------------------ model
+
+    def _model(self, spec: FeatureSpec) -> _Model:
+        arguments = self.model_arguments
+        path = str(arguments.model_name_or_path)
+        model: _Model = _Model.from_pretrained(
+            path,
+            cache_dir=self.training.cache_dir,
+            attn_implementation=arguments.attn_implementation or attention_implementation(),
+            # DeepSpeed keeps float32 copies of bfloat16 weights. Without it they are float32, under autocast.
+            dtype=torch.bfloat16 if self.training.bf16 and self.training.deepspeed else torch.float32,
+            spatial_channels=spec.encoder.channels,
+            action_head=arguments.action_head,
+            distill_loss_weight=arguments.distill_loss_weight,
+            **({} if arguments.lam is None else {"lam": arguments.lam}),
+        )
+        for sentence in check_trained_with(model.config.feature_spec, spec, path):
+            self._say(sentence, "WARN")
+        model.config.feature_spec = summary(spec)
+        model.config.use_cache = False
+        freeze(model, arguments)
+        if self.training.vision_tower_lr is not None and not arguments.tune_mm_vision:
+            self._say(
+                "--vision_tower_lr has no effect: the vision tower is not trained (--tune_mm_vision)", "WARN"
+            )
+        return model
+
+    def _train(
+        self,
+        model: _Model,
+        dataset: NavigationDataset,
+        tokenizer: PreTrainedTokenizerBase,
+        source: FeatureSource,
+    ) -> None:
+        collator = PackedCollator() if self.data.data_flatten else PaddedCollator(tokenizer.pad_token_id)
+        trainer = FeatureTrainer(
+            model=model,
+            args=self.training,
+            processing_class=tokenizer,
+            train_dataset=dataset,
+            data_collator=collator,
+            source=source,
+            pixels=dataset.pixels,
+            companions=self._companions(),
+        )
+        fills = self.features.vggt_cache_miss == "fill"
+        trainer.add_callback(EpochCallback(trainer, self.ranks, fills=fills))
+        checkpoint = self.training.resume_from_checkpoint or checkpoint_to_resume(
+            self.output_dir, Maker.of(self.training), self.ranks
+        )
+        if checkpoint and is_finished(checkpoint, self.training):
+            self._say(f"Nothing is left to train: {checkpoint} is the end of this run", "SUCCESS")
+            if self.ranks.rank == 0:
+                copy_model(checkpoint, self.output_dir)
+            return
+        if checkpoint:
+            self._say(f"Resuming from {checkpoint}")
+        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_state()
+        model.config.use_cache = True
+        trainer.save_model()
+        self._say(f"Model saved in {os.path.abspath(self.output_dir)}", "SUCCESS")
+
+    def _companions(self) -> list[str]:
+        folder = Path(str(self.model_arguments.model_name_or_path))
+        return [str(folder / name) for name in COMPANIONS if (folder / name).is_file()]
+
+    def _say(self, text: str, level: str = "INFO") -> None:
+        if self.ranks.rank == 0:
+            print(f"[{level}] {text}", flush=True)
+
+
+def _say_hit(index: int) -> None:
+    print(f"[DEBUG] Using cached features for sample {index}", flush=True)

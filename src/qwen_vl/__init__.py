@@ -1,8 +1,0 @@
-"""JanusVLN on Hugging Face parts, trained from a feature cache.
-
-data/      samples to token ids, labels, pixels and feature keys, in DataLoader workers
-features/  feature keys to features: read from the cache, encoded live, or refused
-model/     Qwen2.5-VL plus the spatial merger; never holds the encoder
-train/     the command `python -m qwen_vl.train.train_vln`
-demo/      a tiny model, trained live and from the cache side by side
-"""

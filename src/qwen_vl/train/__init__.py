@@ -1,1 +1,0 @@
-"""The training command: `python -m qwen_vl.train.train_vln`."""
