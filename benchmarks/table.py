@@ -1,34 +1,54 @@
 """The documents' tables of figures, made from the newest result of each theme and machine.
 
-`python benchmarks/table.py` writes them between the marks in the READMEs and the guide; with `--check` it only says
-whether they are as they should be (exit code 1 if not). What the rows say is in `table_rows.py` and `table_texts.py`.
-Needs nothing but Python.
+`python benchmarks/table.py` writes them between the marks in the documents; with `--check` it only says whether they
+are as they should be (exit code 1 if not). What the rows say is in `table_rows.py`, `table_texts.py` and
+`table_disk.py`. Needs nothing but Python.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import table_disk
 from peers import table as peers_table
 from table_rows import rows_of
-from table_texts import CHINESE, CHINESE_HEAD, ENGLISH, ENGLISH_HEAD
+from table_texts import HEADS, TEXTS
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- figures: made by benchmarks/table.py -->", "<!-- end of figures -->"
 
-ENGLISH_TEXTS, CHINESE_TEXTS = (ENGLISH_HEAD, ENGLISH), (CHINESE_HEAD, CHINESE)
-TEXTS = {"README.md": ENGLISH_TEXTS, "README.zh-CN.md": CHINESE_TEXTS, "docs/guide.md": ENGLISH_TEXTS}
-PEERS = {"README.md": "en", "README.zh-CN.md": "zh"}
-"""Language of the table of peers in the documents that show it."""
-ONLY = {"docs/guide.md": ("step",)}
-"""Themes of a document that does not show all of them."""
+Result = dict[str, Any]
+DOCUMENTS = {
+    "README": ("disk", "headlines"),
+    "docs/performance": ("figures", "peers"),
+    "docs/guide": ("step",),
+}
+"""Which tables a document has; each exists in both languages."""
+ENDINGS = {"en": ".md", "zh": ".zh.md"}
+HEADLINES: tuple[tuple[str, dict[str, object]], ...] = (
+    ("step", {}),
+    ("causal", {}),
+    ("precompute", {}),
+    ("encoder", {"context": "causal", "width": 644}),
+    ("reading", {}),
+    ("cold_throttled", {}),
+    ("codec_lossless", {}),
+    ("codec_int8", {}),
+    ("index", {}),
+    ("startup", {}),
+)
+"""The rows of the READMEs, in this order: a row's name, and values that tell it from others of the name."""
 
 
-def newest_results() -> list[dict[str, Any]]:
+def file_of(document: str, language: str) -> Path:
+    chinese_readme = document == "README" and language == "zh"
+    return ROOT / ("README.zh-CN.md" if chinese_readme else document + ENDINGS[language])
+
+
+def newest_results() -> list[Result]:
     """The last result of each theme and machine, by date."""
     found = {}
     for path in sorted(
@@ -38,41 +58,67 @@ def newest_results() -> list[dict[str, Any]]:
     return [found[name] for name in sorted(found)]
 
 
-def rows(result: dict[str, Any], texts: dict[str, tuple[str, str, str]]) -> Iterator[str]:
+def one_of_each_theme(results: list[Result]) -> dict[str, Result]:
+    """Where several machines measured one theme: a GPU's result before a CPU's, then the newest."""
+    ordered = sorted(results, key=lambda one: (one["machine"]["gpu"] is not None, one["date"]))
+    return {result["theme"]: result for result in ordered}
+
+
+def rows(result: Result, language: str) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Name, values and text of each row."""
     machine = result["machine"]["gpu"] or f"{result['machine']['cores']} x {result['machine']['cpu']}"
     for name, values in rows_of(result["theme"], result["figures"], result["configuration"]):
-        cells = (cell.format(**values) for cell in texts[name])
-        yield f"| {' | '.join(cells)} | {machine} |"
+        cells = (cell.format(**values) for cell in TEXTS[language][name])
+        yield name, values, f"| {' | '.join(cells)} | {machine} |"
 
 
-def with_table(name: str) -> str:
-    """The document with its tables as the results say."""
-    content = (ROOT / name).read_text(encoding="utf-8")
-    results = newest_results()
-    head, texts = TEXTS[name]
-    shown = [result for result in results if result["theme"] in ONLY.get(name, (result["theme"],))]
-    figures = [head, "|---|---|---|---|", *(row for result in shown for row in rows(result, texts))]
-    content = between(content, BEGIN, END, figures)
-    peers = [result for result in results if result["theme"] == "peers"]
-    if name in PEERS and peers and peers_table.BEGIN in content:
-        newest = max(peers, key=lambda result: result["date"])
-        content = between(content, peers_table.BEGIN, peers_table.END, peers_table.lines(newest, PEERS[name]))
+def headlines(results: list[Result], language: str) -> list[str]:
+    found = [row for result in one_of_each_theme(results).values() for row in rows(result, language)]
+    chosen = [
+        next(line for name, values, line in found if name == wanted and marks.items() <= values.items())
+        for wanted, marks in HEADLINES
+    ]
+    return [*HEADS[language], *chosen]
+
+
+def figures(results: list[Result], language: str) -> list[str]:
+    return [*HEADS[language], *(line for result in results for *_, line in rows(result, language))]
+
+
+TABLES: dict[str, Callable[[list[Result], str], list[str]]] = {
+    "disk": lambda results, language: table_disk.lines(one_of_each_theme(results), language),
+    "headlines": headlines,
+    "figures": figures,
+    "step": lambda results, language: figures([one for one in results if one["theme"] == "step"], language),
+    "peers": lambda results, language: peers_table.lines(one_of_each_theme(results)["peers"], language),
+}
+
+
+def with_tables(document: str, language: str, results: list[Result]) -> str:
+    """The document with its tables as the results say. A mark that is missing is a ValueError."""
+    content = file_of(document, language).read_text(encoding="utf-8")
+    for name in DOCUMENTS[document]:
+        begin, end = f"<!-- {name}: made by benchmarks/table.py -->", f"<!-- end of {name} -->"
+        before, rest = content.split(begin)
+        _, after = rest.split(end)
+        content = "\n".join([before + begin, *TABLES[name](results, language), end]) + after
     return content
 
 
-def between(content: str, begin: str, end: str, lines: list[str]) -> str:
-    """The content with these lines between the two marks."""
-    before, rest = content.split(begin)
-    return "\n".join([before + begin, *lines, end]) + rest.split(end)[1]
-
-
 def main() -> int:
-    stale = [name for name in TEXTS if with_table(name) != (ROOT / name).read_text(encoding="utf-8")]
+    results = newest_results()
+    made = {
+        file_of(document, language): with_tables(document, language, results)
+        for document in DOCUMENTS
+        for language in ENDINGS
+    }
+    stale = [path for path, content in made.items() if content != path.read_text(encoding="utf-8")]
     if "--check" not in sys.argv:
-        for name in stale:
-            (ROOT / name).write_text(with_table(name), encoding="utf-8")
+        for path in stale:
+            path.write_text(made[path], encoding="utf-8")
         return 0
-    for name in stale:
+    for path in stale:
+        name = path.relative_to(ROOT)
         print(
             f"[ERROR] the figures in {name} are not those of benchmarks/results: run python benchmarks/table.py"
         )

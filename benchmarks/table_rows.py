@@ -66,6 +66,8 @@ def planning(figures: Values, settings: Values) -> Iterator[Row]:
     yield row(
         "planning",
         settings,
+        samples=f"{settings['samples']:,}",
+        images=f"{settings['images']:,}",
         seconds=f"{run['elapsed_s']:.1f}",
         memory=round(run["peak_memory_bytes"] / 1e6),
         opened=run["opened"]["images"],
@@ -192,6 +194,7 @@ def startup(figures: Values, settings: Values) -> Iterator[Row]:
     yield row(
         "startup",
         settings,
+        samples=f"{settings['samples']:,}",
         data=f"{figures['seconds_for_the_data']:.1f}",
         start=f"{figures['seconds_to_first_step']:.1f}",
         parse=f"{figures['json_parse_s']:.1f}",

@@ -1,208 +1,233 @@
 """What the rows of the table of figures say, in words: what was measured, the figure, the limit or peer beside it.
 
-The names in braces are values of `table_rows.py`.
+They are read by people who have not read the benchmark. The names in braces are values of `table_rows.py`.
 """
 
 from __future__ import annotations
 
-ENGLISH_HEAD = "| what | measured | limit or peer beside it | machine |"
-CHINESE_HEAD = "| 内容 | 实测 | 旁边的极限或对照 | 机器 |"
+HEADS = {
+    "en": ("| what | measured | limit or peer beside it | machine |", "|---|---|---|---|"),
+    "zh": ("| 内容 | 实测 | 极限或对照 | 机器 |", "|---|---|---|---|"),
+}
 
 ENGLISH: dict[str, tuple[str, str, str]] = {
     "precompute": (
-        "precompute end to end, {frames} frames, {image_size} wide",
-        "{seconds} s, **{ratio} x**",
-        "{limit} s: the encoder alone on the same frames, already decoded",
+        "precompute from start to end, {frames} frames, {image_size} wide",
+        "{seconds} s, **{ratio} x** the encoder's own time",
+        "{limit} s: the encoder alone, on the same frames already decoded",
     ),
     "scaling": (
-        "{processes} precompute processes side by side, {frames} frames",
-        "**{ratio} x** the speed of one; **{over}** of the limit",
-        "{bare} x: the bare encoder in as many processes",
+        "{processes} precompute processes on one machine, {frames} frames",
+        "**{ratio} x** as fast as one process, **{over}** of what is possible",
+        "{bare} x: as many processes that run the bare encoder",
     ),
     "causal": (
-        "causal features of a {samples}-step episode",
-        "{seconds} s, **{ratio} x**; {shared} passes, {tower} through the patch tower",
-        "{limit} s, {passes} passes: every sample frame by frame; ratio of FLOPs {flops}",
+        "causal features of all steps of a {samples}-step episode",
+        "{seconds} s, **{ratio} x** the time of the published way; {shared} frame passes, {tower} of them "
+        "through VGGT's "
+        "per-image tower",
+        "{limit} s, {passes} frame passes: each sample by itself, frame by frame; the arithmetic alone would "
+        "give {flops} x",
     ),
     "causal_efficiency": (
         "the same, beside single frames",
-        "{features} features/s, **{share}** of what the FLOPs allow",
-        "{limit} features/s, if they ran at the speed of single frames in batches",
+        "{features} features/s, **{share}** of what their arithmetic allows",
+        "{limit} features/s: the same arithmetic at the speed of single frames in batches",
     ),
     "planning": (
-        "a second, unchanged run, {samples} samples, {images} images",
-        "**{seconds} s**, {memory} MB, {opened} images opened",
-        "{parse} s to parse the JSON, {stat} s to stat the images",
+        "precompute started again with nothing to do, {samples} samples of {images} images",
+        "**{seconds} s**, {memory} MB of memory, {opened} images opened",
+        "{parse} s: parsing the JSON; {stat} s: asking for size and time of each image",
     ),
     "reading": (
-        "batches of {batch_size} features of {record} MB to the training loop, {threads} threads",
-        "{delivery} GB/s, **{over}** of the limit; one `get(out=)` {get_into_buffer} GB/s, **{into}**",
-        "{pread_threads_checksum} GB/s pread and checksum, {threads} threads; pread alone {pread_1}; "
-        "a DataLoader of {threads} workers {dataloader} (**{times} x**)",
+        "features in page cache to the training loop, in batches of {batch_size} of {record} MB, by {threads} "
+        "threads",
+        "{delivery} GB/s, **{over}** of the limit; one `get(out=)` {get_into_buffer} GB/s, **{into}** of `preadv`",
+        "{pread_threads_checksum} GB/s: `preadv` and checksum by {threads} threads, nothing else; `preadv` by "
+        "one thread "
+        "{pread_1}; a DataLoader of {threads} workers {dataloader}, so the cache is **{times} x** as fast",
     ),
     "cold_throttled": (
-        "cold features from disks of {limits} MB/s",
-        "{delivery} MB/s, **{over}** of the disk; a loop's step {ahead} x its length",
-        "{device} MB/s: long reads; without reading ahead a step takes {needed} x",
+        "features that are not in page cache, from disks that give {limits} MB/s",
+        "{delivery} MB/s, **{over}** of the disk; a training step whose features are read meanwhile takes "
+        "{ahead} x the "
+        "time of one that reads nothing",
+        "{device} MB/s: long plain reads; if features were read only when the step needs them it would take "
+        "{needed} x",
     ),
     "cold_latency": (
-        "cold features over a mount that answers after {latency} ms",
-        "{delivery} MB/s, **{over}** of the mount; a loop's step {ahead} x its length",
-        "{device} MB/s: long reads; without reading ahead a step takes {needed} x",
+        "the same over a network mount that answers each request after {latency} ms",
+        "{delivery} MB/s, **{over}** of the mount; a step takes {ahead} x the time of one that reads nothing",
+        "{device} MB/s: long plain reads; if features were read only when the step needs them it would take "
+        "{needed} x",
     ),
     "cold_disk": (
-        "cold features from the machine's own disk",
-        "{delivery} MB/s, **{over}** of the disk; a loop's step {ahead} x its length",
-        "{device} MB/s: long reads; without reading ahead a step takes {needed} x",
+        "the same from the machine's own disk",
+        "{delivery} MB/s, **{over}** of the disk; a step takes {ahead} x the time of one that reads nothing",
+        "{device} MB/s: long plain reads; if features were read only when the step needs them it would take "
+        "{needed} x",
     ),
     "writing": (
-        "writing a shard of {size} MB, codec {codec}, {file_system}",
-        "{ours} MB/s, **{over}** of write and fsync",
-        "{raw} MB/s: write and fsync of the same bytes, nothing else; {early} MB/s with the same early start",
+        "writing a shard of {size} MB until it is safe on disk, codec {codec}, {file_system}",
+        "{ours} MB/s, **{over} x** the speed of plain `write` and fsync",
+        "{raw} MB/s: plain `write` and fsync of the same bytes; {early} MB/s if the disk is asked to begin "
+        "early, as it is "
+        "here",
     ),
     "index": (
-        "a cache of {records} records: open it, find one",
-        "{open} ms, {lookup} µs, {memory} MB of own memory; a `get` takes **{get} x** of one from {least}",
-        "{listing} ms to list the shards; numpy's search {search} µs; a dictionary {dict} µs and {dict_memory} MB",
+        "a cache of {records} features: open it, find one",
+        "{open} ms to open, {lookup} µs to find, {memory} MB of memory; reading one takes **{get} x** the time "
+        "it takes "
+        "in a cache of {least}",
+        "{listing} ms: listing the shards; {search} µs: numpy's binary search; a Python dictionary {dict} µs and "
+        "{dict_memory} MB",
     ),
     "index_rebuild": (
-        "the index made anew, {shards} shards, {records} records",
-        "{seconds} s, **{over}** of the limit",
-        "{limit} s: every header read and parsed, nothing else",
+        "a lost index made again, {shards} shards, {records} features",
+        "{seconds} s, **{over}** of the limit's speed",
+        "{limit} s: reading and parsing the headers of all shards, nothing else",
     ),
     "codec_lossless": (
-        "codec `lossless`, features of the encoder {size}",
-        "**{ratio}** of the bytes; decoding {lossless_decode} GB/s a core, `get` {get_lossless}",
-        "{bound}: entropy of the exponents; zstandard alone {zstd_alone} GB/s, `get` of unpacked features {get_none}",
+        "`--codec lossless`: the same bits in fewer bytes (features of the {size} encoder)",
+        "**{ratio}** of the bytes; unpacking {lossless_decode} GB/s a core, a whole `get` {get_lossless}",
+        "{bound}: the least that coding the exponents can reach (their entropy); `get` of plain features "
+        "{get_none} GB/s; "
+        "zstandard alone unpacks {zstd_alone}",
     ),
     "codec_int8": (
-        "`int8`, features of the encoder {size}",
-        "**{ratio}** of the bytes, {error} % off, the worst token {worst} %; "
-        "decoding {int8_decode} GB/s a core, `get` {get_int8}",
-        "copying {copy} GB/s, `get` of unpacked features {get_none}",
+        "`--feature_dtype int8`: half the bytes (features of the {size} encoder)",
+        "**{ratio}** of the bytes; {error} % off, the worst token {worst} %; unpacking {int8_decode} GB/s a "
+        "core, a whole "
+        "`get` {get_int8}",
+        "`get` of plain features {get_none} GB/s; copying memory {copy}",
     ),
     "loss": (
-        "loss of {steps} training steps from features in {dtype}, against float32",
-        "{middle} % off in the middle, {largest} % at most, **{end} %** at the end",
-        "{other} % at the end: another order of the samples",
+        "loss over {steps} training steps, features in {dtype} instead of float32",
+        "{middle} % apart in the median step, {largest} % at most, **{end} %** at the end",
+        "{other} % at the end: float32 again, samples in another order",
     ),
     "startup": (
-        "from nothing to the first step, {samples} samples, all in the cache",
-        "{start} s, of which **{data} s** are for the data",
-        "{parse} s to parse the JSON",
+        "from starting the trainer to its first step, {samples} samples, all in the cache",
+        "{start} s, of which **{data} s** go to the data",
+        "{parse} s: parsing the JSON, nothing else",
     ),
     "step": (
-        "training step from the cache ({size} models, {tokens} tokens, 9 frames)",
-        "{cached} s, **{over} x** the step with its features in memory",
-        "{resident} s: features in memory; live {live} s, as published {reference} s (**{speedup} x**)",
+        "a training step from the cache ({size} models, {tokens} tokens, 9 frames)",
+        "{cached} s, **{over} x** the step whose features are already in memory",
+        "{resident} s: features already in memory, which no cache can beat; VGGT live in this project {live} s; as "
+        "published {reference} s, **{speedup} x** as long",
     ),
     "step_batch": (
-        "largest batch of a training step ({size} models)",
-        "**{cached}** samples from the cache",
-        "{resident}: features in memory; live {live}, as published {reference}",
+        "samples that fit into one training step ({size} models)",
+        "**{cached}** from the cache",
+        "{resident}: features already in memory; VGGT live {live}; as published {reference}",
     ),
     "encoder": (
-        "encoder ({size}, {dtype}), {context}, {width} wide",
-        "{frames} passes/s, **{share} %** of the peak",
+        "VGGT's encoder ({size}, {dtype}), {context} context, {width} wide",
+        "{frames} frame passes/s, **{share} %** of the device's peak",
         "{peak} TFLOP/s: the largest matrix product",
     ),
 }
 
 CHINESE: dict[str, tuple[str, str, str]] = {
     "precompute": (
-        "预计算全程，{frames} 帧，宽 {image_size}",
-        "{seconds} s，**{ratio} 倍**",
-        "{limit} s：同样的帧已解码，只跑编码器",
+        "预计算从头到尾，{frames} 帧，宽 {image_size}",
+        "{seconds} s，为编码器自身耗时的 **{ratio} 倍**",
+        "{limit} s：图像已解码，只跑编码器",
     ),
     "scaling": (
-        "{processes} 个预计算进程同时运行，{frames} 帧",
-        "单进程的 **{ratio} 倍**；极限的 **{over}**",
-        "{bare} 倍：同样多的进程只跑编码器",
+        "一台机器上同时跑 {processes} 个预计算进程，{frames} 帧",
+        "速度是单进程的 **{ratio} 倍**，达到理论可得的 **{over}**",
+        "{bare} 倍：同样数量的进程只跑编码器",
     ),
     "causal": (
-        "{samples} 步 episode 的因果特征",
-        "{seconds} s，**{ratio} 倍**；{shared} 次前向，patch tower {tower} 次",
-        "{limit} s，{passes} 次前向：每个样本逐帧计算；FLOPs 之比 {flops}",
+        "{samples} 步 episode 的全部 causal 特征",
+        "{seconds} s，为原始做法耗时的 **{ratio} 倍**；单帧前向 {shared} 次，其中逐图像塔（patch tower）{tower} 次",
+        "{limit} s，单帧前向 {passes} 次：每个样本单独逐帧计算；只看运算量应为 {flops} 倍",
     ),
     "causal_efficiency": (
-        "同上，与单帧相比",
-        "{features} 个特征/s，FLOPs 所允许的 **{share}**",
-        "{limit} 个特征/s：若以成批单帧的速度计算",
+        "同上，与单帧编码相比",
+        "每秒 {features} 个特征，为运算量所允许的 **{share}**",
+        "每秒 {limit} 个特征：同样的运算量，按成批编码单帧的速度",
     ),
     "planning": (
-        "第二次、未改动的运行，{samples} 个样本，{images} 张图像",
-        "**{seconds} s**，{memory} MB，打开 {opened} 张图像",
-        "解析 JSON {parse} s，stat 图像 {stat} s",
+        "数据没有变化时再次运行预计算，{samples} 个样本，{images} 张图像",
+        "**{seconds} s**，内存 {memory} MB，打开图像 {opened} 张",
+        "{parse} s：解析 JSON；{stat} s：查询每张图像的大小和时间",
     ),
     "reading": (
-        "把每批 {batch_size} 个 {record} MB 的特征送到训练循环，{threads} 线程",
-        "{delivery} GB/s，极限的 **{over}**；单次 `get(out=)` {get_into_buffer} GB/s，**{into}**",
-        "{threads} 线程 pread 加校验 {pread_threads_checksum} GB/s；单线程 pread {pread_1}；"
-        "{threads} 个 worker 的 DataLoader {dataloader}（**{times} 倍**）",
+        "从页缓存到训练循环，每批 {batch_size} 个 {record} MB 的特征，{threads} 个线程",
+        "{delivery} GB/s，达到极限的 **{over}**；单次 `get(out=)` {get_into_buffer} GB/s，为 `preadv` 的 **{into}**",
+        "{pread_threads_checksum} GB/s：{threads} 个线程只做 `preadv` 和校验；单线程 `preadv` {pread_1}；"
+        "{threads} 个 worker 的 DataLoader {dataloader}，缓存是它的 **{times} 倍**",
     ),
     "cold_throttled": (
-        "冷特征（不在页缓存中），磁盘限速 {limits} MB/s",
-        "{delivery} MB/s，磁盘的 **{over}**；循环一步为其时长的 {ahead} 倍",
-        "长读取 {device} MB/s；不预读时一步为 {needed} 倍",
+        "不在页缓存里的特征，磁盘带宽 {limits} MB/s",
+        "{delivery} MB/s，为磁盘的 **{over}**；边算边读时，训练一步的耗时是完全不读盘时的 {ahead} 倍",
+        "{device} MB/s：大块顺序读；若等到用时才读，一步的耗时为 {needed} 倍",
     ),
     "cold_latency": (
-        "冷特征，挂载点每个请求 {latency} ms 后应答",
-        "{delivery} MB/s，挂载点的 **{over}**；循环一步为其时长的 {ahead} 倍",
-        "长读取 {device} MB/s；不预读时一步为 {needed} 倍",
+        "同上，网络挂载，每个请求 {latency} ms 后才有应答",
+        "{delivery} MB/s，为该挂载的 **{over}**；训练一步的耗时是完全不读盘时的 {ahead} 倍",
+        "{device} MB/s：大块顺序读；若等到用时才读，一步的耗时为 {needed} 倍",
     ),
     "cold_disk": (
-        "冷特征，本机磁盘",
-        "{delivery} MB/s，磁盘的 **{over}**；循环一步为其时长的 {ahead} 倍",
-        "长读取 {device} MB/s；不预读时一步为 {needed} 倍",
+        "同上，本机磁盘",
+        "{delivery} MB/s，为磁盘的 **{over}**；训练一步的耗时是完全不读盘时的 {ahead} 倍",
+        "{device} MB/s：大块顺序读；若等到用时才读，一步的耗时为 {needed} 倍",
     ),
     "writing": (
-        "写一个 {size} MB 的 shard，codec {codec}，{file_system}",
-        "{ours} MB/s，write 加 fsync 的 **{over}**",
-        "{raw} MB/s：同样的字节只做 write 和 fsync；若也让磁盘提前开始则为 {early} MB/s",
+        "写一个 {size} MB 的分片直到落盘，编解码 {codec}，{file_system}",
+        "{ours} MB/s，为单纯 `write` 加 fsync 的 **{over} 倍**",
+        "{raw} MB/s：同样的字节只做 `write` 和 fsync；像这里一样让磁盘提前开始写，则为 {early} MB/s",
     ),
     "index": (
-        "{records} 条记录的缓存：打开，查找一条",
-        "{open} ms，{lookup} µs，自有内存 {memory} MB；一次 `get` 是 {least} 条时的 **{get} 倍**",
-        "列出 shard {listing} ms；numpy 查找 {search} µs；字典 {dict} µs、{dict_memory} MB",
+        "{records} 个特征的缓存：打开，再查一个",
+        "打开 {open} ms，查找 {lookup} µs，内存 {memory} MB；读一个特征的耗时是 {least} 个特征时的 **{get} 倍**",
+        "{listing} ms：列出分片；{search} µs：numpy 二分查找；Python 字典 {dict} µs、{dict_memory} MB",
     ),
     "index_rebuild": (
-        "重建索引，{shards} 个 shard，{records} 条记录",
-        "{seconds} s，极限的 **{over}**",
-        "{limit} s：只读取并解析每个文件头",
+        "索引丢失后重建，{shards} 个分片，{records} 个特征",
+        "{seconds} s，速度为极限的 **{over}**",
+        "{limit} s：只读取并解析所有分片的文件头",
     ),
     "codec_lossless": (
-        "codec `lossless`，编码器 {size} 的特征",
-        "字节数的 **{ratio}**；单核解码 {lossless_decode} GB/s，`get` {get_lossless}",
-        "{bound}：指数的熵；只用 zstandard {zstd_alone} GB/s，未压缩特征的 `get` {get_none}",
+        "`--codec lossless`：逐位不变，体积更小（{size} 编码器的特征）",
+        "体积为原来的 **{ratio}**；单核解码 {lossless_decode} GB/s，完整的 `get` {get_lossless}",
+        "{bound}：对指数部分编码的下限（熵）；未压缩特征的 `get` {get_none} GB/s；只用 zstandard 解码 {zstd_alone}",
     ),
     "codec_int8": (
-        "`int8`，编码器 {size} 的特征",
-        "字节数的 **{ratio}**，误差 {error} %，最差 token {worst} %；单核解码 {int8_decode} GB/s，`get` {get_int8}",
-        "复制 {copy} GB/s，未压缩特征的 `get` {get_none}",
+        "`--feature_dtype int8`：体积减半（{size} 编码器的特征）",
+        "体积为原来的 **{ratio}**；误差 {error} %，最差的 token {worst} %；单核解码 {int8_decode} GB/s，"
+        "完整的 `get` {get_int8}",
+        "未压缩特征的 `get` {get_none} GB/s；内存复制 {copy}",
     ),
     "loss": (
-        "用 {dtype} 特征训练 {steps} 步的损失，与 float32 相比",
-        "中位数相差 {middle} %，最多 {largest} %，结束时 **{end} %**",
-        "{other} %：换一种样本顺序，结束时",
+        "训练 {steps} 步的损失，特征用 {dtype} 而不是 float32",
+        "各步相差的中位数 {middle} %，最大 {largest} %，训练结束时 **{end} %**",
+        "{other} %：同为 float32，只换样本顺序，训练结束时",
     ),
     "startup": (
-        "从启动到第一步，{samples} 个样本，全部在缓存中",
-        "{start} s，其中数据占 **{data} s**",
-        "解析 JSON {parse} s",
+        "从启动训练到第一步，{samples} 个样本，全部在缓存中",
+        "{start} s，其中处理数据 **{data} s**",
+        "{parse} s：只解析 JSON",
     ),
     "step": (
         "用缓存训练一步（{size} 模型，{tokens} 个 token，9 帧）",
         "{cached} s，是特征已在内存时的 **{over} 倍**",
-        "特征已在内存 {resident} s；实时计算 {live} s，原始方式 {reference} s（**{speedup} 倍**）",
+        "{resident} s：特征已在内存，任何缓存都不可能更快；本项目实时运行 VGGT {live} s；原始做法 {reference} s，"
+        "为 **{speedup} 倍**",
     ),
     "step_batch": (
-        "训练一步的最大 batch（{size} 模型）",
-        "从缓存 **{cached}** 个样本",
-        "特征已在内存 {resident}；实时计算 {live}，原始方式 {reference}",
+        "一步训练能容纳的样本数（{size} 模型）",
+        "用缓存 **{cached}**",
+        "{resident}：特征已在内存；实时运行 VGGT {live}；原始做法 {reference}",
     ),
     "encoder": (
-        "编码器（{size}，{dtype}），{context}，宽 {width}",
-        "{frames} 次前向/s，峰值的 **{share} %**",
+        "VGGT 编码器（{size}，{dtype}），{context}，宽 {width}",
+        "每秒单帧前向 {frames} 次，达到该设备峰值的 **{share} %**",
         "{peak} TFLOP/s：最大的矩阵乘法",
     ),
 }
+
+TEXTS = {"en": ENGLISH, "zh": CHINESE}

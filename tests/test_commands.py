@@ -237,30 +237,6 @@ def test_an_interrupted_reader_of_our_output_is_no_error(made):
 # ---------------------------------------------------------------- the documents
 
 
-@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
-def test_every_command_and_every_flag_of_precompute_is_in_both_readmes(name, capsys):
-    readme = (Path(__file__).parent.parent / name).read_text(encoding="utf-8")
-    with pytest.raises(SystemExit):
-        main(["--help"])
-    commands = re.findall(r"^    (\w+)\b", capsys.readouterr().out, re.MULTILINE)
-    assert len(commands) >= 7
-    for command in commands:
-        assert f"vggt-cache {command}" in readme
-    with pytest.raises(SystemExit):
-        main(["precompute", "--help"])
-    for flag in set(re.findall(r"--[a-z]+(?:_[a-z]+)*\b", capsys.readouterr().out)) - {"--help", "--no"}:
-        assert flag.replace("--no-", "--") in readme, flag
-
-
-def test_the_readmes_figures_are_those_of_the_results():
-    import subprocess
-    import sys
-
-    script = Path(__file__).parent.parent / "benchmarks" / "table.py"
-    done = subprocess.run([sys.executable, script, "--check"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-
-
 def test_the_readmes_api_example_names_what_exists(made):
     with FeatureCache.open(made / "cache", context="frame", root=made / "data") as cache:
         assert cache.spec.fingerprint

@@ -21,7 +21,8 @@ FOLDERS = ("src", "scripts", "benchmarks", "docs", "tests", ".ci")
 
 def project_texts() -> Iterator[tuple[str, str]]:
     """Name and text of every file of ours that holds text, this one left out."""
-    files = [path for path in ROOT.iterdir() if path.is_file()]
+    # In a worktree .git is a file, and names the place of the repository.
+    files = [path for path in ROOT.iterdir() if path.is_file() and path.name != ".git"]
     files += [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
     for path in files:
         hidden = {"__pycache__", "assets"} & set(path.parts) or ".egg-info" in str(path)

@@ -1,11 +1,8 @@
-"""The table of peers for the READMEs, from a result of `bench_peers.py`. Needs nothing but Python."""
+"""The table of peers for docs/performance.md, from a result of `bench_peers.py`. Needs nothing but Python."""
 
 from __future__ import annotations
 
 from typing import Any
-
-BEGIN, END = "<!-- peers: made by benchmarks/table.py -->", "<!-- end of peers -->"
-"""The marks in a README between which `lines` belongs."""
 
 ENGLISH = {
     "caption": "{features} features of {record} MB, page cache warm, one thread unless said otherwise; GB/s, in "
@@ -31,7 +28,7 @@ CHINESE = {
     "写入并落盘 | 打开 {entries} 条并读一条 | 占盘 | 写入中 SIGKILL | 翻转一位 |",
     "missing": "未测：{reason}",
     "opening": "{milliseconds} ms，{megabytes} MB",
-    "yes": "{trials} 次全部保留",
+    "yes": "{trials} 次全部保住",
     "no": "{trials} 次中 {failed} 次丢失或给出别的字节",
     "partly": "{trials} 次中 {failed} 次丢失或给出别的字节",
     "nothing": "写完之前不报告任何内容",
