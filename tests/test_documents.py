@@ -254,3 +254,9 @@ def test_the_disk_table_counts_as_the_product_does(tables: Any, width: int) -> N
     assert (h, w) == frame_grid(*disk.FRAME_PIXELS, Preprocessing(image_size=width))
     assert disk.feature_bytes(width) == h * w * 2048 * 2
     assert codec.codec_for(codec.INT8).size_limits(h * w, disk.CHANNELS) == (disk.int8_bytes(width),) * 2
+
+
+def test_the_way_of_a_feature_in_contributing_names_ten_files_that_exist() -> None:
+    steps = re.findall(r"^\d+\. `([^`]+)`", text_of("CONTRIBUTING.md"), re.MULTILINE)
+    assert 8 <= len(steps) <= 10
+    assert [name for name in steps if not (ROOT / "src" / name).is_file()] == []
