@@ -44,7 +44,7 @@ CHINESE = {
         "2. `--feature_dtype int8`：体积为原来的 {int8}。特征误差 {error} %，训练 {steps} 步后损失相差 {loss} %。",
         "3. 只缓存一部分特征（`--max_samples N`）：缺的部分在训练中用到时现算。",
         "4. 完全不用缓存：由本项目的编码器在 DeepSpeed 引擎之外实时运行 VGGT，这是次优方案：同一次运行中，"
-        "这样一步 {live} s，原始做法 {reference} s，读缓存 {cached} s（{size} 模型，{machine}）。",
+        "这种方式每步 {live} s，原始做法 {reference} s，读缓存 {cached} s（{size} 模型，{machine}）。",
     ),
 }
 TEXTS = {"en": ENGLISH, "zh": CHINESE}

@@ -142,7 +142,7 @@ CHINESE: dict[str, tuple[str, str, str]] = {
     ),
     "causal": (
         "{samples} 步 episode 的全部 causal 特征",
-        "{seconds} s，为原始做法耗时的 **{ratio} 倍**；单帧前向 {shared} 次，其中逐图像塔（patch tower）{tower} 次",
+        "{seconds} s，为原始做法耗时的 **{ratio} 倍**；单帧前向 {shared} 次，其中经过 patch tower 的 {tower} 次",
         "{limit} s，单帧前向 {passes} 次：每个样本单独逐帧计算；只看运算量应为 {flops} 倍",
     ),
     "causal_efficiency": (

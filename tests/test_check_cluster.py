@@ -1,4 +1,4 @@
-"""scripts/check_cluster.sh: nodes that disagree, do not come or cannot reach each other are told so, all of them."""
+"""scripts/check_cluster.sh: where nodes disagree, do not come or cannot reach each other, all of them say so."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ PAIRS = {
     "README.md": "README.zh-CN.md",
     "docs/guide.md": "docs/guide.zh.md",
     "docs/performance.md": "docs/performance.zh.md",
+    "docs/differences.md": "docs/differences.zh.md",
 }
 READMES, GUIDES = (pair for pair in list(PAIRS.items())[:2])
 DOCUMENTS = sorted(

@@ -1,4 +1,4 @@
-"""Cards are asked for in the first way that answers, and their absence is no matter."""
+"""Cards are asked for in the first way that answers, and a machine without any is no error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Annotation files are read as streams; what is wrong with them is told with its place, and the rest is read."""
+"""Annotation files are read as streams; what is wrong with them is reported with its place, and the rest is read."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_one_item_over_many_portions_is_not_parsed_once_per_portion(monkeypatch)
     assert len(parsed) < 15
 
 
-# ---------------------------------------------------------------- what is wrong is told, the rest is read
+# ---------------------------------------------------------------- what is wrong is reported, the rest is read
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Every layout becomes the same ordered frame lists; what is no sample is told and left out."""
+"""Every layout becomes the same ordered frame lists; what is not a sample is reported and left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `info` tells of a cache, and what `prune` removes: only what no reader can get."""
+"""What `info` says of a cache, and what `prune` removes: only what no reader can get."""
 
 from __future__ import annotations
 
