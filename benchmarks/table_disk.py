@@ -30,7 +30,8 @@ ENGLISH = {
         "needs it.",
         "4. No cache: VGGT runs live, by this project's encoder and outside the DeepSpeed engine. That is the second "
         "best: in one run a step took {live} s this way, {reference} s as published, {cached} s from the cache "
-        "({size} models, {machine}).",
+        "({size} models, one process, {machine}). Under ZeRO-3 the published way gathers VGGT's weights for each frame "
+        "besides, which is not in these figures.",
     ),
 }
 CHINESE = {
@@ -44,7 +45,8 @@ CHINESE = {
         "2. `--feature_dtype int8`：体积为原来的 {int8}。特征误差 {error} %，训练 {steps} 步后损失相差 {loss} %。",
         "3. 只缓存一部分特征（`--max_samples N`）：缺的部分在训练中用到时现算。",
         "4. 完全不用缓存：由本项目的编码器在 DeepSpeed 引擎之外实时运行 VGGT，这是次优方案：同一次运行中，"
-        "这种方式每步 {live} s，原始做法 {reference} s，读缓存 {cached} s（{size} 模型，{machine}）。",
+        "这种方式每步 {live} s，原始做法 {reference} s，读缓存 {cached} s（{size} 模型，单进程，{machine}）。"
+        "在 ZeRO-3 下，原始做法还要为每一帧收集一遍 VGGT 的权重，这部分没有计入。",
     ),
 }
 TEXTS = {"en": ENGLISH, "zh": CHINESE}
