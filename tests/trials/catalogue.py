@@ -15,6 +15,7 @@ from trials import (
     hostile_annotations,
     hostile_images,
     killed_runs,
+    listing_races,
     places,
     power_controls,
     power_loss,
@@ -24,6 +25,7 @@ from trials import (
     signalled,
     simulated,
     soak,
+    stopped_runs,
     system_calls,
 )
 from trials.registry import PRECOMPUTE, Trial
@@ -134,6 +136,10 @@ _ALL = (
         about="2 to 16 writers of the same keys start at once beside two readers; flock says yes to everybody",
     ),
     Trial(
+        name="listing_races", count=10_000, run=listing_races.listed_while_replaced,
+        about="a store opened or refreshed, its directory read in pieces, while its shards are pruned and converted",
+    ),
+    Trial(
         name="forked_readers", count=1_000_000, run=processes.read_forked,
         about="a read, compared bit by bit, in one of 4 to 16 processes forked from one that has the cache open",
     ),
@@ -148,6 +154,10 @@ _ALL = (
     Trial(
         name="signals", count=1_000, exercises=PRECOMPUTE, run=signalled.signals,
         about="a run or a writer gets SIGINT or SIGTERM, half of them again a moment later, or too little memory",
+    ),
+    Trial(
+        name="stopped_runs", count=1_000, exercises=PRECOMPUTE, run=stopped_runs.stopped_runs,
+        about="two or three runs at once, all but one of them stopped for a while, clocks wrong by up to a day",
     ),
     Trial(
         name="replaced_images", count=1_000, exercises=PRECOMPUTE, run=replaced_images.replaced_images,

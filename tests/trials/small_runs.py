@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import count
@@ -133,15 +133,28 @@ class Scene:
     def feature_bytes(self) -> int:
         return len(next(iter(self.expected.values()), b"."))
 
-    def start(self, cache_dir: Path, *more: str, shard_records: int = 1, spare: Spare | None = None) -> Child:
-        """`precompute` in a process of its own; a shard is committed when it has so many records."""
-        log = self.folder / f"{cache_dir.name}.log"
+    def start(
+        self,
+        cache_dir: Path,
+        *more: str,
+        shard_records: int = 1,
+        spare: Spare | None = None,
+        prepare: Callable[[], object] | None = None,
+        name: str = "",
+    ) -> Child:
+        """`precompute` in a process of its own; a shard is committed when it has so many records.
+
+        `prepare` is called in the process first; `name` tells runs on one cache apart.
+        """
+        log = self.folder / f"{cache_dir.name}{name}.log"
         place = ["--data_root", str(self.folder / "data"), "--cache_dir", str(cache_dir)]
         arguments = ["precompute", *FLAGS, *place, *self.flags, *more]
 
         def body() -> int:
             # A lock of this process alone: one that is shared may be held for ever by a child that was killed.
             tqdm.set_lock(threading.RLock())
+            if prepare is not None:
+                prepare()
             write.SHARD_BYTES = shard_records * self.feature_bytes
             if spare is not None:
                 _run_short(spare)
