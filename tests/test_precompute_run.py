@@ -422,7 +422,7 @@ def test_a_failing_disk_ends_the_run_and_keeps_what_was_committed(run, monkeypat
     from vggt_cache.errors import CommitError
     from vggt_cache.store import ShardWriter
 
-    monkeypatch.setattr("vggt_cache.precompute.write.SHARD_BYTES", 1)
+    monkeypatch.setenv("VGGT_CACHE_SHARD_BYTES", "1")
     real, commits = ShardWriter.commit, []
 
     def commit(self):

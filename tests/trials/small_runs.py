@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from trials.toy_encoder import toy_encoder
 from vggt_cache import cli
 from vggt_cache.encoder import Encoder, EncoderConfig
 from vggt_cache.identity import EncoderSpec, FeatureSpec
-from vggt_cache.precompute import failures, pipeline, run, write
+from vggt_cache.precompute import failures, pipeline, run
 from vggt_cache.store import FeatureCache
 from vggt_cache.store.tensors import bytes_of
 
@@ -155,7 +156,7 @@ class Scene:
             tqdm.set_lock(threading.RLock())
             if prepare is not None:
                 prepare()
-            write.SHARD_BYTES = shard_records * self.feature_bytes
+            os.environ["VGGT_CACHE_SHARD_BYTES"] = str(shard_records * self.feature_bytes)
             if spare is not None:
                 _run_short(spare)
             if isinstance(self.checkpoint, LoadedCheckpoint):

@@ -11,7 +11,7 @@ from janusvln.features.request import FeatureRequest
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.precompute.decode import file_stat
 from vggt_cache.precompute.digests import DigestTable, settled, signature
-from vggt_cache.precompute.write import FeatureWriter
+from vggt_cache.precompute.write import FeatureWriter, shard_bytes
 from vggt_cache.store import ShardWriter, create_store
 
 
@@ -27,6 +27,8 @@ class CacheFiller:
         self._known: set[bytes] = set()
         self._writer = FeatureWriter(
             lambda: ShardWriter(store_dir, spec),
+            feature_dtype=spec.feature_dtype,
+            shard_bytes=shard_bytes(),
             on_commit=lambda blocks: None,
             on_written=lambda count: None,
             on_bad_feature=lambda label, reason: print(f"[WARN] {label}: {reason}", flush=True),

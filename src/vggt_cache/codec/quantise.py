@@ -14,6 +14,10 @@ _LEVELS = 127
 _PEAK_OVER_MEAN = 16.0
 """A channel is normalised by its largest value, but by no more than this many times its mean absolute value: else
 one massive activation would leave the channel's other tokens a few levels only."""
+_UNIT_OF_POWER = 2.0**-20
+_EXPONENT = 0x7F800000
+"""Of a float32: what these bits alone stand for is the power of two under it."""
+_LEAST_POWER = 2.0**-126
 _ROWS = 128
 """Tokens decoded at a time on a CPU, so that float32 values stay in the processor's cache."""
 
@@ -54,23 +58,48 @@ class EncodedFeature:
 
 def encode_int8(values: Tensor) -> Tensor:
     """The record, uint8 [bytes], of a feature's values, bfloat16 [tokens, C]. Raises SettingsError unless finite."""
+    record, finite = quantised(values)
+    if not finite:
+        raise SettingsError(
+            "a feature with values that are not finite cannot be kept in int8: do not store it"
+        )
+    return record
+
+
+def quantised(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The record of a feature's values, bfloat16 [tokens, C], and whether all are finite (bool []); else it is rubbish.
+
+    Both are on the device of the values, and nothing waits for it. The same bits on every device: each step is one
+    that IEEE 754 defines, or a sum that is exact in any order.
+    """
     tokens, channels = values.shape
     wide = values.float()
     sizes = wide.abs()
     largest = sizes.amax(0)
-    if not largest.isfinite().all():
-        raise SettingsError(
-            "a feature with values that are not finite cannot be kept in int8: do not store it"
-        )
-    bounded = torch.minimum(largest, sizes.mean(0) * _PEAK_OVER_MEAN)
-    normalisers = _positive(bounded.to(torch.bfloat16))
+    finite = largest.isfinite().all()
+    normalisers = _positive(torch.minimum(largest, _most(sizes, largest)).to(torch.bfloat16))
     wide /= normalisers.float()
-    scales = _positive(torch.abs(wide, out=sizes).amax(1) / _LEVELS)
+    scales = torch.abs(wide, out=sizes).amax(1)
+    # Divided by a tensor: by a number, a GPU multiplies with the reciprocal, whose last bit may differ.
+    scales = _positive(scales / torch.full_like(scales, _LEVELS))
     levels = wide.div_(scales[:, None]).round_().clamp_(-_LEVELS, _LEVELS).to(torch.int8)
     parts = [normalisers.view(torch.uint8), scales.view(torch.uint8), levels.view(-1).view(torch.uint8)]
     record = torch.cat(parts)
     assert len(record) == Int8().size_limits(tokens, channels)[0]
-    return record
+    return record, finite
+
+
+def _most(sizes: Tensor, largest: Tensor) -> Tensor:
+    """What a channel's normaliser may be at most, float32 [C]: so many times the mean of its `sizes` [tokens, C].
+
+    The sizes are rounded down to a multiple of a power of two that is 2^-20 or less of the largest one. So the sum is
+    one of whole numbers, below 2^53 for up to 2^32 tokens: exact, in whatever order a device adds them.
+    """
+    power = (largest.view(torch.int32) & _EXPONENT).view(torch.float32).clamp_(min=_LEAST_POWER)
+    unit = power * _UNIT_OF_POWER
+    total = (sizes / unit).trunc_().sum(0, dtype=torch.float64)
+    mean = total * unit / torch.full_like(total, len(sizes))
+    return (mean * _PEAK_OVER_MEAN).float()
 
 
 def decode_int8(record: Tensor, tokens: int, channels: int) -> Tensor:

@@ -19,6 +19,8 @@ import threading
 import time
 from pathlib import Path
 
+from vggt_cache.environment import seconds_of
+
 DEFAULT_TTL_S = 60.0
 _CLAIM_NAME = re.compile(r"([0-9a-f]{32})\.(\d{1,9})")
 
@@ -28,7 +30,7 @@ class Claims:
 
     def __init__(self, directory: Path, *, ttl_s: float | None = None) -> None:
         self._dir = directory
-        self._ttl_s = ttl_s or float(os.environ.get("VGGT_CACHE_CLAIM_TTL_S", DEFAULT_TTL_S))
+        self._ttl_s = ttl_s or seconds_of("VGGT_CACHE_CLAIM_TTL_S", DEFAULT_TTL_S)
         self._token = os.urandom(16).hex()
         self._alive = directory / f"{self._token}.alive"
         self._held: set[str] = set()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
 
 from tqdm import tqdm
+
+from vggt_cache.environment import rank_of
 
 
 class Reporter:
@@ -16,8 +17,9 @@ class Reporter:
     """
 
     def __init__(self) -> None:
-        self.rank = int(os.environ.get("RANK", "0") or 0)
-        self.world_size = int(os.environ.get("WORLD_SIZE", "1") or 1)
+        """Raises SettingsError where the environment's numbers are none."""
+        self.rank = rank_of("RANK", 0)
+        self.world_size = rank_of("WORLD_SIZE", 1)
 
     def info(self, text: str) -> None:
         if self.rank == 0:

@@ -27,7 +27,7 @@ from vggt_cache.precompute.scan import scan_data
 from vggt_cache.precompute.settings import PrecomputeSettings, choose_compute_dtype, choose_device
 from vggt_cache.precompute.stop import StopRequest
 from vggt_cache.precompute.verify import LARGEST_RELATIVE_ERROR, largest_relative_error, verify_data
-from vggt_cache.precompute.write import BlockDone, FeatureWriter
+from vggt_cache.precompute.write import BlockDone, FeatureWriter, shard_bytes
 from vggt_cache.store import FeatureCache, ShardWriter, create_store
 
 EXIT_OK, EXIT_INVALID, EXIT_INCOMPLETE = 0, 1, 3
@@ -54,6 +54,7 @@ class _Run:
         """Wanted features that could not be computed."""
         self.elsewhere = 0
         """Wanted features that turned out to be stored already."""
+        self.shard_bytes = shard_bytes()
         self.limits = QwenLimits.read(settings.model_path) if settings.model_path else None
 
     def execute(self) -> int:
@@ -201,6 +202,8 @@ class _Run:
             stack.enter_context(self.stop.deferred())
             writer = FeatureWriter(
                 lambda: ShardWriter(store_dir, spec, codec=settings.codec),
+                feature_dtype=spec.feature_dtype,
+                shard_bytes=self.shard_bytes,
                 on_commit=lambda blocks: _committed(blocks, table, claims),
                 on_written=bar.update,
                 on_bad_feature=self._not_stored,

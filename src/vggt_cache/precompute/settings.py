@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 from vggt_cache.codec import NONE, codec_for, shard_codec
+from vggt_cache.environment import rank_of
 from vggt_cache.errors import SettingsError
 from vggt_cache.identity import (
     COMPUTE_DTYPES,
@@ -113,8 +113,8 @@ def choose_device(wanted: str) -> str:
             "check nvidia-smi and CUDA_VISIBLE_DEVICES, or give --device cpu"
         )
     card = int(index or 0)
-    if card == 0 and "LOCAL_RANK" in os.environ:
-        card = int(os.environ["LOCAL_RANK"])
+    if card == 0:
+        card = rank_of("LOCAL_RANK", 0)
     if card >= torch.cuda.device_count():
         raise SettingsError(
             f"--device cuda:{card} does not exist: {torch.cuda.device_count()} GPUs are visible here, counted from 0"
