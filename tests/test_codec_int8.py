@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from codec_kit import BF16, INT8, KEYS, NUMBERS, given_back, write_packed
 from store_kit import equal, make_feature, make_key, make_spec, write_shard
 from vggt_cache.codec.int8 import Int8
-from vggt_cache.codec.quantise import EncodedFeature, decode_int8, decode_rows, encode_int8
+from vggt_cache.codec.quantise import EncodedFeature, _most, decode_int8, decode_rows, encode_int8
 from vggt_cache.errors import SettingsError
 from vggt_cache.identity import feature_key, frame_digest
 from vggt_cache.store import FeatureCache
@@ -104,6 +106,34 @@ def test_decoding_piece_by_piece_gives_the_same_bits_as_at_once() -> None:
         record, target = encode_int8(values), torch.empty_like(values)
         decode_rows(record, target)
         assert equal(target, decode_int8(record, *values.shape))
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-30, 1e-37, 1e35])
+def test_a_normaliser_depends_on_no_order_of_the_tokens(factor: float) -> None:
+    """A sum in float32 would: devices add in different orders, and a mean near a boundary gives another normaliser."""
+    sizes = (activations("massive activations").double() * factor).bfloat16().float().abs()
+    largest, generator = sizes.amax(0), torch.Generator().manual_seed(3)
+    most = _most(sizes, largest)
+    for _ in range(20):
+        assert torch.equal(_most(sizes[torch.randperm(TOKENS, generator=generator)], largest), most)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-30, 1e35])
+def test_a_normaliser_is_made_from_the_sum_that_the_document_defines(factor: float) -> None:
+    sizes = (activations("massive activations").double() * factor).bfloat16().float().abs()
+    most = _most(sizes, sizes.amax(0))
+    for channel in (0, 11, 100):
+        column = [Fraction(size) for size in sizes[:, channel].tolist()]
+        unit = Fraction(2) ** (math.frexp(max(column))[1] - 1 - 20)
+        exact = 16 * sum(size // unit * unit for size in column) / TOKENS
+        assert most[channel] == torch.tensor(float(exact), dtype=torch.float64).float()
+
+
+@needs_gpu
+def test_a_gpu_encodes_the_same_bits() -> None:
+    for kind in ("plain", "outlier channels", "massive activations"):
+        values = torch.cat([activations(kind)] * 3)
+        assert torch.equal(encode_int8(values.cuda()).cpu(), encode_int8(values))
 
 
 @needs_gpu

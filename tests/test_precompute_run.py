@@ -439,18 +439,22 @@ def test_a_failing_disk_ends_the_run_and_keeps_what_was_committed(run, monkeypat
     assert len(records(cache_dir)) == 1
 
 
+@pytest.mark.parametrize("thread", ["feature-writer", "shard-committer"])
 @pytest.mark.parametrize("where", ["the shard", "the queue"])
-def test_running_out_of_memory_is_one_sentence_and_the_next_run_goes_on(run, monkeypatch, cache_dir, where):
-    """Of the thread that writes, also while it waits for work: nobody may wait for a thread that has gone."""
+def test_running_out_of_memory_is_one_sentence_and_the_next_run_goes_on(
+    run, monkeypatch, cache_dir, where, thread
+):
+    """Of the threads that write and commit, also while they wait: nobody may wait for a thread that has gone."""
     from queue import Queue
 
     from vggt_cache.store import ShardWriter
 
-    owner, name = (ShardWriter, "append") if where == "the shard" else (Queue, "get")
+    step = "append" if thread == "feature-writer" else "commit"
+    owner, name = (ShardWriter, step) if where == "the shard" else (Queue, "get")
     real, fallen = getattr(owner, name), []
 
     def full_once(*arguments, **options):
-        if threading.current_thread().name == "feature-writer" and not fallen:
+        if threading.current_thread().name == thread and not fallen:
             fallen.append(1)
             raise MemoryError
         return real(*arguments, **options)
@@ -461,6 +465,17 @@ def test_running_out_of_memory_is_one_sentence_and_the_next_run_goes_on(run, mon
     assert "[ERROR] this process has no memory left: what is committed stays" in err
     assert run()[0] == 0
     assert len(records(cache_dir)) == 12
+
+
+@pytest.mark.parametrize("name", ["VGGT_CACHE_SHARD_BYTES", "RANK", "WORLD_SIZE"])
+def test_a_number_of_the_environment_that_is_none_is_refused_before_anything_is_read(
+    run, monkeypatch, cache_dir, name
+):
+    monkeypatch.setenv(name, "plenty")
+    code, out, err = run()
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"[ERROR] the environment's {name} is 'plenty', which is no ")
+    assert not cache_dir.exists()
 
 
 def test_features_that_are_not_finite_are_not_stored(run, monkeypatch):

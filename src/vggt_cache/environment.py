@@ -7,7 +7,8 @@ import re
 
 from vggt_cache.errors import SettingsError
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(i?b)?|b)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,15})?) ?(?:([kmgt])(i?b)?|b)?", re.IGNORECASE | re.ASCII)
+_WHOLE = re.compile(r"\d{1,9}", re.ASCII)
 
 
 def size_of(name: str, default_bytes: int) -> int:
@@ -47,7 +48,7 @@ def rank_of(name: str, default: int) -> int:
     text = os.environ.get(name, "").strip()
     if not text:
         return default
-    if not (text.isascii() and text.isdigit()):
+    if _WHOLE.fullmatch(text) is None:
         raise SettingsError(
             f"the environment's {name} is {text!r}, which is no whole number: a launcher sets it; unset it for a "
             "process alone"
