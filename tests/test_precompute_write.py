@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,13 @@ def all_threads_end() -> Iterator[None]:
         yield
     names = {thread.name for thread in threading.enumerate()}
     assert not names & {"feature-writer", "shard-committer"}
+
+
+def comes_true(condition: Callable[[], bool]) -> bool:
+    until_s = time.monotonic() + LONG_S
+    while not (found := condition()) and time.monotonic() < until_s:
+        time.sleep(0.001)
+    return found
 
 
 class Gate:
@@ -281,7 +289,7 @@ def test_flush_returns_when_all_is_on_disk_and_every_block_is_done(tmp_path: Pat
 
 
 def until_refused(writing: Writing) -> None:
-    for number in range(1000, 1_000_000):
+    for number in range(1000, 3000):
         writing.put(number)
 
 
@@ -314,13 +322,14 @@ def test_nothing_is_committed_behind_a_shard_that_could_not_be(tmp_path: Path) -
 
     def fault(name: str, position: int, call: Call) -> Any:
         if name == "fsync" and not failed.is_set():
-            assert writing.has_written(3)  # two shards are full, a third is open
+            assert writing.has_written(3)  # three shards are full, two of them behind this one
             failed.set()
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return call()
 
     writing = Writing(tmp_path, fs=TracedFileSystem(fault))
-    writing.put(1, 2, 3)
+    for number in (1, 2, 3):
+        writing.put(number)
     writing.finish("block")
     with pytest.raises(CommitError):
         writing.writer.close()
@@ -351,6 +360,55 @@ def test_what_waits_to_be_committed_is_so_although_the_next_feature_cannot_be_wr
     assert writing.holds(1, 2)
     assert (writing.done, writing.writer.committed) == (["first"], 2)
     assert temp_files(tmp_path) == []
+
+
+def test_a_shard_that_is_open_when_a_commit_fails_leaves_nothing(tmp_path: Path) -> None:
+    gate = Gate("fsync")
+    writing = Writing(tmp_path, fs=gate.fs, records=2)
+
+    def on_commit(done: list[BlockDone]) -> None:
+        raise CommitError("the digests cannot be noted")
+
+    writing.writer._on_commit = on_commit
+    writing.put(1, 2)
+    writing.put(3)
+    assert writing.has_written(3)
+    gate.opened.set()
+    assert comes_true(lambda: writing.writer._committing.error is not None)
+    with pytest.raises(CommitError, match="digests"):
+        writing.writer.close()
+    assert writing.holds(1, 2)
+    assert temp_files(tmp_path) == []
+
+
+@pytest.mark.parametrize("operation", ["pwrite", "fsync"])
+def test_nobody_waits_for_a_thread_that_has_met_an_error(tmp_path: Path, operation: str) -> None:
+    """Neither who feeds the writer, whose places are all taken by then, nor the writer who feeds the committer."""
+    taken = threading.Event()
+
+    def fault(name: str, position: int, call: Call) -> Any:
+        if name == operation:
+            assert taken.wait(LONG_S)
+            raise MemoryError
+        return call()
+
+    writing = Writing(tmp_path, fs=TracedFileSystem(fault))
+    raised: list[BaseException] = []
+
+    def feed() -> None:
+        try:
+            until_refused(writing)
+        except MemoryError as error:
+            raised.append(error)
+
+    feeder = threading.Thread(target=feed, daemon=True)
+    feeder.start()
+    assert comes_true(writing.writer._writing._jobs.full)
+    taken.set()
+    feeder.join(LONG_S)
+    assert len(raised) == 1
+    with pytest.raises(MemoryError):
+        writing.writer.close()
 
 
 def test_an_error_in_saying_that_blocks_are_done_ends_the_writing(tmp_path: Path) -> None:
