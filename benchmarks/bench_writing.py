@@ -55,6 +55,15 @@ CHANNELS = 2048
 T = TypeVar("T")
 
 
+def spec_of(image_size: int) -> FeatureSpec:
+    """Of the 1B encoder's features, in bfloat16."""
+    encoder = EncoderSpec(
+        weights_digest="0" * 64, embed_dim=CHANNELS // 2, depth=24, num_heads=16, img_size=518,
+        patch_size=14, patch_embed="dinov2_vitl14_reg", layer=22, compute_dtype="bfloat16",
+    )  # fmt: skip
+    return FeatureSpec(encoder=encoder, preprocessing=Preprocessing(image_size=image_size))
+
+
 class TimedFileSystem(FileSystem):
     """The operating system's calls that a writer makes, and how long each kind took."""
 
@@ -102,13 +111,7 @@ class Bench:
     def __init__(self, arguments: argparse.Namespace, folder: Path, codec: str) -> None:
         self.codec = codec
         self.grid = GRID[arguments.image_size]
-        self.spec = FeatureSpec(
-            encoder=EncoderSpec(
-                weights_digest="0" * 64, embed_dim=CHANNELS // 2, depth=24, num_heads=16, img_size=518,
-                patch_size=14, patch_embed="dinov2_vitl14_reg", layer=22, compute_dtype="bfloat16",
-            ),
-            preprocessing=Preprocessing(image_size=arguments.image_size),
-        )  # fmt: skip
+        self.spec = spec_of(arguments.image_size)
         generator = torch.Generator().manual_seed(0)
         self.features = [
             torch.randn((*self.grid, CHANNELS), generator=generator).bfloat16()

@@ -130,6 +130,19 @@ def writing(figures: Values, settings: Values) -> Iterator[Row]:
         )
 
 
+def writer(figures: Values, settings: Values) -> Iterator[Row]:
+    for width in settings["image_size"]:
+        one = figures[f"width_{width}"]
+        yield row(
+            "writer",
+            width=width,
+            file_system=settings["file_system"],
+            ours=round(one["frames_per_s"]),
+            over=f"{one['over_limit']:.2f}",
+            limit=round(one["limit_frames_per_s"]),
+        )
+
+
 def index(figures: Values, settings: Values) -> Iterator[Row]:
     counts = list(figures["sizes"])
     large, rebuild = figures["sizes"][counts[-1]], figures["rebuild"]
@@ -233,6 +246,7 @@ def encoder(figures: Values, settings: Values) -> Iterator[Row]:
 THEMES: dict[str, Callable[[Values, Values], Iterator[Row]]] = {
     one.__name__: one
     for one in (
-        precompute, scaling, causal, planning, reading, cold, writing, index, codec, loss, startup, step, encoder,
+        precompute, scaling, causal, planning, reading, cold, writing, writer, index, codec, loss, startup, step,
+        encoder,
     )
 }  # fmt: skip

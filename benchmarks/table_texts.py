@@ -74,6 +74,11 @@ ENGLISH: dict[str, tuple[str, str, str]] = {
         "early, as it is "
         "here",
     ),
+    "writer": (
+        "precompute's writer alone, {width} wide, {file_system}",
+        "{ours} frames/s, **{over}** of the limit",
+        "{limit} frames/s: checksum and write of the same features on one thread",
+    ),
     "index": (
         "a cache of {records} features: open it, find one",
         "{open} ms to open, {lookup} µs to find, {memory} MB of memory; reading one takes **{get} x** the time "
@@ -180,6 +185,11 @@ CHINESE: dict[str, tuple[str, str, str]] = {
         "写一个 {size} MB 的分片直到落盘，编解码 {codec}，{file_system}",
         "{ours} MB/s，为单纯 `write` 加 fsync 的 **{over} 倍**",
         "{raw} MB/s：同样的字节只做 `write` 和 fsync；像这里一样让磁盘提前开始写，则为 {early} MB/s",
+    ),
+    "writer": (
+        "单独测 precompute 的写入端，宽 {width}，{file_system}",
+        "{ours} 帧/秒，极限的 **{over}**",
+        "{limit} 帧/秒：一个线程对同样的特征只做校验和与 write",
     ),
     "index": (
         "{records} 个特征的缓存：打开，再查一个",

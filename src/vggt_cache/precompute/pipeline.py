@@ -1,6 +1,6 @@
 """The running of a plan: claim blocks, decode ahead, encode, write; all four at the same time.
 
-    claimed block ──> decode workers ──> encoder ──> writer thread ──> committed shard, claim given back
+    claimed block ──> decode workers ──> encoder ──> writer's threads ──> committed shard, claim given back
         (two blocks ahead)             (this thread)
 
 Nothing is computed that the store has, and nothing is stored under any key but that of the bytes which
