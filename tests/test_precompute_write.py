@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from vggt_cache.codec.quantise import quantised
 from vggt_cache.errors import CommitError, OutOfMemoryError, SettingsError
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.precompute.outgoing import HostCopy, all_finite, outgoing
+from vggt_cache.precompute.worker import Worker
 from vggt_cache.precompute.write import BlockDone, FeatureWriter
 from vggt_cache.store import FeatureCache, FileSystem, ShardWriter, create_store
 
@@ -409,6 +412,28 @@ def test_nobody_waits_for_a_thread_that_has_met_an_error(tmp_path: Path, operati
     assert len(raised) == 1
     with pytest.raises(MemoryError):
         writing.writer.close()
+
+
+def test_a_thread_ends_although_the_word_to_end_was_lost_and_does_what_came_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The queue may run out of memory when it has given the word out already."""
+    real, done = queue.Queue.get, []
+
+    def get(self: queue.Queue[Any], *arguments: Any, **options: Any) -> Any:
+        job = real(self, *arguments, **options)
+        if job is None:
+            raise MemoryError
+        return job
+
+    monkeypatch.setattr(queue.Queue, "get", get)
+    worker = Worker("feature-writer", waiting=1)
+    for number in range(3):
+        worker.submit(partial(done.append, number))
+    worker.close()
+    worker.close()
+    assert done == [0, 1, 2]
+    assert isinstance(worker.error, MemoryError)
 
 
 def test_an_error_in_saying_that_blocks_are_done_ends_the_writing(tmp_path: Path) -> None:

@@ -27,9 +27,10 @@ class Worker:
         self._jobs.put(job)
 
     def close(self) -> None:
-        """Returns when all jobs are done and the thread has ended."""
-        self._closing = True
-        self._jobs.put(None)
+        """Returns when all jobs are done and the thread has ended. May be called again."""
+        if not self._closing:
+            self._closing = True
+            self._jobs.put(None)
         self._thread.join()
 
     def _run(self) -> None:
@@ -38,7 +39,7 @@ class Worker:
                 try:
                     job = self._jobs.get(timeout=1.0)
                 except queue.Empty:
-                    if self._closing:  # the word to end was lost for want of memory
+                    if self._closing and self._jobs.empty():  # the word to end was lost for want of memory
                         return
                     job = self._when_idle or _nothing
                 if job is None:
