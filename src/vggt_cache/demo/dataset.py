@@ -14,23 +14,19 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
-from vggt_cache.demo.describe import Words, describe
 from vggt_cache.demo.folder import GeneratedFolder
-from vggt_cache.demo.scene import Scene
-from vggt_cache.demo.walk import ACTIONS, Episode, walk
+from vggt_cache.demo.scene import Scene, View
+from vggt_cache.demo.walk import ACTIONS, Episode, Step, walk
 from vggt_cache.errors import DataError, SettingsError
 from vggt_cache.samples import history_indexes
 
-DRAWING_VERSION = 1
+DRAWING_VERSION = 2
 """Raised whenever the same arguments give other files."""
 _PNG_LEVEL = 3
 _EPISODES_A_HOUSE = 2
@@ -41,35 +37,19 @@ class DatasetSummary:
     """What `write_dataset` left under its root."""
 
     root: Path
-    conversations: Path
-    structured: Path
-    episode_folders: Path
-    """`episodes/train`, one folder an episode."""
     episodes: int
     frames: int
-    """Distinct images."""
-    samples: int
-    """Samples in each of the three layouts: one a frame."""
+    """Distinct images, and samples in each of the three layouts: one a frame."""
     image_bytes: int
     """Bytes of the distinct images."""
     written: int
-    """Files that were new or changed; 0 if everything was there already."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Told:
-    """One episode, rendered."""
-
-    name: str
-    episode: Episode
-    pictures: list[bytes]
-    words: list[Words]
+    """Files that were written; 0 if everything was there already."""
 
 
 def write_dataset(
     root: str | os.PathLike[str], *, episodes: int = 4, steps: int = 24, seed: int = 0
 ) -> DatasetSummary:
-    """Write `episodes` walks of `steps` frames each under `root`; equal files that are there are left untouched.
+    """Write `episodes` walks of `steps` frames each under `root`; if all is there already, nothing is touched.
 
     Raises SettingsError for counts out of range, DataError if `root` holds something else or cannot be written.
     """
@@ -81,134 +61,98 @@ def write_dataset(
     folder = GeneratedFolder(Path(root), f"{DRAWING_VERSION}: episodes={episodes} steps={steps} seed={seed}")
     try:
         if not folder.is_complete():
-            with folder:
-                _write(folder, episodes, steps, seed)
+            folder.begin()
+            _write(folder, episodes, steps, seed)
+            folder.end()
+        image_bytes = sum(path.stat().st_size for path in (Path(root) / "episodes").rglob("*.png"))
     except OSError as error:
         raise DataError(
             f"the demo's data cannot be written to {root} ({error.strerror or error}): "
             "choose a directory that you can write to, with enough free space"
         ) from error
-    return _summary(folder, episodes, episodes * steps)
-
-
-def _summary(folder: GeneratedFolder, episodes: int, frames: int) -> DatasetSummary:
-    root = folder.root
-    images = [
-        size for name, size in folder.sizes.items() if name.startswith("episodes/") and name.endswith(".png")
-    ]
     return DatasetSummary(
-        root=root,
-        conversations=root / "conversations",
-        structured=root / "structured",
-        episode_folders=root / "episodes" / "train",
+        root=Path(root),
         episodes=episodes,
-        frames=frames,
-        samples=frames,
-        image_bytes=sum(images),
+        frames=episodes * steps,
+        image_bytes=image_bytes,
         written=folder.written,
     )
 
 
 def _write(folder: GeneratedFolder, episodes: int, steps: int, seed: int) -> None:
-    conversations: list[list[dict[str, Any]]] = []
-    for told in _tell(episodes, steps, seed):
-        _write_episode_folder(folder, told)
-        _write_structured(folder, told)
-        conversations.append(_write_conversations(folder, told))
     # JanusVLN's own tool writes one large list; others use JSON Lines. The demo has some of each.
-    lines = [sample for number, samples in enumerate(conversations) if number % 2 == 0 for sample in samples]
-    listed = [sample for number, samples in enumerate(conversations) if number % 2 == 1 for sample in samples]
-    folder.put("conversations/train.jsonl", _json_lines(lines))
-    if listed:
-        folder.put("conversations/train_list.json", (json.dumps(listed, indent=1) + "\n").encode())
-
-
-def _tell(episodes: int, steps: int, seed: int) -> Iterator[_Told]:
-    """All episodes, rendered one after the other; some share a house."""
+    lines: list[dict[str, Any]] = []
+    listed: list[dict[str, Any]] = []
     for number in range(episodes):
         if number % _EPISODES_A_HOUSE == 0:
             scene = Scene(seed * 1000 + number // _EPISODES_A_HOUSE)
         episode = walk(scene.house, name=f"episode/{number}", steps=steps)
-        views = (scene.look(step.pose) for step in episode.steps)
-        drawn = [(_png(scene.picture(view)), describe(scene.faces, view)) for view in views]
-        yield _Told(
-            name=str(number + 1),
-            episode=episode,
-            pictures=[picture for picture, _ in drawn],
-            words=[words for _, words in drawn],
+        (listed if number % 2 else lines).extend(_write_episode(folder, str(number + 1), episode, scene))
+    folder.put("conversations/train.jsonl", _json_lines(lines))
+    if listed:
+        folder.put("conversations/train_list.json", _json(listed))
+
+
+def _write_episode(
+    folder: GeneratedFolder, name: str, episode: Episode, scene: Scene
+) -> list[dict[str, Any]]:
+    """Draws the frames and writes the episode in all layouts; returns its conversations."""
+    steps, home = episode.steps, f"episodes/train/{name}"
+    numbered = [f"{name}/{i:04d}.png" for i in range(len(steps))]
+    named = [f"{name}/{i:04d}_{step.action.lower()}.png" for i, step in enumerate(steps)]
+    structured, conversations = [], []
+    for i, step in enumerate(steps):
+        view, png = scene.look(step.pose), io.BytesIO()
+        Image.fromarray(scene.picture(view)).save(png, "PNG", compress_level=_PNG_LEVEL)
+        stem = f"{home}/step_{i:04d}_{step.action}"
+        folder.put(f"{stem}.png", png.getvalue())
+        folder.put_link(f"structured/{numbered[i]}", f"{stem}.png")
+        folder.put_link(f"conversations/{named[i]}", f"{stem}.png")
+        landmarks, distances = _words(scene, step, view)
+        folder.put(
+            f"{stem}.json", _json({"landmark_description": landmarks, "spatial_description": distances})
         )
-
-
-def _png(picture: npt.NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG", compress_level=_PNG_LEVEL)
-    return buffer.getvalue()
-
-
-def _json_lines(samples: list[dict[str, Any]]) -> bytes:
-    return "".join(json.dumps(sample) + "\n" for sample in samples).encode()
-
-
-# ---------------------------------------------------------------- the three layouts
-
-
-def _write_episode_folder(folder: GeneratedFolder, told: _Told) -> None:
-    home = f"episodes/train/{told.name}"
-    for index in range(len(told.pictures)):
-        stem = _stem(told, index)
-        folder.put(f"{stem}.png", told.pictures[index])
-        words = {
-            "landmark_description": told.words[index].landmarks,
-            "spatial_description": told.words[index].distances,
-        }
-        folder.put(f"{stem}.json", (json.dumps(words, indent=1) + "\n").encode())
-    milestones = {
-        "episode_id": told.name,
-        "instruction_text": told.episode.instruction,
-        "subinstructions": list(told.episode.subinstructions),
-        "completion_checkpoints": [{"checkpoint_frame_index": index} for index in told.episode.checkpoints],
-    }
-    folder.put(f"{home}/milestones_result.json", (json.dumps(milestones, indent=1) + "\n").encode())
-
-
-def _stem(told: _Told, index: int) -> str:
-    return f"episodes/train/{told.name}/step_{index:04d}_{told.episode.steps[index].action}"
-
-
-def _write_structured(folder: GeneratedFolder, told: _Told) -> None:
-    samples = []
-    names = [f"{told.name}/{index:04d}.png" for index in range(len(told.pictures))]
-    for index, step in enumerate(told.episode.steps):
-        folder.put_link(f"structured/{names[index]}", f"{_stem(told, index)}.png")
-        history = [names[i] for i in history_indexes(index)[:-1]]
-        samples.append(
+        seen = history_indexes(i)
+        structured.append(
             {
-                "id": f"{told.name}_{index:04d}",
-                "history_images": history,
-                "current_image": names[index],
-                "instruction": told.episode.instruction,
-                "subinstruction": told.episode.subinstructions[step.part],
-                "2D_description": told.words[index].landmarks,
-                "3D_description": told.words[index].distances,
+                "id": f"{name}_{i:04d}",
+                "history_images": [numbered[j] for j in seen[:-1]],
+                "current_image": numbered[i],
+                "instruction": episode.instruction,
+                "subinstruction": episode.subinstructions[step.part],
+                "2D_description": landmarks,
+                "3D_description": distances,
                 "action": step.action,
             }
         )
-    folder.put(f"structured/episode_{told.name}.jsonl", _json_lines(samples))
+        talk = [("human", _question(episode.instruction, len(seen) - 1)), ("gpt", step.action)]
+        talked = [{"from": who, "value": said} for who, said in talk]
+        conversations.append({"id": named[i], "conversations": talked, "images": [named[j] for j in seen]})
+    folder.put(f"structured/episode_{name}.jsonl", _json_lines(structured))
+    milestones = {
+        "episode_id": name,
+        "instruction_text": episode.instruction,
+        "subinstructions": list(episode.subinstructions),
+        "completion_checkpoints": [{"checkpoint_frame_index": index} for index in episode.checkpoints],
+    }
+    folder.put(f"{home}/milestones_result.json", _json(milestones))
+    return conversations
 
 
-def _write_conversations(folder: GeneratedFolder, told: _Told) -> list[dict[str, Any]]:
-    samples = []
-    steps = told.episode.steps
-    names = [f"{told.name}/{index:04d}_{step.action.lower()}.png" for index, step in enumerate(steps)]
-    for index, step in enumerate(steps):
-        folder.put_link(f"conversations/{names[index]}", f"{_stem(told, index)}.png")
-        images = [names[i] for i in history_indexes(index)]
-        talk = [
-            {"from": "human", "value": _question(told.episode.instruction, len(images) - 1)},
-            {"from": "gpt", "value": step.action},
-        ]
-        samples.append({"id": names[index], "conversations": talk, "images": images})
-    return samples
+def _words(scene: Scene, step: Step, view: View) -> tuple[str, str]:
+    """What the frame shows (2D) and how far away that is (3D)."""
+    room = scene.house.room_at(step.pose.x, step.pose.y)
+    labels = scene.labels[view.face // 6]
+    nearest_m = {thing: view.depth[labels == thing] for thing in ("doorway", "window") if thing in labels}
+    things = "".join(f", a {thing}" for thing in nearest_m)
+    distances = "".join(
+        f", the nearest {thing} {depths_m.min():.1f} m away" for thing, depths_m in nearest_m.items()
+    )
+    ahead_m = view.depth[220:260, 300:340].min()
+    return (
+        f"The {room.name} with {room.wall} and a floor of {room.floor}{things}.",
+        f"At eye level the view ahead is free for {ahead_m:.1f} m{distances}.",
+    )
 
 
 def _question(instruction: str, earlier: int) -> str:
@@ -218,3 +162,11 @@ def _question(instruction: str, earlier: int) -> str:
         f"You walk through a house and follow an instruction. {memory}Now you see <image>. "
         f"The instruction: {instruction} Answer with the next action, one of {' '.join(ACTIONS[1:])} {ACTIONS[0]}."
     )
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def _json_lines(samples: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(sample) + "\n" for sample in samples).encode()

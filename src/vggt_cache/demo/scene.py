@@ -1,147 +1,192 @@
 """A first-person renderer for the demo house: one ray per pixel, pinhole perspective, numpy only.
 
-The camera never tilts, so all pixels of a column share one vertical plane: walls are found once per
-column, and the rows that a face covers follow from its heights. On floats only additions, multiplications,
-divisions and square roots are used (IEEE 754 fixes their results), and textures are blended in integers:
-equal houses and poses give equal pixels.
+The camera never tilts, so all pixels of a column share one vertical plane: boxes are met once per column, and the
+rows follow from their heights. On floats only additions, multiplications, divisions and square roots are used, whose
+results IEEE 754 fixes: equal houses and poses give equal pixels.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
-from vggt_cache.demo.camera import EYE_M, WIDTH, Floats, Pose, Rays, View
-from vggt_cache.demo.faces import Faces, faces_of, room_index
-from vggt_cache.demo.house import House, build_house
-from vggt_cache.demo.pattern import WALL_HEIGHT_M
-from vggt_cache.demo.shading import Shader
+from vggt_cache.demo.house import COLUMNS, House
+from vggt_cache.demo.textures import NAMES, SIZE, TEXELS_PER_METRE, WALL_HEIGHT_M, texture
 
-_NEAR_M = 0.02
+WIDTH, HEIGHT = 640, 480
+FOCAL_PIXELS = 388.19
+"""79 degrees from left to right on 640 columns, as habitat's cameras for R2R-CE: 320 / tan(39.5 degrees)."""
+EYE_M = 1.25
+TURNS = 24
+"""A heading counts turns of 15 degrees to the left, from east."""
+
+_NEAR_M, _LAMP_Z_M = 0.02, 2.25
+_CORNER_M = 0.5
+"""Corners are darker up to this distance."""
+_LEVELS = 8
+_LEVEL_START = [4 * len(NAMES) * (SIZE**2 - (SIZE**2 >> 2 * level)) // 3 for level in range(_LEVELS)]
+"""Where a level of detail begins among all texels: each has a quarter of the texels of the one before."""
+
+Floats = npt.NDArray[np.float32]
+_AMBIENT, _LAMPLIGHT = (np.array(rgb, np.float32) for rgb in ((0.53, 0.55, 0.59), (0.66, 0.61, 0.53)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pose:
+    """Where the camera stands (metres) and where it looks (`heading` times 15 degrees left of east)."""
+
+    x: float
+    y: float
+    heading: int
+
+    @property
+    def forward(self) -> tuple[float, float]:
+        """Unit vector (x, y) of the viewing direction, rounded: libraries' cosines differ in the last bit."""
+        angle = math.tau * (self.heading % TURNS) / TURNS
+        return round(math.cos(angle), 12), round(math.sin(angle), 12)
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What each pixel shows, before any colour. All arrays are [480, 640]."""
+
+    face: npt.NDArray[np.int32]
+    """6 times the index of the box, plus its face: west, east, south, north, down, up."""
+    depth: Floats
+    """Distance along the viewing direction, metres."""
+    position: tuple[Floats, Floats, Floats]
+    """The point that is seen: world x, y, z, metres."""
+    eye: tuple[float, float, float]
+    """Where it is seen from: world x, y, z, metres."""
 
 
 class Scene:
     """A house that can be looked at."""
 
     def __init__(self, seed: int) -> None:
-        self.house: House = build_house(seed)
-        self.faces: Faces = faces_of(self.house)
-        self._shader = Shader(self.house, self.faces)
+        self.house = House(seed)
+        boxes = self.house.boxes
+        self.labels = np.array([box.label for box in boxes])
+        """What each box is, in words."""
+        self.textures = np.array([NAMES.index(name) for box in boxes for name in box.textures], np.int32)
+        """Of each face: the index of its texture in `textures.NAMES`."""
+        self._low, self._high = (
+            np.array([getattr(b, end) for b in boxes], np.float32) for end in ("low", "high")
+        )
+        # A window's picture covers it exactly once; all other textures repeat at their natural size.
+        stretched = (self.labels == "window")[:, None]
+        self._origin = np.where(stretched, self._low, np.float32(0))
+        texels = np.where(stretched, SIZE / (self._high - self._low), TEXELS_PER_METRE)
+        self._texels_per_metre = texels.astype(np.float32)
+        self._texels = _levels_of_detail()
+        rooms = [(room.low, 0, room.high, WALL_HEIGHT_M, room.centre, _LAMP_Z_M) for room in self.house.rooms]
+        self._rooms = np.array([np.hstack(room) for room in rooms], np.float32).reshape(-1, 3, 3)
+        """[rooms, 3, 3]: lower corner, upper corner, lamp."""
 
     def render(self, pose: Pose) -> npt.NDArray[np.uint8]:
         """What is seen from `pose`: uint8 [480, 640, 3], RGB."""
         return self.picture(self.look(pose))
 
-    def picture(self, view: View) -> npt.NDArray[np.uint8]:
-        """The colours of a traced view: uint8 [480, 640, 3], RGB."""
-        return self._shader.shade(view)
-
     def look(self, pose: Pose) -> View:
-        """Trace one ray through the middle of every pixel."""
-        rays = Rays.of(pose)
-        face, depth = _walls(self.faces, rays)
-        _flat_faces(self.faces, rays, face, depth)
-        x = np.float32(pose.x) + depth * rays.x
-        y = np.float32(pose.y) + depth * rays.y
-        z = np.float32(EYE_M) + depth * rays.rise[:, None]
-        _name_floors(self.house, self.faces, face, x, y, z)
-        return View(face=face, depth=depth, position=(x, y, z), eye=rays.eye)
-
-
-def _walls(faces: Faces, rays: Rays) -> tuple[npt.NDArray[np.int32], Floats]:
-    """Face and depth of every pixel as far as vertical faces go; -1 where floor or ceiling shows."""
-    indices, hits = _column_hits(faces, rays)
-    full = faces.full[indices]
-    nearest = hits[full].min(axis=0)
-    nearest_face = indices[full][hits[full].argmin(axis=0)].astype(np.int32)
-    plane = np.where(rays.rise < 0, np.float32(-EYE_M), np.float32(WALL_HEIGHT_M - EYE_M)) / rays.rise
-    depth = np.minimum(plane[:, None], nearest[None, :])
-    face = np.where(nearest[None, :] < plane[:, None], nearest_face[None, :], np.int32(-1))
-    for index, hit in zip(indices[~full], hits[~full], strict=True):
-        columns = np.flatnonzero(hit < nearest)
-        if len(columns):
-            _paint_upright(faces, int(index), hit, slice(columns[0], columns[-1] + 1), rays, face, depth)
-    return face, depth
-
-
-def _column_hits(faces: Faces, rays: Rays) -> tuple[npt.NDArray[np.intp], Floats]:
-    """Depth at which each column meets each vertical face that looks at the eye: indices [n], depths [n, 640]."""
-    eye = np.array(rays.eye, dtype=np.float32)
-    upright = faces.axis < 2
-    towards = (eye[np.minimum(faces.axis, 1)] - faces.at) * faces.sign > 0
-    indices = np.flatnonzero(upright & towards)
-    hits = []
-    for axis, ray, other_ray in ((0, rays.x, rays.y), (1, rays.y, rays.x)):
-        chosen = indices[faces.axis[indices] == axis]
-        with np.errstate(divide="ignore", invalid="ignore"):
-            depth = (faces.at[chosen] - eye[axis])[:, None] / ray
-            place = eye[1 - axis] + depth * other_ray
-            inside = (place >= faces.low[chosen, 1 - axis, None]) & (
-                place <= faces.high[chosen, 1 - axis, None]
+        """Trace one ray through the middle of every pixel: eye + depth * (x[column], y[column], rise[row])."""
+        (ahead_x, ahead_y), eye = pose.forward, (pose.x, pose.y, EYE_M)
+        right = (np.arange(WIDTH) + 0.5 - WIDTH / 2) / FOCAL_PIXELS
+        rise = (HEIGHT / 2 - 0.5 - np.arange(HEIGHT)) / FOCAL_PIXELS
+        x, y, z = (r.astype(np.float32) for r in (ahead_x + right * ahead_y, ahead_y - right * ahead_x, rise))
+        (enter_x, leave_x), (enter_y, leave_y), (enter_z, leave_z) = (
+            self._crossings(axis, eye[axis], ray) for axis, ray in enumerate((x, y, z))
+        )
+        enter, leave = np.maximum(enter_x, enter_y), np.minimum(leave_x, leave_y)  # [boxes, 640]
+        side = np.where(enter_x > enter_y, x < 0, 2 + (y < 0))
+        depth = np.full((HEIGHT, WIDTH), np.inf, np.float32)
+        face = np.zeros((HEIGHT, WIDTH), np.int32)
+        met = (enter < leave) & (leave > _NEAR_M)
+        for box in np.flatnonzero(met.any(axis=1)):
+            columns, rows = _block(met[box]), _block(leave_z[box] > np.maximum(enter_z[box], _NEAR_M))
+            across, up = enter[box, columns], enter_z[box, rows, None]
+            t = np.maximum(across, up)
+            nearest = np.minimum(
+                depth[rows, columns], np.minimum(leave[box, columns], leave_z[box, rows, None])
             )
-            hits.append((chosen, np.where(inside & (depth > _NEAR_M), depth, np.float32(np.inf))))
-    return np.concatenate([hits[0][0], hits[1][0]]), np.concatenate([hits[0][1], hits[1][1]])
+            seen = (t < nearest) & (t > _NEAR_M)
+            np.copyto(depth[rows, columns], t, where=seen)
+            side_or_cap = 6 * box + np.where(up > across, 4 + (z[rows, None] < 0), side[box, columns])
+            np.copyto(face[rows, columns], side_or_cap.astype(np.int32), where=seen)
+        position = [np.float32(e) + depth * ray for e, ray in zip(eye, (x, y, z[:, None]), strict=True)]
+        return View(face=face, depth=depth, position=(position[0], position[1], position[2]), eye=eye)
+
+    def _crossings(self, axis: int, eye: float, ray: Floats) -> tuple[Floats, Floats]:
+        """Depths between which each ray is between the two planes of each box: [boxes, rays]."""
+        with np.errstate(divide="ignore", invalid="ignore"):
+            first, second = ((end[:, axis, None] - np.float32(eye)) / ray for end in (self._low, self._high))
+        return np.minimum(first, second), np.maximum(first, second)
+
+    def picture(self, view: View) -> npt.NDArray[np.uint8]:
+        """The colours of what is seen: uint8 [480, 640, 3], RGB."""
+        lamp, dim = self._light(view)
+        lit = self._texel(view) * (dim[..., None] * (_AMBIENT + lamp[..., None] * _LAMPLIGHT))
+        return np.minimum(lit, np.float32(255)).astype(np.uint8)
+
+    def _texel(self, view: View) -> Floats:
+        """The texture's colour, blended from four texels of the level of detail that fits the distance."""
+        box, axis = view.face // 6, view.face % 6 // 2
+        texels = [
+            (view.position[i] - self._origin[box, i]) * self._texels_per_metre[box, i] * np.float32(256)
+            for i in range(3)
+        ]
+        u, v = np.where(axis == 0, texels[1], texels[0]), np.where(axis == 2, texels[1], texels[2])
+        away = np.choose(axis, [abs(p - np.float32(e)) for p, e in zip(view.position, view.eye, strict=True)])
+        # A pixel covers depth / focal across, and that times depth / away along the slope of the face.
+        scale = self._texels_per_metre[box, 2] / np.float32(FOCAL_PIXELS)
+        area = scale * scale * view.depth * view.depth * view.depth / away
+        level = sum((area > np.float32(4.0**k / 2)).astype(np.int32) for k in range(1, _LEVELS))
+        (left, across), (low, up) = (np.divmod((c.astype(np.int32) >> level) - 128, 256) for c in (u, v))
+        bits = 9 - level
+        start = np.array(_LEVEL_START, np.int32)[level] + (self.textures[view.face] << 2 * bits)
+        columns, rows = ([c + i & (1 << bits) - 1 for i in (0, 1)] for c in (left, low))
+        four = [self._texels[start + (row << bits) + column] for row in rows for column in columns]
+        across, up = (share[..., None] * np.float32(1 / 256) for share in (across, up))
+        near, far = (four[i] + (four[i + 1].astype(np.float32) - four[i]) * across for i in (0, 2))
+        return np.asarray(near + (far - near) * up)
+
+    def _light(self, view: View) -> tuple[Floats, Floats]:
+        """Lamplight that falls on each pixel, and the factor by which corners dim all light."""
+        axis, sign = view.face % 6 // 2, (view.face % 2 * 2 - 1).astype(np.float32)
+        # A wall is lit by the lamp of the room that it faces.
+        here = [view.position[i] + np.float32(0.03) * sign * (axis == i) for i in (0, 1)]
+        column, row = (
+            np.searchsorted(np.array(self.house.edges[i][1:-1], np.float32), here[i], "right") for i in (0, 1)
+        )
+        low, high, lamp = np.moveaxis(self._rooms[row * COLUMNS + column], (2, 3), (0, 1))
+        to_lamp = [lamp[i] - view.position[i] for i in range(3)]
+        square = to_lamp[0] * to_lamp[0] + to_lamp[1] * to_lamp[1] + to_lamp[2] * to_lamp[2]
+        facing = np.maximum(np.choose(axis, to_lamp) * sign, np.float32(0))
+        light = facing / np.sqrt(square) * (np.float32(3.0) / (np.float32(2.0) + square)) + np.float32(0.35)
+        dim = np.ones_like(square)
+        for i in range(3):
+            gap = np.minimum(view.position[i] - low[i], high[i] - view.position[i])
+            close = np.where(
+                axis == i, np.float32(0), np.maximum(1 - gap * np.float32(1 / _CORNER_M), np.float32(0))
+            )
+            dim *= 1 - np.float32(0.34) * close * close
+        shines = (self.labels == "window")[view.face // 6]
+        return np.where(shines, np.float32(1), light), np.where(shines, np.float32(1), dim)
 
 
-def _paint_upright(
-    faces: Faces, index: int, hit: Floats, columns: slice, rays: Rays,
-    face: npt.NDArray[np.int32], depth: Floats,
-) -> None:  # fmt: skip
-    """Enter one vertical face of limited height where it is nearer than what is there."""
-    near = hit[columns][np.isfinite(hit[columns])].min()
-    low, high = faces.low[index, 2], faces.high[index, 2]
-    rows = _rows_between(rays, (low - EYE_M) / near, (high - EYE_M) / near)
-    z = EYE_M + hit[columns] * rays.rise[rows, None]
-    seen = (z >= low) & (z <= high) & (hit[columns] < depth[rows, columns])
-    np.copyto(depth[rows, columns], hit[columns], where=seen)
-    np.copyto(face[rows, columns], np.int32(index), where=seen)
+def _block(wanted: npt.NDArray[np.bool_]) -> slice:
+    """The shortest slice that holds all that are wanted."""
+    places = np.flatnonzero(wanted)
+    return slice(places[0], places[-1] + 1) if len(places) else slice(0, 0)
 
 
-def _rows_between(rays: Rays, low: float, high: float) -> slice:
-    """Rows whose rise can lie between two slopes or nearer to the horizon (farther columns are smaller)."""
-    rows = np.flatnonzero((rays.rise >= min(low, 0.0)) & (rays.rise <= max(high, 0.0)))
-    return slice(rows[0], rows[-1] + 1) if len(rows) else slice(0, 0)
-
-
-def _flat_faces(faces: Faces, rays: Rays, face: npt.NDArray[np.int32], depth: Floats) -> None:
-    """Enter tops below the eye and undersides above it (table tops, lintels)."""
-    last = len(faces.axis) - 2 * faces.rooms
-    height = faces.at[:last] - np.float32(EYE_M)
-    for index in np.flatnonzero((faces.axis[:last] == 2) & (height * faces.sign[:last] < 0)):
-        reach = _forward_reach(faces, int(index), rays)
-        with np.errstate(divide="ignore"):
-            plane = height[index] / rays.rise
-        rows = np.flatnonzero((plane > max(_NEAR_M, reach[0])) & (plane <= reach[1]))
-        if not len(rows):
-            continue
-        block = slice(rows[0], rows[-1] + 1)
-        t = plane[block, None]
-        x, y = np.float32(rays.eye[0]) + t * rays.x, np.float32(rays.eye[1]) + t * rays.y
-        low, high = faces.low[index], faces.high[index]
-        seen = (x >= low[0]) & (x <= high[0]) & (y >= low[1]) & (y <= high[1]) & (t < depth[block])
-        np.copyto(depth[block], t, where=seen)
-        np.copyto(face[block], np.int32(index), where=seen)
-
-
-def _forward_reach(faces: Faces, index: int, rays: Rays) -> tuple[float, float]:
-    """Smallest and largest depth of a horizontal face's corners."""
-    middle = WIDTH // 2
-    forward = (
-        float(rays.x[middle - 1] + rays.x[middle]) / 2,
-        float(rays.y[middle - 1] + rays.y[middle]) / 2,
-    )
-    spans = [
-        sorted((float(bound[index, i]) - rays.eye[i]) * forward[i] for bound in (faces.low, faces.high))
-        for i in (0, 1)
-    ]
-    return spans[0][0] + spans[1][0] - 0.01, spans[0][1] + spans[1][1] + 0.01
-
-
-def _name_floors(
-    house: House, faces: Faces, face: npt.NDArray[np.int32], x: Floats, y: Floats, z: Floats
-) -> None:
-    """Replace -1 by the floor or the ceiling of the room that the point lies in."""
-    room = room_index(house, x, y)
-    first = len(faces.axis) - 2 * faces.rooms
-    slab = first + room + np.where(z > EYE_M, faces.rooms, 0)
-    np.copyto(face, slab.astype(np.int32), where=face < 0)
+def _levels_of_detail() -> npt.NDArray[np.uint8]:
+    """[texels, 3] of all textures at their full size, then with half as many rows and columns, and so on."""
+    levels, pictures = [], np.stack([texture(name) for name in NAMES])
+    for _ in range(_LEVELS):
+        levels.append(pictures.reshape(-1, 3))
+        four = [pictures[:, i::2, j::2].astype(np.uint16) for i in (0, 1) for j in (0, 1)]
+        pictures = ((four[0] + four[1] + four[2] + four[3] + 2) >> 2).astype(np.uint8)
+    return np.concatenate(levels)
