@@ -128,7 +128,7 @@ class Scene:
         """The colours of what is seen: uint8 [480, 640, 3], RGB."""
         lamp, dim = self._light(view)
         lit = self._texel(view) * (dim[..., None] * (_AMBIENT + lamp[..., None] * _LAMPLIGHT))
-        return np.minimum(lit, np.float32(255)).astype(np.uint8)
+        return np.asarray(np.minimum(lit, np.float32(255)), np.uint8)
 
     def _texel(self, view: View) -> Floats:
         """The texture's colour, blended from four texels of the level of detail that fits the distance."""
