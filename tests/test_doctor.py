@@ -15,19 +15,21 @@ from typing import Any
 import pytest
 
 from vggt_cache import doctor
-from vggt_cache.doctor import Finding, alone, examine, format_findings, place, together
-from vggt_cache.doctor.together import Partner
+from vggt_cache.doctor import Finding, commit, examine, format_findings, partner, place, together
+from vggt_cache.doctor.partner import Partner
 from vggt_cache.errors import CacheAccessError
+from vggt_cache.precompute.claims import Claims
+from vggt_cache.store import FileSystem
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alone, "THROUGHPUT_BYTES", 1 << 20)
+    monkeypatch.setattr(commit, "THROUGHPUT_BYTES", 1 << 20)
     monkeypatch.setattr(together, "_SWAP_S", 0.05)
 
 
 @pytest.fixture
-def partner() -> Iterator[Partner]:
+def other() -> Iterator[Partner]:
     with Partner() as started:
         yield started
 
@@ -37,6 +39,11 @@ def refuse(code: int) -> Callable[..., Any]:
         raise OSError(code, os.strerror(code))
 
     return call
+
+
+def committed(folder: Path) -> dict[str, Finding]:
+    folder.mkdir(exist_ok=True)
+    return by_name(list(commit.tried_commit(folder)))
 
 
 def by_name(findings: list[Finding]) -> dict[str, Finding]:
@@ -54,7 +61,7 @@ def test_a_local_directory_has_no_fault_and_is_left_as_it_was(tmp_path: Path) ->
     assert {
         "file system", "free space", "free inodes", "directory mode", "writable", "exclusive create", "atomic rename",
         "new name visible", "new contents visible", "fsync of a file", "fsync of a directory", "hard links", "clock",
-        "new files", "file names", "write speed", "read speed",
+        "new files", "file names", "write speed", "read speed", "file locks", "file modes",
     } == set(found)  # fmt: skip
     assert os.listdir(tmp_path) == ["shard.safetensors"]
     assert (tmp_path / "shard.safetensors").read_bytes() == b"kept"
@@ -99,7 +106,7 @@ def test_a_stale_mount_is_one_typed_sentence(tmp_path: Path, monkeypatch: pytest
 def test_without_a_second_process_the_examination_still_ends_with_findings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(together.subprocess, "Popen", refuse(errno.EAGAIN))
+    monkeypatch.setattr(partner.SPAWN.Process, "start", refuse(errno.EAGAIN))
     found = by_name(examine(tmp_path))
     assert found["second process"].status == "fail"
     assert found["read speed"].status == "ok"
@@ -111,10 +118,10 @@ def test_a_second_process_that_dies_is_a_finding_and_no_exception(
 ) -> None:
     ask = Partner.ask
 
-    def die(self: Partner, do: str, **request: Any) -> None:
+    def die(self: Partner, *request: Any) -> None:
         self._process.kill()
-        self._process.wait()
-        ask(self, do, **request)
+        self._process.join()
+        ask(self, *request)
 
     monkeypatch.setattr(Partner, "ask", die)
     found = by_name(examine(tmp_path))
@@ -128,17 +135,17 @@ def test_an_interrupt_leaves_no_folder_and_no_process_behind(
 ) -> None:
     started: list[Partner] = []
 
-    def interrupt(folder: Path, partner: Partner) -> Finding:
-        started.append(partner)
-        partner.ask("watch", path=str(folder / "never"), content="x", timeout_s=1e6)
-        partner.answer()
+    def interrupt(folder: Path, other: Partner) -> Finding:
+        started.append(other)
+        other.ask(partner.watch_content, folder / "never", b"x", 1e6)
+        other.answer()
         raise KeyboardInterrupt
 
     monkeypatch.setattr(together, "TRIALS", (interrupt,))
     with pytest.raises(KeyboardInterrupt):
         examine(tmp_path)
     assert os.listdir(tmp_path) == []
-    assert started[0]._process.poll() is not None
+    assert started[0]._process.exitcode is not None
 
 
 def test_a_folder_that_cannot_be_removed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,18 +173,17 @@ def test_the_table_has_a_line_for_each_finding_of_one_sentence_and_counts_them(t
 
 
 def test_a_create_that_is_not_exclusive_is_found(
-    tmp_path: Path, partner: Partner, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, other: Partner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert together.exclusive_create(tmp_path, partner).status == "ok"
-    monkeypatch.setattr(together, "race", lambda paths, start_at_s: paths)
-    (tmp_path / "other").mkdir()
-    finding = together.exclusive_create(tmp_path / "other", partner)
+    assert together.exclusive_create(tmp_path / "first", other).status == "ok"
+    monkeypatch.setattr(Claims, "try_claim", lambda self, block: True)
+    finding = together.exclusive_create(tmp_path / "other", other)
     assert finding.status == "fail"
     assert "twice" in finding.value
 
 
 def test_a_replacement_that_is_not_atomic_is_found(
-    tmp_path: Path, partner: Partner, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, other: Partner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def in_two_halves(source: Path, target: Path) -> None:
         data = Path(source).read_bytes()
@@ -186,49 +192,53 @@ def test_a_replacement_that_is_not_atomic_is_found(
             time.sleep(0.005)
             file.write(data[len(data) // 2 :])
 
-    monkeypatch.setattr(alone.os, "replace", in_two_halves)
-    finding = together.atomic_replace(tmp_path, partner)
+    monkeypatch.setattr(together.os, "replace", in_two_halves)
+    finding = together.atomic_replace(tmp_path, other)
     assert finding.status == "fail"
     assert "torn" in finding.value
 
 
+def named(how: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on a shard gets its name, and a file its successor, in this way."""
+    link, replace = FileSystem.link, os.replace
+    monkeypatch.setattr(FileSystem, "link", lambda *names, **where: how(link, *names, **where))
+    monkeypatch.setattr(together.os, "replace", lambda *names: how(replace, *names))
+
+
 @pytest.mark.parametrize("trial", [together.visible_name, together.visible_content])
 def test_a_rename_that_nobody_sees_is_found(
-    trial: Callable[..., Finding], tmp_path: Path, partner: Partner, monkeypatch: pytest.MonkeyPatch
+    trial: Callable[..., Finding], tmp_path: Path, other: Partner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(together, "VISIBILITY_TIMEOUT_S", 0.1)
-    monkeypatch.setattr(alone.os, "replace", lambda source, target: None)
-    finding = trial(tmp_path, partner)
+    named(lambda call, *names, **where: None, monkeypatch)
+    finding = trial(tmp_path, other)
     assert (finding.status, finding.value) == ("fail", "not within 0 s")
 
 
 @pytest.mark.parametrize("trial", [together.visible_name, together.visible_content])
 def test_the_visibility_delay_is_measured_and_a_long_one_is_a_warning(
-    trial: Callable[..., Finding], tmp_path: Path, partner: Partner, monkeypatch: pytest.MonkeyPatch
+    trial: Callable[..., Finding], tmp_path: Path, other: Partner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replace = os.replace
-
-    def late(source: Path, target: Path) -> None:
+    def late(call: Callable[..., None], *names: object, **where: object) -> None:
         time.sleep(0.3)
-        replace(source, target)
+        call(*names, **where)
 
     monkeypatch.setattr(together, "SLOW_VISIBILITY_S", 0.25)
-    monkeypatch.setattr(alone.os, "replace", late)
-    finding = trial(tmp_path, partner)
+    named(late, monkeypatch)
+    finding = trial(tmp_path, other)
     assert finding.status == "warn"
     assert float(finding.value.removesuffix(" ms")) >= 300
 
 
-@pytest.mark.parametrize(("trial", "status"), [(alone.fsync_file, "fail"), (alone.fsync_directory, "warn")])
+@pytest.mark.parametrize(
+    ("call", "name", "status"),
+    [("fsync", "fsync of a file", "fail"), ("fsync_directory", "fsync of a directory", "warn")],
+)
 def test_a_refused_fsync_is_reported_with_its_reason(
-    trial: Callable[..., Finding],
-    status: str,
-    tmp_path: Path,
-    partner: Partner,
-    monkeypatch: pytest.MonkeyPatch,
+    call: str, name: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(alone.os, "fsync", refuse(errno.EINVAL))
-    finding = trial(tmp_path)
+    monkeypatch.setattr(FileSystem, call, refuse(errno.EINVAL))
+    finding = committed(tmp_path)[name]
     assert (finding.status, finding.value) == (status, "refused (Invalid argument)")
 
 
@@ -236,30 +246,46 @@ def test_fsync_of_a_directory_is_asked_of_a_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[bool] = []
-    monkeypatch.setattr(alone.os, "fsync", lambda fd: synced.append(stat.S_ISDIR(os.fstat(fd).st_mode)))
-    alone.fsync_file(tmp_path)
-    alone.fsync_directory(tmp_path)
-    assert synced == [False, True]
+    monkeypatch.setattr(os, "fsync", lambda fd: synced.append(stat.S_ISDIR(os.fstat(fd).st_mode)))
+    committed(tmp_path)
+    assert synced[-2:] == [False, True]  # the shard, then the folder that has its name
 
 
-def test_missing_hard_links_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alone.os, "link", refuse(errno.EPERM))
-    assert alone.hard_link(tmp_path).value == "no (Operation not permitted)"
+@pytest.mark.parametrize(
+    ("call", "name"), [("link", "hard links"), ("try_lock", "file locks"), ("set_mode", "file modes")]
+)
+def test_what_the_store_can_do_without_is_a_warning(
+    call: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FileSystem, call, refuse(errno.EPERM))
+    found = committed(tmp_path)
+    assert (found[name].status, found[name].value) == ("warn", "no (Operation not permitted)")
+    assert found["read speed"].status == "ok"
+
+
+def test_a_refused_commit_is_a_fault_with_the_stores_own_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FileSystem, "pwrite", refuse(errno.EIO))
+    found = committed(tmp_path)
+    assert found["commit"].status == "fail"
+    assert "Input/output error" in found["commit"].meaning
+    assert found["write speed"].value == "not measured"
 
 
 def test_a_file_server_with_another_time_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert alone.clock(tmp_path).status == "ok"
+    assert commit.clock(tmp_path).status == "ok"
     real = time.time
-    monkeypatch.setattr(alone.time, "time", lambda: real() - 100)
-    finding = alone.clock(tmp_path)
+    monkeypatch.setattr(commit.time, "time", lambda: real() - 100)
+    finding = commit.clock(tmp_path)
     assert (finding.status, finding.value) == ("warn", "+100.0 s")
 
 
 def test_a_file_time_that_stands_still_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alone.os, "utime", lambda path: None)
-    assert alone.clock(tmp_path).value == "does not advance"
+    monkeypatch.setattr(commit.os, "utime", lambda path: None)
+    assert commit.clock(tmp_path).value == "does not advance"
 
 
 @pytest.mark.parametrize(("umask", "value", "status"), [(0o077, "0600", "warn"), (0o027, "0640", "ok")])
@@ -268,7 +294,7 @@ def test_new_files_that_the_group_cannot_read_are_a_warning(
 ) -> None:
     before = os.umask(umask)
     try:
-        finding = alone.new_file_mode(tmp_path)
+        finding = committed(tmp_path)["new files"]
     finally:
         os.umask(before)
     assert (finding.value, finding.status) == (value, status)
@@ -281,17 +307,16 @@ def test_a_directory_that_the_group_cannot_enter_is_a_warning(mode: int, status:
 
 
 def test_too_short_file_names_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alone, "NAME_BYTES", 300)
-    finding = alone.long_name(tmp_path)
+    monkeypatch.setattr(commit, "NAME_BYTES", 300)
+    finding = commit.long_name(tmp_path)
     assert finding.status == "fail"
     assert "File name too long" in finding.value
 
 
-def test_a_pread_that_ignores_its_offset_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alone.write_speed(tmp_path)
-    assert alone.read_speed(tmp_path).status == "ok"
-    monkeypatch.setattr(alone.os, "pread", lambda fd, size, offset: os.read(fd, size))
-    assert alone.read_speed(tmp_path).value == "wrong bytes"
+def test_a_read_that_ignores_its_offset_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert committed(tmp_path / "sound")["read speed"].status == "ok"
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, offset: os.readv(fd, buffers))
+    assert committed(tmp_path / "broken")["read speed"].value == "wrong bytes"
 
 
 def space(**values: int) -> Callable[[object], SimpleNamespace]:
@@ -320,10 +345,12 @@ def test_exhausted_inodes_are_found_and_none_counted_is_no_limit(
 
 
 def test_a_full_disk_leaves_the_speed_unmeasured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(alone.os, "statvfs", space(f_bavail=0))
-    assert alone.write_speed(tmp_path).value == "not measured"
-    assert alone.read_speed(tmp_path).value == "not measured"
-    assert os.listdir(tmp_path) == []
+    monkeypatch.setattr(commit.os, "statvfs", space(f_bavail=0))
+    found = committed(tmp_path)
+    assert found["write speed"].value == "not measured"
+    assert found["read speed"].value == "not measured"
+    written = (path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert sum(written) < commit.THROUGHPUT_BYTES / 4
 
 
 # ---------------------------------------------------------------- the kind of file system

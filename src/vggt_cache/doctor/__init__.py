@@ -1,7 +1,7 @@
 """Examines a directory on the user's own mount: is it fit to hold a feature cache?
 
-Everything a cache relies on is tried out, in a temporary folder that is removed again; nothing else in the
-directory is touched.
+The store itself commits, reads and claims there, with a second process beside it, in a temporary folder that is
+removed again; nothing else in the directory is touched.
 """
 
 from __future__ import annotations
@@ -9,15 +9,16 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
-from vggt_cache.doctor import alone, together
+from vggt_cache.doctor import together
+from vggt_cache.doctor.commit import clock, long_name, tried_commit
 from vggt_cache.doctor.findings import Finding, format_findings
+from vggt_cache.doctor.partner import Partner
 from vggt_cache.doctor.place import access, file_system, free_inodes, free_space
-from vggt_cache.doctor.together import Partner
-from vggt_cache.errors import CacheAccessError
+from vggt_cache.errors import CacheAccessError, CommitError
 
 __all__ = ["Finding", "examine", "format_findings"]
 
@@ -36,7 +37,7 @@ def examine(directory: str | os.PathLike[str]) -> list[Finding]:
     if place != asked:
         meaning = f"{asked} does not exist yet, so its nearest parent is examined."
         findings.append(Finding("directory", "ok", str(place), meaning))
-    findings += [_attempt("file system", file_system, place), _attempt("directory mode", access, place)]
+    findings += [*_attempt("file system", file_system, place), *_attempt("directory mode", access, place)]
     return [*findings, *_written(place)]
 
 
@@ -80,9 +81,11 @@ def _written(place: Path) -> list[Finding]:
         )
         return [Finding("writable", "warn", f"no ({error.strerror or error})", meaning)]
     findings = [Finding("writable", "ok", "yes", "You can write a cache here.")]
-    findings += [_attempt("free space", free_space, place), _attempt("free inodes", free_inodes, place)]
+    findings += [*_attempt("free space", free_space, place), *_attempt("free inodes", free_inodes, place)]
     try:
-        findings += [*_tried_together(folder), *_tried_alone(folder)]
+        findings += _tried_together(folder)
+        for name, trial in (("commit", tried_commit), ("clock", clock), ("file names", long_name)):
+            findings += _attempt(name, trial, _fresh(folder))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if folder.exists():
@@ -91,16 +94,13 @@ def _written(place: Path) -> list[Finding]:
     return findings
 
 
-def _tried_alone(folder: Path) -> list[Finding]:
-    return [_attempt(trial.__name__.replace("_", " "), trial, folder) for trial in alone.TRIALS]
-
-
 def _tried_together(folder: Path) -> list[Finding]:
     try:
         with Partner() as partner:
             return [
-                _attempt(trial.__name__.replace("_", " "), partial(trial, partner=partner), folder)
+                finding
                 for trial in together.TRIALS
+                for finding in _attempt(trial.__name__.replace("_", " "), trial, _fresh(folder), partner)
             ]
     except OSError as error:
         meaning = (
@@ -109,11 +109,18 @@ def _tried_together(folder: Path) -> list[Finding]:
         return [Finding("second process", "fail", str(error.strerror or error), meaning)]
 
 
-def _attempt(name: str, check: Callable[[Path], Finding], place: Path) -> Finding:
-    """The check's finding; a refusal of the operating system is a finding too."""
+def _fresh(folder: Path) -> Path:
+    return Path(tempfile.mkdtemp(dir=folder))
+
+
+def _attempt(name: str, trial: Callable[..., Finding | Iterable[Finding]], *arguments: Any) -> list[Finding]:
+    """What a trial finds; a refusal of the operating system is a finding too."""
+    findings: list[Finding] = []
     try:
-        return check(place)
-    except (OSError, ValueError) as error:
+        found = trial(*arguments)
+        findings.extend([found] if isinstance(found, Finding) else found)
+    except (OSError, ValueError, CommitError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         meaning = "The operating system refused an operation that a cache needs: see the reason."
-        return Finding(name, "fail", reason, meaning)
+        findings.append(Finding(name, "fail", reason, meaning))
+    return findings
