@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from vggt_cache.monitor.gpu import Gpu, GpuReader, read_nvidia_smi
-from vggt_cache.monitor.render import json_line, plain_line
-from vggt_cache.monitor.snapshot import Snapshot
+from vggt_cache.monitor.progress import Progress
+from vggt_cache.monitor.render import Look, json_line, plain_line
 
 GIB = 2**30
 CARD = Gpu(
@@ -99,6 +99,7 @@ def test_nvml_that_does_not_start_is_followed_by_the_tool(tmp_path, monkeypatch)
 
 
 def test_cards_are_in_the_line_and_in_json():
-    known = Snapshot(step=3, total=9, s_per_it=2.0, last_step_at_s=0.0)
+    known = Progress(step=3, total=9, s_per_it=2.0, last_step_at_s=0.0)
     assert plain_line(known, [CARD]).endswith(" | GPU memory: 61.0 GiB at most | GPU use: 97%")
-    assert json.loads(json_line(known, [], [CARD], 0.0))["gpus"][0]["memory_used_bytes"] == 61 * GIB
+    look = Look(progress=known, alarms=[], gpus=[CARD], notes=[], now_s=0.0)
+    assert json.loads(json_line(look))["gpus"][0]["memory_used_bytes"] == 61 * GIB

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from monitor_kit import BANNER, ENDED, bar, metrics
-from vggt_cache.monitor.parse import Bar, CacheNote, Ended, Failure, Metrics, Plan, bars_in, events_in
+from vggt_cache.monitor.parse import Announced, Bar, CacheNote, Ended, Failure, Metrics, bars_in, events_in
 
 
 def events(text: str | bytes) -> list[object]:
@@ -101,11 +101,11 @@ def test_the_last_line_ends_the_run() -> None:
 
 def test_the_announcement_gives_total_and_batch() -> None:
     found = [event for line in BANNER.splitlines() for event in events(line)]
-    assert found == [Plan(samples_per_step=64), Plan(total_steps=28710)]
+    assert found == [Announced(samples_per_step=64), Announced(total_steps=28710)]
     assert events(
         "[2026-01-01 00:00:00,1] [INFO] [config.py:1003:print]   train_batch_size ............. 64"
-    ) == [Plan(samples_per_step=64)]
-    assert events("  Total batch size = 64") == [Plan(samples_per_step=64)]
+    ) == [Announced(samples_per_step=64)]
+    assert events("  Total batch size = 64") == [Announced(samples_per_step=64)]
 
 
 def test_our_own_lines_about_the_cache() -> None:

@@ -12,14 +12,14 @@ from vggt_cache.errors import SettingsError
 from vggt_cache.monitor import MonitorSettings
 from vggt_cache.monitor.alarms import alarms_of, stall_threshold_s
 from vggt_cache.monitor.parse import events_in
-from vggt_cache.monitor.snapshot import Snapshot
+from vggt_cache.monitor.progress import Progress
 from vggt_cache.monitor.state import TrainingState
 from vggt_cache.monitor.tail import Pieces
 
 SETTINGS = MonitorSettings(logs=("train.log",))
 
 
-def told(*texts: str, at_s: float = 1000.0) -> Snapshot:
+def told(*texts: str, at_s: float = 1000.0) -> Progress:
     """What is known after these parts of a log."""
     state = TrainingState()
     pieces = Pieces(cut=False)
@@ -27,11 +27,11 @@ def told(*texts: str, at_s: float = 1000.0) -> Snapshot:
         for piece in pieces.feed(text.encode()):
             for event in events_in(piece):
                 state.fold(event, at_s)
-    return state.snapshot()
+    return state.progress()
 
 
-def kinds(snapshot: Snapshot, now_s: float = 1000.0, **settings: float) -> list[str]:
-    return [alarm.kind for alarm in alarms_of(snapshot, replace(SETTINGS, **settings), now_s)]
+def kinds(progress: Progress, now_s: float = 1000.0, **settings: float) -> list[str]:
+    return [alarm.kind for alarm in alarms_of(progress, replace(SETTINGS, **settings), now_s)]
 
 
 # ---------------------------------------------------------------- speed
@@ -222,8 +222,8 @@ def test_an_evaluation_that_goes_on_is_no_stall() -> None:
         for piece in text.split("\r"):
             for event in events_in(piece.encode()):
                 state.fold(event, at_s)
-    assert kinds(state.snapshot(), now_s=99 * 60 + 10) == []
-    assert kinds(state.snapshot(), now_s=99 * 60 + 200) == ["stall"]
+    assert kinds(state.progress(), now_s=99 * 60 + 10) == []
+    assert kinds(state.progress(), now_s=99 * 60 + 200) == ["stall"]
 
 
 def test_a_falling_hit_rate_is_an_alarm_and_a_rising_one_is_not() -> None:

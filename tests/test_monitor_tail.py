@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from monitor_kit import BANNER, ENDED, TOTAL, Counted, bar, metrics, training_log
 from vggt_cache.monitor import logs as logs_module
 from vggt_cache.monitor.logs import WatchedLog
-from vggt_cache.monitor.snapshot import Snapshot
+from vggt_cache.monitor.progress import Progress
 from vggt_cache.monitor.tail import (
     HEAD_BYTES,
     LONGEST_PIECE_BYTES,
@@ -40,10 +40,10 @@ def opened(path: Path) -> WatchedLog:
     return log
 
 
-def shown(path: Path) -> Snapshot:
+def shown(path: Path) -> Progress:
     log = opened(path)
     log.tail.close()
-    return log.snapshot(None)
+    return log.progress(None)
 
 
 # ---------------------------------------------------------------- pieces
@@ -139,7 +139,7 @@ def test_opening_takes_constant_memory(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     log.tail.close()
-    assert log.snapshot(None).step == 400
+    assert log.progress(None).step == 400
     assert peak < 2 * MIB
 
 
@@ -195,7 +195,7 @@ def test_the_newest_state_has_no_end_yet_and_is_seen(tmp_path: Path) -> None:
     path = tmp_path / "train.log"
     path.write_text(training_log(30))
     log = opened(path)
-    assert log.snapshot(None).step == 30
+    assert log.progress(None).step == 30
     log.tail.close()
 
 
@@ -208,7 +208,7 @@ def test_what_is_added_in_any_portions_is_read_once(tmp_path: Path, counted: Cou
         for at in range(0, len(text), 97):
             file.write(text[at : at + 97])
             log.refresh(2e9)
-    known = log.snapshot(None)
+    known = log.progress(None)
     log.tail.close()
     assert known.step == 100
     assert known.not_finite[0].lines == 1
@@ -220,10 +220,10 @@ def test_a_number_that_is_half_written_is_not_read(tmp_path: Path) -> None:
     text = bar(1, 18) + bar(2345, 36)
     path.write_text(text[: text.index("2345") + 2])
     log = opened(path)
-    assert log.snapshot(None).step == 1
+    assert log.progress(None).step == 1
     path.write_text(text)
     log.refresh(2e9)
-    assert log.snapshot(None).step == 2345
+    assert log.progress(None).step == 2345
     log.tail.close()
 
 
@@ -237,7 +237,7 @@ def test_rotation_loses_nothing(tmp_path: Path) -> None:
     path.rename(tmp_path / "train.log.1")
     path.write_text(bar(31, 600))
     log.refresh(2e9)
-    known = log.snapshot(None)
+    known = log.progress(None)
     log.tail.close()
     assert (known.step, known.loss, known.cache_hit_rate) == (31, 0.5, 0.25)
 
@@ -249,7 +249,7 @@ def test_truncation_is_noticed_even_if_the_log_has_grown_again(tmp_path: Path, s
     log = opened(path)
     path.write_text(BANNER + training_log(steps))  # the same file, from its beginning
     log.refresh(2e9)
-    known = log.snapshot(None)
+    known = log.progress(None)
     log.tail.close()
     assert (known.step, known.samples_per_s is None) == (steps, False)
 
@@ -263,7 +263,7 @@ def test_a_log_truncated_under_its_writer_begins_with_zeros(tmp_path: Path) -> N
         file.seek(100_000)
         file.write(bar(31, 600).lstrip("\r").encode())
     log.refresh(2e9)
-    assert log.snapshot(None).step == 31
+    assert log.progress(None).step == 31
     log.tail.close()
 
 
@@ -273,7 +273,7 @@ def test_a_log_that_is_removed_keeps_what_is_known(tmp_path: Path) -> None:
     log = opened(path)
     path.unlink()
     log.refresh(2e9)
-    assert log.snapshot(None).step == 30
+    assert log.progress(None).step == 30
     log.tail.close()
 
 
@@ -286,7 +286,7 @@ def test_a_flood_between_two_looks_is_skipped_but_for_its_end(tmp_path: Path, co
     with open(path, "ab") as file:
         file.write(training_log(60).encode())
     log.refresh(2e9)
-    assert log.snapshot(None).step == 60
+    assert log.progress(None).step == 60
     assert counted.bytes < 20 * MIB
     log.tail.close()
 

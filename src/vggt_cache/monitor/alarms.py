@@ -1,12 +1,12 @@
-"""What deserves attention in a snapshot. Each alarm is one sentence: what, what it means, what to do."""
+"""What deserves attention in how a run goes on. Each alarm is one sentence: what, what it means, what to do."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from vggt_cache.monitor.progress import NonFinite, Progress
 from vggt_cache.monitor.settings import MonitorSettings
-from vggt_cache.monitor.snapshot import NonFinite, Snapshot
 from vggt_cache.precompute.report import count_of, seconds_text
 
 _STALL_STEPS = 5
@@ -22,30 +22,30 @@ class Alarm:
     text: str
 
 
-def alarms_of(snapshot: Snapshot, settings: MonitorSettings, now_s: float) -> tuple[Alarm, ...]:
+def alarms_of(progress: Progress, settings: MonitorSettings, now_s: float) -> tuple[Alarm, ...]:
     """All that deserves attention at the time `now_s` (seconds since 1970)."""
     return (
-        *_failure(snapshot),
-        *_not_finite(snapshot),
-        *_stall(snapshot, settings, now_s),
-        *_hit_rate(snapshot, settings),
+        *_failure(progress),
+        *_not_finite(progress),
+        *_stall(progress, settings, now_s),
+        *_hit_rate(progress, settings),
     )
 
 
-def stall_threshold_s(snapshot: Snapshot, settings: MonitorSettings) -> float:
+def stall_threshold_s(progress: Progress, settings: MonitorSettings) -> float:
     """The time without a step from which on a run counts as stalled."""
     if settings.stall_s is not None:
         return settings.stall_s
-    return max(_STALL_STEPS * (snapshot.s_per_it or snapshot.s_per_it_overall or 0.0), _SHORTEST_STALL_S)
+    return max(_STALL_STEPS * (progress.s_per_it or progress.s_per_it_overall or 0.0), _SHORTEST_STALL_S)
 
 
-def _stall(snapshot: Snapshot, settings: MonitorSettings, now_s: float) -> Iterator[Alarm]:
-    if snapshot.step is None or snapshot.finished or snapshot.last_progress_at_s is None:
+def _stall(progress: Progress, settings: MonitorSettings, now_s: float) -> Iterator[Alarm]:
+    if progress.step is None or progress.finished or progress.last_progress_at_s is None:
         return
-    age_s = now_s - snapshot.last_progress_at_s
-    if age_s <= stall_threshold_s(snapshot, settings):
+    age_s = now_s - progress.last_progress_at_s
+    if age_s <= stall_threshold_s(progress, settings):
         return
-    usual = f" (usual: {snapshot.s_per_it:.3g} s)" if snapshot.s_per_it else ""
+    usual = f" (usual: {progress.s_per_it:.3g} s)" if progress.s_per_it else ""
     yield Alarm(
         kind="stall",
         text=f"no new step for {seconds_text(age_s)}{usual} and no line that ends the run: it hangs, or was ended "
@@ -53,8 +53,8 @@ def _stall(snapshot: Snapshot, settings: MonitorSettings, now_s: float) -> Itera
     )
 
 
-def _hit_rate(snapshot: Snapshot, settings: MonitorSettings) -> Iterator[Alarm]:
-    recent, best = snapshot.cache_hit_rate_recent, snapshot.cache_hit_rate_best
+def _hit_rate(progress: Progress, settings: MonitorSettings) -> Iterator[Alarm]:
+    recent, best = progress.cache_hit_rate_recent, progress.cache_hit_rate_best
     if recent is None or best is None or best - recent <= settings.hit_rate_drop:
         return
     yield Alarm(
@@ -64,8 +64,8 @@ def _hit_rate(snapshot: Snapshot, settings: MonitorSettings) -> Iterator[Alarm]:
     )
 
 
-def _not_finite(snapshot: Snapshot) -> Iterator[Alarm]:
-    for found in snapshot.not_finite:
+def _not_finite(progress: Progress) -> Iterator[Alarm]:
+    for found in progress.not_finite:
         yield Alarm(kind="not_finite", text=_sentence(found))
 
 
@@ -80,6 +80,6 @@ def _sentence(found: NonFinite) -> str:
     return f"{found.name} was {found.value:g} in {lines}, last{near}, and is finite again: watch it"
 
 
-def _failure(snapshot: Snapshot) -> Iterator[Alarm]:
-    if snapshot.failure and not snapshot.ended:
-        yield Alarm(kind="failure", text=f"since the last step the log reports: {snapshot.failure}")
+def _failure(progress: Progress) -> Iterator[Alarm]:
+    if progress.failure and not progress.ended:
+        yield Alarm(kind="failure", text=f"since the last step the log reports: {progress.failure}")

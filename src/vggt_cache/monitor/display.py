@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
-from vggt_cache.monitor.alarms import Alarm
-from vggt_cache.monitor.gpu import Gpu
-from vggt_cache.monitor.render import json_line, plain_line
-from vggt_cache.monitor.snapshot import Snapshot
-
-
-@dataclass(frozen=True, kw_only=True)
-class View:
-    """All that is to be shown at one moment."""
-
-    snapshot: Snapshot
-    alarms: Sequence[Alarm]
-    gpus: Sequence[Gpu]
-    notes: Sequence[str]
-    """What is no fault but good to know, such as that there is no log yet."""
-    now_s: float
+from vggt_cache.monitor.render import Look, json_line, plain_line
 
 
 class Display(Protocol):
-    """Shows one view after the other. `close` is called once, at the end."""
+    """Shows one look after the other. `close` is called once, at the end."""
 
-    def show(self, view: View) -> None: ...
+    def show(self, look: Look) -> None: ...
 
     def close(self) -> None: ...
 
@@ -39,13 +22,13 @@ class PlainDisplay:
         self._shown: tuple[str | None, int | None] = (None, None)
         self._said: set[str] = set()
 
-    def show(self, view: View) -> None:
-        step = (view.snapshot.log, view.snapshot.step)
-        if view.snapshot.step is not None and step != self._shown:
+    def show(self, look: Look) -> None:
+        step = (look.progress.log, look.progress.step)
+        if look.progress.step is not None and step != self._shown:
             self._shown = step
-            print(plain_line(view.snapshot, view.gpus), flush=True)
-        current = {alarm.kind: f"[WARN] {alarm.text}" for alarm in view.alarms}
-        current |= {note: f"[INFO] {note}" for note in view.notes}
+            print(plain_line(look.progress, look.gpus), flush=True)
+        current = {alarm.kind: f"[WARN] {alarm.text}" for alarm in look.alarms}
+        current |= {note: f"[INFO] {note}" for note in look.notes}
         for subject, line in current.items():
             if subject not in self._said:
                 print(line, flush=True)
@@ -58,8 +41,8 @@ class PlainDisplay:
 class JsonDisplay:
     """One object on one line at each look, news or not."""
 
-    def show(self, view: View) -> None:
-        print(json_line(view.snapshot, view.alarms, view.gpus, view.now_s), flush=True)
+    def show(self, look: Look) -> None:
+        print(json_line(look), flush=True)
 
     def close(self) -> None:
         pass
@@ -74,11 +57,10 @@ class TableDisplay:
         self._live = Live(auto_refresh=False)
         self._live.start()
 
-    def show(self, view: View) -> None:
+    def show(self, look: Look) -> None:
         from vggt_cache.monitor.table import table_of
 
-        table = table_of(view.snapshot, view.alarms, view.gpus, view.notes, view.now_s)
-        self._live.update(table, refresh=True)
+        self._live.update(table_of(look), refresh=True)
 
     def close(self) -> None:
         self._live.stop()

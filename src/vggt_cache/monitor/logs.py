@@ -11,7 +11,7 @@ from dataclasses import replace
 from vggt_cache.errors import SettingsError
 from vggt_cache.monitor.bars import RECENT_STEPS
 from vggt_cache.monitor.parse import bars_in, events_in
-from vggt_cache.monitor.snapshot import Snapshot
+from vggt_cache.monitor.progress import Progress
 from vggt_cache.monitor.state import TrainingState
 from vggt_cache.monitor.tail import Tail
 
@@ -80,8 +80,8 @@ class WatchedLog:
     def modified_at_s(self) -> float:
         return self.tail.modified_at_s
 
-    def snapshot(self, samples_per_step: int | None) -> Snapshot:
-        known = self.state.snapshot(samples_per_step)
+    def progress(self, samples_per_step: int | None) -> Progress:
+        known = self.state.progress(samples_per_step)
         return replace(known, log=self.path, log_bytes=self.tail.size, modified_at_s=self.tail.modified_at_s)
 
 
@@ -135,19 +135,19 @@ class LogSet:
         if watched := self._watched.pop(path, None):
             watched.tail.close()
 
-    def snapshot(self, samples_per_step: int | None = None) -> Snapshot:
+    def progress(self, samples_per_step: int | None = None) -> Progress:
         """The run whose bar moved last; before there is any, the newest log."""
         if not self._watched:
-            return Snapshot()
+            return Progress()
         shown = max(self._watched.values(), key=_liveliness)
-        known = shown.snapshot(samples_per_step)
+        known = shown.progress(samples_per_step)
         return replace(known, failure=known.failure or self._failure_elsewhere(shown))
 
     def _failure_elsewhere(self, shown: WatchedLog) -> str | None:
         """The error of another node: its log has no bar, and was written after the last step of the one shown."""
         since_s = shown.state.progress_at_s or 0.0
         for other in self._watched.values():
-            failure = other.state.facts.failure
+            failure = other.state.lines.failure
             if failure and other.state.progress_at_s is None and other.modified_at_s >= since_s:
                 return f"{failure} ({other.path})"
         return None

@@ -38,7 +38,7 @@ class Ended:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class Announced:
     """What a trainer announces about the run; None where this line does not say it."""
 
     total_steps: int | None = None
@@ -61,7 +61,7 @@ class Failure:
     text: str
 
 
-Event = Bar | Metrics | Ended | Plan | CacheNote | Failure
+Event = Bar | Metrics | Ended | Announced | CacheNote | Failure
 
 METRICS = {
     *("loss", "grad_norm", "learning_rate", "epoch", "samples_per_s", "slowest_rank", "slowest_rank_s"),
@@ -134,11 +134,11 @@ def _logged(text: str) -> Iterator[Event]:
             yield Metrics(values={name: value for name, value in values.items() if name in METRICS})
 
 
-def _announced(text: str) -> Iterator[Plan]:
+def _announced(text: str) -> Iterator[Announced]:
     if found := _TOTAL_STEPS.search(text):
-        yield Plan(total_steps=_whole(found[1]))
+        yield Announced(total_steps=_whole(found[1]))
     if found := _SAMPLES_PER_STEP.search(text):
-        yield Plan(samples_per_step=_whole(found[1] or found[2]))
+        yield Announced(samples_per_step=_whole(found[1] or found[2]))
 
 
 def _about_the_cache(text: str) -> Iterator[CacheNote]:

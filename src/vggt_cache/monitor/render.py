@@ -1,45 +1,68 @@
-"""A snapshot as a line in the guide's style, as JSON, and its numbers as text."""
+"""How a run goes on as a line in the guide's style, as JSON, and its numbers as text."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
 from vggt_cache.monitor.alarms import Alarm
 from vggt_cache.monitor.gpu import Gpu
-from vggt_cache.monitor.snapshot import Snapshot
+from vggt_cache.monitor.progress import Progress
 from vggt_cache.precompute.report import bytes_text
 
 
-def plain_line(snapshot: Snapshot, gpus: Sequence[Gpu] = ()) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Look:
+    """All that is to be shown at one moment."""
+
+    progress: Progress
+    alarms: Sequence[Alarm]
+    gpus: Sequence[Gpu]
+    notes: Sequence[str]
+    """What is no fault but good to know, such as that there is no log yet."""
+    now_s: float
+
+    @property
+    def status(self) -> str:
+        """`waiting` for the first step, `running`, `stalled`, `finishing` (all steps done) or `ended`."""
+        if self.progress.ended:
+            return "ended"
+        if self.progress.step is None:
+            return "waiting"
+        if self.progress.finished:
+            return "finishing"
+        return "stalled" if any(alarm.kind == "stall" for alarm in self.alarms) else "running"
+
+
+def plain_line(progress: Progress, gpus: Sequence[Gpu] = ()) -> str:
     """`[2026-02-02 17:30:00] Step: 150 | Speed: 18.5s/it | Throughput: 0.0541 steps/s | ...`
 
     The time is that of the step. Fields of which nothing is known are left out, but for the first three.
     """
-    fields = [f"Step: {snapshot.step}", f"Speed: {speed_text(snapshot.s_per_it)}"]
-    fields.append(f"Throughput: {number_text(snapshot.steps_per_s)} steps/s")
-    fields += [f"{name}: {text}" for name, text in (*_optional_fields(snapshot), *_gpu_fields(gpus))]
-    return f"[{time_text(snapshot.last_step_at_s)}] {' | '.join(fields)}"
+    fields = [f"Step: {progress.step}", f"Speed: {speed_text(progress.s_per_it)}"]
+    fields.append(f"Throughput: {number_text(progress.steps_per_s)} steps/s")
+    fields += [f"{name}: {text}" for name, text in (*_optional_fields(progress), *_gpu_fields(gpus))]
+    return f"[{time_text(progress.last_step_at_s)}] {' | '.join(fields)}"
 
 
-def _optional_fields(snapshot: Snapshot) -> Iterator[tuple[str, str]]:
+def _optional_fields(progress: Progress) -> Iterator[tuple[str, str]]:
     for name, value, text in (
-        ("Total", snapshot.total, str),
-        ("Overall", snapshot.s_per_it_overall, speed_text),
-        ("Samples", snapshot.samples_per_s, lambda value: f"{value:.3g}/s"),
-        ("Loss", snapshot.loss, number_text),
-        ("Grad norm", snapshot.grad_norm, number_text),
-        ("LR", snapshot.learning_rate, number_text),
-        ("Hit rate", snapshot.cache_hit_rate, percent_text),
-        ("Wait", snapshot.cache_wait_ms, milliseconds_text),
-        ("Encode", snapshot.encode_ms, milliseconds_text),
-        ("Read", snapshot.cache_read_mb_per_s, lambda value: f"{value:.0f} MB/s"),
-        ("Slowest rank", snapshot.slowest_rank, str),
-        ("Left", snapshot.left_s, clock_text),
+        ("Total", progress.total, str),
+        ("Overall", progress.s_per_it_overall, speed_text),
+        ("Samples", progress.samples_per_s, lambda value: f"{value:.3g}/s"),
+        ("Loss", progress.loss, number_text),
+        ("Grad norm", progress.grad_norm, number_text),
+        ("LR", progress.learning_rate, number_text),
+        ("Hit rate", progress.cache_hit_rate, percent_text),
+        ("Wait", progress.cache_wait_ms, milliseconds_text),
+        ("Encode", progress.encode_ms, milliseconds_text),
+        ("Read", progress.cache_read_mb_per_s, lambda value: f"{value:.0f} MB/s"),
+        ("Slowest rank", progress.slowest_rank, str),
+        ("Left", progress.left_s, clock_text),
     ):
         if value is not None:
             yield name, text(value)
@@ -52,24 +75,16 @@ def _gpu_fields(gpus: Sequence[Gpu]) -> Iterator[tuple[str, str]]:
         yield "GPU use", f"{sum(use) / len(use):.0f}%"
 
 
-def status_of(snapshot: Snapshot, alarms: Sequence[Alarm]) -> str:
-    """`waiting` for the first step, `running`, `stalled`, `finishing` (all steps done) or `ended`."""
-    if snapshot.ended:
-        return "ended"
-    if snapshot.step is None:
-        return "waiting"
-    if snapshot.finished:
-        return "finishing"
-    return "stalled" if any(alarm.kind == "stall" for alarm in alarms) else "running"
-
-
-def json_line(snapshot: Snapshot, alarms: Sequence[Alarm], gpus: Sequence[Gpu], now_s: float) -> str:
+def json_line(look: Look) -> str:
     """One object on one line; null for what is not known, and for numbers that are nan or infinite."""
-    known: dict[str, Any] = {"time": time_text(now_s), "status": status_of(snapshot, alarms)}
-    known |= {**asdict(snapshot), "steps_per_s": snapshot.steps_per_s}
+    known: dict[str, Any] = {"time": time_text(look.now_s), "status": look.status}
+    known |= {**asdict(look.progress), "steps_per_s": look.progress.steps_per_s}
     for found in known["not_finite"]:
         found["value"] = str(found["value"])  # JSON has no nan
-    known |= {"gpus": [asdict(gpu) for gpu in gpus], "warnings": [asdict(alarm) for alarm in alarms]}
+    known |= {
+        "gpus": [asdict(gpu) for gpu in look.gpus],
+        "warnings": [asdict(alarm) for alarm in look.alarms],
+    }
     return json.dumps({name: _finite(value) for name, value in known.items()}, allow_nan=False)
 
 

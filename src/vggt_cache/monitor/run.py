@@ -10,11 +10,12 @@ from typing import NoReturn
 
 from vggt_cache.errors import SettingsError
 from vggt_cache.monitor.alarms import alarms_of
-from vggt_cache.monitor.display import Display, JsonDisplay, PlainDisplay, TableDisplay, View
+from vggt_cache.monitor.display import Display, JsonDisplay, PlainDisplay, TableDisplay
 from vggt_cache.monitor.gpu import GpuReader
 from vggt_cache.monitor.logs import IN_A_DIRECTORY, LogSet
+from vggt_cache.monitor.progress import Progress
+from vggt_cache.monitor.render import Look
 from vggt_cache.monitor.settings import MonitorSettings
-from vggt_cache.monitor.snapshot import Snapshot
 from vggt_cache.precompute.report import seconds_text
 
 
@@ -42,18 +43,18 @@ def monitor(
 
 
 def _look_once(settings: MonitorSettings, logs: LogSet, clock: Callable[[], float]) -> int:
-    view = _look(settings, logs, GpuReader(), clock())
-    if view.snapshot.log is None:
+    look = _look(settings, logs, GpuReader(), clock())
+    if look.progress.log is None:
         raise SettingsError(
             f"no log matches {_names(settings)}, so there is nothing to show: give a log file, a pattern, or a "
             f"directory with {' or '.join(IN_A_DIRECTORY)} in it"
         )
     display = _display(settings)
     try:
-        display.show(view)
+        display.show(look)
     finally:
         display.close()
-    return int(bool(view.alarms))
+    return int(bool(look.alarms))
 
 
 def _follow(
@@ -69,14 +70,14 @@ def _follow(
         wait(settings.interval)
 
 
-def _look(settings: MonitorSettings, logs: LogSet, gpus: GpuReader, now_s: float) -> View:
+def _look(settings: MonitorSettings, logs: LogSet, gpus: GpuReader, now_s: float) -> Look:
     logs.refresh(now_s)
-    snapshot = logs.snapshot(settings.samples_per_step)
-    return View(
-        snapshot=snapshot,
-        alarms=alarms_of(snapshot, settings, now_s),
+    progress = logs.progress(settings.samples_per_step)
+    return Look(
+        progress=progress,
+        alarms=alarms_of(progress, settings, now_s),
         gpus=gpus.read(),
-        notes=tuple(_notes(settings, snapshot)),
+        notes=tuple(_notes(settings, progress)),
         now_s=now_s,
     )
 
@@ -89,19 +90,19 @@ def _display(settings: MonitorSettings) -> Display:
     return PlainDisplay()
 
 
-def _notes(settings: MonitorSettings, snapshot: Snapshot) -> Iterator[str]:
-    if snapshot.log is None:
+def _notes(settings: MonitorSettings, progress: Progress) -> Iterator[str]:
+    if progress.log is None:
         yield f"Waiting for a log: nothing matches {_names(settings)} yet"
-    elif snapshot.log_bytes == 0:
-        yield f"There is nothing in {snapshot.log} yet: it is empty"
-    elif snapshot.step is None:
-        yield f"There is no training step in {snapshot.log} yet"
-    if snapshot.ended:
-        yield f"The run has ended{_after(snapshot)}: {snapshot.log}"
+    elif progress.log_bytes == 0:
+        yield f"There is nothing in {progress.log} yet: it is empty"
+    elif progress.step is None:
+        yield f"There is no training step in {progress.log} yet"
+    if progress.ended:
+        yield f"The run has ended{_after(progress)}: {progress.log}"
 
 
-def _after(snapshot: Snapshot) -> str:
-    return f" after {seconds_text(snapshot.train_runtime_s)}" if snapshot.train_runtime_s is not None else ""
+def _after(progress: Progress) -> str:
+    return f" after {seconds_text(progress.train_runtime_s)}" if progress.train_runtime_s is not None else ""
 
 
 def _names(settings: MonitorSettings) -> str:

@@ -3,25 +3,67 @@
 from __future__ import annotations
 
 import math
+from collections import deque
+from dataclasses import replace
 from typing import Any
 
 from vggt_cache.monitor.bars import Track
-from vggt_cache.monitor.facts import RunFacts
-from vggt_cache.monitor.parse import Bar, CacheNote, Ended, Event, Failure, Metrics, Plan
-from vggt_cache.monitor.snapshot import Snapshot
+from vggt_cache.monitor.parse import Announced, Bar, CacheNote, Ended, Event, Failure, Metrics
+from vggt_cache.monitor.progress import NonFinite, Progress
 
 _MOST_TRACKS = 16
+_LINES_OF_HIT_RATE = 3
 _SHOWN = (
     *("loss", "grad_norm", "learning_rate", "epoch", "cache_hit_rate", "cache_wait_ms"),
     *("cache_read_mb_per_s", "encode_ms", "slowest_rank_s"),
 )
 
 
+class LoggedLines:
+    """What the lines of one run say, beside its bar. A resumed run begins with new ones."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, float] = {}
+        self.ended: Ended | None = None
+        self.failure: str | None = None
+        """The first error since the last step."""
+        self.not_finite: dict[str, NonFinite] = {}
+        self._hit_rates: deque[float] = deque(maxlen=_LINES_OF_HIT_RATE)
+        self.best_hit_rate: float | None = None
+
+    def log(self, values: dict[str, float], step: int | None) -> None:
+        """Take in one line of metrics; `step` is the last one before it."""
+        self.values |= values
+        for name in ("loss", "grad_norm"):
+            if name in values:
+                self._watch(name, values[name], step)
+        if math.isfinite(rate := values.get("cache_hit_rate", math.nan)):
+            self._hit_rates.append(rate)
+            self.best_hit_rate = max(self.best_hit_rate or 0.0, self.hit_rate or 0.0)
+
+    def fail(self, text: str) -> None:
+        """Keep the first error: the others that follow it, from other ranks and the launcher, come of it."""
+        self.failure = self.failure or text
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Mean of the last lines, because a single line may stand for a few samples only."""
+        return sum(self._hit_rates) / len(self._hit_rates) if self._hit_rates else None
+
+    def _watch(self, name: str, value: float, step: int | None) -> None:
+        before = self.not_finite.get(name)
+        if not math.isfinite(value):
+            lines = before.lines + 1 if before else 1
+            self.not_finite[name] = NonFinite(name=name, value=value, lines=lines, step=step, now=True)
+        elif before and before.now:
+            self.not_finite[name] = replace(before, now=False)
+
+
 class TrainingState:
     """The run that a log ends with. Bounded in memory, whatever is folded in."""
 
     def __init__(self) -> None:
-        self.facts = RunFacts()
+        self.lines = LoggedLines()
         self.progress_at_s: float | None = None
         self._tracks: dict[int, Track] = {}
         """By total; the one whose state changed last is the last."""
@@ -41,12 +83,12 @@ class TrainingState:
             self._fold_bar(event, at_s)
         elif isinstance(event, Metrics):
             self._settle(event)
-            self.facts.log(event.values, self.training_step)
+            self.lines.log(event.values, self.training_step)
         elif isinstance(event, Ended):
-            self.facts.ended = event
+            self.lines.ended = event
         elif isinstance(event, Failure):
-            self.facts.fail(event.text)
-        elif isinstance(event, Plan):
+            self.lines.fail(event.text)
+        elif isinstance(event, Announced):
             self._total_steps = event.total_steps or self._total_steps
             self._samples_per_step = event.samples_per_step or self._samples_per_step
         else:
@@ -84,9 +126,9 @@ class TrainingState:
         self._step_at_s = at_s
         self._training_moved = True
         if began_again:
-            self.facts = RunFacts()
-        self.facts.ended = None
-        self.facts.failure = None
+            self.lines = LoggedLines()
+        self.lines.ended = None
+        self.lines.failure = None
 
     def _choose(self) -> None:
         """The announced total; else what the metrics showed; else the bar that has run for the longest time."""
@@ -112,16 +154,16 @@ class TrainingState:
     def _switch(self, track: Track) -> None:
         if track is not self._training:
             if self._training is not None:
-                self.facts = RunFacts()
+                self.lines = LoggedLines()
             self._training = track
             self._step_at_s = self.progress_at_s
 
     # ------------------------------------------------------------ what is known
 
-    def snapshot(self, samples_per_step: int | None = None) -> Snapshot:
+    def progress(self, samples_per_step: int | None = None) -> Progress:
         """What is known now; `samples_per_step` is taken for what the log says, where it is given."""
         of_the_bar = self._of_the_bar(samples_per_step or self._samples_per_step)
-        return Snapshot(
+        return Progress(
             **{**of_the_bar, **self._of_the_lines()},
             last_step_at_s=self._step_at_s,
             last_progress_at_s=self.progress_at_s,
@@ -144,17 +186,17 @@ class TrainingState:
         return known
 
     def _logged_speed(self) -> float | None:
-        values = self.facts.values
+        values = self.lines.values
         return values.get("samples_per_s", values.get("deepspeed_samples_per_s"))
 
     def _of_the_lines(self) -> dict[str, Any]:
-        facts = self.facts
-        known: dict[str, Any] = {name: facts.values.get(name) for name in _SHOWN}
-        rank = facts.values.get("slowest_rank")
+        lines = self.lines
+        known: dict[str, Any] = {name: lines.values.get(name) for name in _SHOWN}
+        rank = lines.values.get("slowest_rank")
         known["slowest_rank"] = int(rank) if rank is not None and math.isfinite(rank) else None
-        known |= {"cache_hit_rate_recent": facts.hit_rate, "cache_hit_rate_best": facts.best_hit_rate}
-        known |= {"not_finite": tuple(facts.not_finite.values()), "failure": facts.failure}
-        if facts.ended:
-            known |= {"ended": True, "train_runtime_s": facts.ended.runtime_s, "left_s": 0.0}
-            known["train_loss"] = facts.ended.train_loss
+        known |= {"cache_hit_rate_recent": lines.hit_rate, "cache_hit_rate_best": lines.best_hit_rate}
+        known |= {"not_finite": tuple(lines.not_finite.values()), "failure": lines.failure}
+        if lines.ended:
+            known |= {"ended": True, "train_runtime_s": lines.ended.runtime_s, "left_s": 0.0}
+            known["train_loss"] = lines.ended.train_loss
         return known

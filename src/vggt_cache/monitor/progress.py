@@ -21,7 +21,7 @@ class NonFinite:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Snapshot:
+class Progress:
     """One run at one moment; None for what its log does not say. Times of day are seconds since 1970."""
 
     log: str | None = None
