@@ -16,6 +16,7 @@ from tqdm import tqdm
 from vggt_cache.errors import SettingsError, SpecMismatchError
 from vggt_cache.frames import decode_frame, read_frame
 from vggt_cache.identity import FeatureSpec
+from vggt_cache.picture import draw_features
 from vggt_cache.precompute.failures import FailureLog
 from vggt_cache.precompute.report import Reporter, bytes_text, count_of
 from vggt_cache.precompute.run import EXIT_INVALID, EXIT_OK
@@ -25,7 +26,6 @@ from vggt_cache.store import FeatureCache, convert, describe, prune
 from vggt_cache.store.filesystem import OPERATING_SYSTEM
 from vggt_cache.store.maintenance import CacheDescription, StoreDescription
 from vggt_cache.store.selection import select_store
-from vggt_cache.view import draw_features
 
 Pixels = npt.NDArray[np.uint8]
 Feature = npt.NDArray[np.float32]

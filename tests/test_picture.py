@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
-from vggt_cache import view
+from vggt_cache import picture
 from vggt_cache.errors import SettingsError, StoreError
-from vggt_cache.view import draw_features, joint_colours
+from vggt_cache.picture import draw_features, joint_colours
 
 
 def _feature(seed: int = 0, shape: tuple[int, int, int] = (4, 5, 16)) -> np.ndarray:
@@ -130,8 +130,8 @@ def test_many_patches_are_thinned_for_the_basis_and_still_coloured_alike(monkeyp
     basis = np.random.default_rng(0).standard_normal((3, 16)) * np.array([[9.0], [5.0], [2.0]])
     features = [(_feature(seed, (20, 20, 3)) @ basis).astype(np.float32) for seed in range(3)]
     whole = joint_colours(features)
-    monkeypatch.setattr(view, "_BASIS_PATCHES", 300)
-    assert len(view._spread_patches(features)) <= 300
+    monkeypatch.setattr(picture, "_BASIS_PATCHES", 300)
+    assert len(picture._spread_patches(features)) <= 300
     thinned = joint_colours(features)
     assert max(np.abs(a.astype(int) - b).mean() for a, b in zip(whole, thinned, strict=True)) < 25
 
