@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from vggt_cache.monitor.render import Look, json_line, plain_line
 
 
-class Display(Protocol):
-    """Shows one look after the other. `close` is called once, at the end."""
+@contextmanager
+def display(*, json: bool) -> Iterator[Callable[[Look], None]]:
+    """What shows one look after the other, as fits where the output goes."""
+    if json:
+        yield lambda look: print(json_line(look), flush=True)  # at each look, news or not
+    elif sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+        from rich.live import Live  # not needed in a pipe, and slow to import
 
-    def show(self, look: Look) -> None: ...
+        from vggt_cache.monitor.table import table_of
 
-    def close(self) -> None: ...
+        with Live(auto_refresh=False) as live:
+            yield lambda look: live.update(table_of(look), refresh=True)
+    else:
+        yield _NewLines().show
 
 
-class PlainDisplay:
+class _NewLines:
     """A line for each look at which there was a new step; warnings and notes when they come up."""
 
     def __init__(self) -> None:
@@ -33,34 +44,3 @@ class PlainDisplay:
             if subject not in self._said:
                 print(line, flush=True)
         self._said = set(current)
-
-    def close(self) -> None:
-        pass
-
-
-class JsonDisplay:
-    """One object on one line at each look, news or not."""
-
-    def show(self, look: Look) -> None:
-        print(json_line(look), flush=True)
-
-    def close(self) -> None:
-        pass
-
-
-class TableDisplay:
-    """A table that is drawn over at each look."""
-
-    def __init__(self) -> None:
-        from rich.live import Live  # not needed in a pipe, and slow to import
-
-        self._live = Live(auto_refresh=False)
-        self._live.start()
-
-    def show(self, look: Look) -> None:
-        from vggt_cache.monitor.table import table_of
-
-        self._live.update(table_of(look), refresh=True)
-
-    def close(self) -> None:
-        self._live.stop()

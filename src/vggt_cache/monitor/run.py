@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from contextlib import suppress
 
 from vggt_cache.errors import SettingsError
 from vggt_cache.monitor.alarms import alarms_of
-from vggt_cache.monitor.display import Display, JsonDisplay, PlainDisplay, TableDisplay
+from vggt_cache.monitor.display import display
 from vggt_cache.monitor.gpu import GpuReader
 from vggt_cache.monitor.logs import IN_A_DIRECTORY, LogSet
 from vggt_cache.monitor.progress import Progress
@@ -30,44 +28,23 @@ def monitor(
     With `once`: 0, or 1 where something deserves attention. Raises SettingsError where no log can be read, and
     with `once` where there is none; without it, a log is waited for.
     """
+    gpus = GpuReader()
     with LogSet(settings.logs) as logs:
         if settings.once:
-            return _look_once(settings, logs, clock)
-        display = _display(settings)
-        try:
-            _follow(settings, logs, display, clock, wait)
-        except KeyboardInterrupt:
-            return 0
-        finally:
-            display.close()
-
-
-def _look_once(settings: MonitorSettings, logs: LogSet, clock: Callable[[], float]) -> int:
-    look = _look(settings, logs, GpuReader(), clock())
-    if look.progress.log is None:
-        raise SettingsError(
-            f"no log matches {_names(settings)}, so there is nothing to show: give a log file, a pattern, or a "
-            f"directory with {' or '.join(IN_A_DIRECTORY)} in it"
-        )
-    display = _display(settings)
-    try:
-        display.show(look)
-    finally:
-        display.close()
-    return int(bool(look.alarms))
-
-
-def _follow(
-    settings: MonitorSettings,
-    logs: LogSet,
-    display: Display,
-    clock: Callable[[], float],
-    wait: Callable[[float], None],
-) -> NoReturn:
-    gpus = GpuReader()
-    while True:
-        display.show(_look(settings, logs, gpus, clock()))
-        wait(settings.interval)
+            look = _look(settings, logs, gpus, clock())
+            if look.progress.log is None:
+                raise SettingsError(
+                    f"no log matches {', '.join(settings.logs)}, so there is nothing to show: give a log file, a "
+                    f"pattern, or a directory with {' or '.join(IN_A_DIRECTORY)} in it"
+                )
+            with display(json=settings.json) as show:
+                show(look)
+            return int(bool(look.alarms))
+        with suppress(KeyboardInterrupt), display(json=settings.json) as show:
+            while True:
+                show(_look(settings, logs, gpus, clock()))
+                wait(settings.interval)
+        return 0
 
 
 def _look(settings: MonitorSettings, logs: LogSet, gpus: GpuReader, now_s: float) -> Look:
@@ -82,28 +59,15 @@ def _look(settings: MonitorSettings, logs: LogSet, gpus: GpuReader, now_s: float
     )
 
 
-def _display(settings: MonitorSettings) -> Display:
-    if settings.json:
-        return JsonDisplay()
-    if sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
-        return TableDisplay()
-    return PlainDisplay()
-
-
 def _notes(settings: MonitorSettings, progress: Progress) -> Iterator[str]:
     if progress.log is None:
-        yield f"Waiting for a log: nothing matches {_names(settings)} yet"
+        yield f"Waiting for a log: nothing matches {', '.join(settings.logs)} yet"
     elif progress.log_bytes == 0:
         yield f"There is nothing in {progress.log} yet: it is empty"
     elif progress.step is None:
         yield f"There is no training step in {progress.log} yet"
     if progress.ended:
-        yield f"The run has ended{_after(progress)}: {progress.log}"
-
-
-def _after(progress: Progress) -> str:
-    return f" after {seconds_text(progress.train_runtime_s)}" if progress.train_runtime_s is not None else ""
-
-
-def _names(settings: MonitorSettings) -> str:
-    return ", ".join(settings.logs)
+        took = (
+            f" after {seconds_text(progress.train_runtime_s)}" if progress.train_runtime_s is not None else ""
+        )
+        yield f"The run has ended{took}: {progress.log}"
