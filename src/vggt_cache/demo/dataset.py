@@ -75,7 +75,7 @@ def write_dataset(
         episodes=episodes,
         frames=episodes * steps,
         image_bytes=image_bytes,
-        written=folder.written,
+        written=len(folder.digests),
     )
 
 
@@ -106,8 +106,8 @@ def _write_episode(
         Image.fromarray(scene.picture(view)).save(png, "PNG", compress_level=_PNG_LEVEL)
         stem = f"{home}/step_{i:04d}_{step.action}"
         folder.put(f"{stem}.png", png.getvalue())
-        folder.put_link(f"structured/{numbered[i]}", f"{stem}.png")
-        folder.put_link(f"conversations/{named[i]}", f"{stem}.png")
+        for name_there in (f"structured/{numbered[i]}", f"conversations/{named[i]}"):
+            folder.put(name_there, png.getvalue(), same_as=f"{stem}.png")
         landmarks, distances = _words(scene, step, view)
         folder.put(
             f"{stem}.json", _json({"landmark_description": landmarks, "spatial_description": distances})

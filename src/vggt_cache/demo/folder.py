@@ -23,9 +23,9 @@ class GeneratedFolder:
 
     def __init__(self, root: Path, description: str) -> None:
         self.root = root
-        self.written = 0
         self._header = f"{_MARK} {description}"
-        self._digests: dict[str, str] = {}
+        self.digests: dict[str, str] = {}
+        """Of the files that were put, by name: sha256 in hex."""
 
     def is_complete(self) -> bool:
         """Whether an earlier run with the same description left every file, and all are intact."""
@@ -50,32 +50,25 @@ class GeneratedFolder:
         self.root.mkdir(parents=True, exist_ok=True)
         (self.root / SUMS).write_text(f"{_MARK}, incomplete\n")
 
-    def put(self, name: str, data: bytes) -> None:
-        self._note(name, hashlib.sha256(data).hexdigest())
+    def put(self, name: str, data: bytes, *, same_as: str | None = None) -> None:
+        """Write a file, or link it to one that has the same bytes, where the file system has hard links."""
+        digest = hashlib.sha256(data).hexdigest()
+        with open(self.root / SUMS, "a", encoding="utf-8") as sums:
+            sums.write(f"{digest}  {name}\n")
+        self.digests[name] = digest
+        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+        if same_as is not None:
+            with contextlib.suppress(OSError):
+                os.link(self.root / same_as, self.root / name)
+                return
         (self.root / name).write_bytes(data)
-
-    def put_link(self, name: str, source: str) -> None:
-        """Give a file that was `put` a second name; a copy where the file system has no hard links."""
-        self._note(name, self._digests[source])
-        try:
-            os.link(self.root / source, self.root / name)
-        except OSError:
-            (self.root / name).write_bytes((self.root / source).read_bytes())
 
     def end(self) -> None:
         """From now on the folder is complete."""
-        lines = [self._header, *(f"{digest}  {name}" for name, digest in sorted(self._digests.items())), _END]
+        lines = [self._header, *(f"{digest}  {name}" for name, digest in sorted(self.digests.items())), _END]
         temporary = self.root / f"{SUMS}.tmp"
         temporary.write_text("\n".join(lines) + "\n")
         temporary.replace(self.root / SUMS)
-
-    def _note(self, name: str, digest: str) -> None:
-        """Record a file before it is there."""
-        with open(self.root / SUMS, "a", encoding="utf-8") as sums:
-            sums.write(f"{digest}  {name}\n")
-        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-        self._digests[name] = digest
-        self.written += 1
 
     def _lines(self) -> list[str] | None:
         """The lines of SHA256SUMS; None if there is none of ours."""
