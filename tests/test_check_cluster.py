@@ -118,7 +118,7 @@ def test_other_annotations_are_told_and_samples_are_counted_on_request(tmp_path:
 
 FACTS = NodeFacts(
     host="a", address="10.0.0.1", nodes="2", versions={"torch": "2.13.0", "nccl": "2.27.3"}, gpus="8 x H800",
-    caches={}, cache_error=NONE, entries={}, data=NONE,
+    caches={}, cache_error=NONE, data=NONE,
 )  # fmt: skip
 
 

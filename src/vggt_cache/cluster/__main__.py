@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
+from typing import TypeVar
 
 from vggt_cache.cluster import network
-from vggt_cache.cluster.preflight import Plan, inspect
+from vggt_cache.cluster.preflight import Launch, inspect
 from vggt_cache.cluster.rendezvous import Rendezvous, interfaces
 from vggt_cache.errors import SettingsError, VggtCacheError
+
+T = TypeVar("T")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,31 +24,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     except VggtCacheError as error:
         print(f"[ERROR] {error}", file=sys.stderr, flush=True)
         # Whatever is wrong before a start is the user's to set right, a cache that cannot be read included.
-        return 1 if arguments.name == "check" and not isinstance(error, SettingsError) else 2
+        return 1 if arguments.command is _check and not isinstance(error, SettingsError) else 2
     except KeyboardInterrupt:
         return 130
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m vggt_cache.cluster", allow_abbrev=False)
-    commands = parser.add_subparsers(dest="name", required=True)
-    preflight = commands.add_parser("preflight", help="is this node ready? says what will be done")
-    for field in fields(Plan):
-        numeric = field.type == "int"
-        preflight.add_argument(f"--{field.name}", type=int if numeric else str, required=True)
-    preflight.set_defaults(command=_preflight)
-    rendezvous = commands.add_parser(
-        "rendezvous", help="check the meeting point; prints the interfaces to use"
+    commands = parser.add_subparsers(required=True)
+
+    def command(name: str, run: Callable[..., int], what: str, flags: type | None) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=what)
+        added.set_defaults(command=run)
+        for field in fields(flags) if flags else ():
+            added.add_argument(f"--{field.name}", type=int if field.type == "int" else str, required=True)
+        return added
+
+    command("preflight", _preflight, "is this node ready? says what will be done", Launch)
+    command("port", _port, "print a free TCP port", None)
+    meeting = command(
+        "rendezvous", _rendezvous, "check the meeting point; prints the interfaces to use", Rendezvous
     )
-    rendezvous.set_defaults(command=_rendezvous)
-    check = commands.add_parser("check", help="compare all nodes")
-    check.set_defaults(command=_check)
-    for command in (rendezvous, check):
-        _meeting_flags(command)
-    port = commands.add_parser("port", help="print a free TCP port")
-    port.set_defaults(command=_port)
-    rendezvous.add_argument("--nccl", default="")
-    rendezvous.add_argument("--gloo", default="")
+    meeting.add_argument("--nccl", default="")
+    meeting.add_argument("--gloo", default="")
+    check = command("check", _check, "compare all nodes", Rendezvous)
     for name in ("cache_dir", "data_root", "output_dir"):
         check.add_argument(f"--{name}", default="")
     check.add_argument("--count_samples", action="store_true")
@@ -53,39 +55,33 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _meeting_flags(command: argparse.ArgumentParser) -> None:
-    for name in ("nodes", "node_rank", "master_port"):
-        command.add_argument(f"--{name}", type=int, required=True)
-    command.add_argument("--master_addr", required=True)
+def _made(settings: type[T], arguments: argparse.Namespace) -> T:
+    return settings(**{field.name: getattr(arguments, field.name) for field in fields(settings)})  # type: ignore[arg-type]
 
 
-def _place(arguments: argparse.Namespace) -> Rendezvous:
-    return Rendezvous(**{field.name: getattr(arguments, field.name) for field in fields(Rendezvous)})
+def _checked_place(arguments: argparse.Namespace) -> Rendezvous:
+    place = _made(Rendezvous, arguments)
+    for remark in place.check():
+        print(f"[WARN] {remark}", file=sys.stderr, flush=True)
+    return place
 
 
 def _preflight(arguments: argparse.Namespace) -> int:
-    plan = Plan(**{field.name: getattr(arguments, field.name) for field in fields(Plan)})
-    for line in inspect(plan):
+    for line in inspect(_made(Launch, arguments)):
         print(f"[INFO] {line}", flush=True)
     return 0
 
 
-def _rendezvous(arguments: argparse.Namespace) -> int:
-    place = _place(arguments)
-    _say_remarks(place)
-    if place.nodes > 1:
-        for name, value in interfaces(place.master_addr, arguments.nccl, arguments.gloo).items():
-            print(f"{name}={value}")
+def _port(arguments: argparse.Namespace) -> int:
+    print(network.free_port())
     return 0
 
 
-def _say_remarks(place: Rendezvous) -> None:
-    for remark in place.check():
-        print(f"[WARN] {remark}", file=sys.stderr, flush=True)
-
-
-def _port(arguments: argparse.Namespace) -> int:
-    print(network.free_port())
+def _rendezvous(arguments: argparse.Namespace) -> int:
+    place = _checked_place(arguments)
+    if place.nodes > 1:
+        for name, value in interfaces(place.master_addr, arguments.nccl, arguments.gloo).items():
+            print(f"{name}={value}")
     return 0
 
 
@@ -95,12 +91,10 @@ def _check(arguments: argparse.Namespace) -> int:
     from vggt_cache.cluster.facts import Places
     from vggt_cache.doctor.findings import format_findings
 
-    places = Places(**{field.name: getattr(arguments, field.name) for field in fields(Places)})
-    place = _place(arguments)
-    _say_remarks(place)
-    findings = check_cluster(place, places, timeout_s=arguments.timeout_s)
+    place = _checked_place(arguments)
+    findings = check_cluster(place, _made(Places, arguments), timeout_s=arguments.timeout_s)
     print(format_findings(findings), flush=True)
-    return 1 if any(finding.status == "fail" for finding in findings) else 0
+    return int(any(finding.status == "fail" for finding in findings))
 
 
 if __name__ == "__main__":

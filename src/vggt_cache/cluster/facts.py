@@ -6,10 +6,9 @@ import hashlib
 import os
 import platform
 import socket
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections import Counter
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,8 +34,7 @@ class Places:
 
 @dataclass(frozen=True, kw_only=True)
 class NodeFacts:
-    """One node's answers. Each value is text that is equal on nodes which agree, except `host` and
-    `address`."""
+    """One node's answers: text that is equal on nodes which agree, except `host` and `address`."""
 
     host: str
     address: str
@@ -46,31 +44,25 @@ class NodeFacts:
     versions: dict[str, str]
     gpus: str
     caches: dict[str, str]
-    """Fingerprint of each cache -> its snapshot: the set of its shards."""
+    """Fingerprint of each cache -> the set of its shards, and the number of features."""
     cache_error: str
     """Why there is no cache to compare, in one sentence; or empty."""
-    entries: dict[str, int]
-    """Fingerprint -> features."""
     data: str
     """A digest of the annotations' names and sizes, and with `count_samples` the number of samples."""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def look_around(places: Places, *, address: str, nodes: int) -> NodeFacts:
     """Ask this machine. Reads the cache's index and the names of the data, no feature and no image."""
-    snapshots, entries, cache_error = _caches(places.cache_dir)
+    caches, cache_error = _caches(places.cache_dir)
     return NodeFacts(
         host=socket.gethostname(),
         address=address,
         nodes=str(nodes),
         versions=_versions(),
         gpus=_gpus(),
-        caches=snapshots,
+        caches=caches,
         cache_error=cache_error,
-        entries=entries,
-        data=_data(places),
+        data=_data(places) if places.data_root else NONE,
     )
 
 
@@ -88,43 +80,31 @@ def _versions() -> dict[str, str]:
 
 def _gpus() -> str:
     names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    kinds = [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
-    return ", ".join(kinds) or "none"
+    return ", ".join(f"{count} x {name}" for name, count in Counter(names).items()) or "none"
 
 
-def _caches(cache_dir: str) -> tuple[dict[str, str], dict[str, int], str]:
-    """Snapshots and numbers of features by fingerprint, and why there are none."""
+def _caches(cache_dir: str) -> tuple[dict[str, str], str]:
     if not cache_dir:
-        return {}, {}, NONE
-    snapshots, entries = {}, {}
+        return {}, NONE
+    caches = {}
     try:
         for spec in list_stores(cache_dir):
             with FeatureCache.open(cache_dir, spec=spec) as cache:
-                snapshots[spec.fingerprint] = cache.snapshot
-                entries[spec.fingerprint] = len(cache)
+                caches[spec.fingerprint] = f"{cache.snapshot[:16]}, {len(cache)} features"
     except VggtCacheError as error:
-        return {}, {}, str(error)
-    return snapshots, entries, "" if snapshots else f"{cache_dir} holds no feature cache"
+        return {}, str(error)
+    return caches, "" if caches else f"{cache_dir} holds no feature cache"
 
 
 def _data(places: Places) -> str:
-    if not places.data_root:
-        return NONE
     try:
-        digest = hashlib.sha256("\n".join(sorted(_annotations(places.data_root))).encode()).hexdigest()[:16]
-        if not places.count_samples:
-            return f"listing {digest}"
-        samples = sum(
-            1 for _ in iter_samples(find_sources(places.data_root), on_problem=lambda problem: None)
-        )
-        return f"{samples} samples, listing {digest}"
+        # Folders below the data root would take minutes on a network mount.
+        with os.scandir(places.data_root) as entries:
+            listing = sorted(f"{e.name} {e.stat().st_size if e.is_file() else 'folder'}" for e in entries)
+        text = f"listing {hashlib.sha256(chr(10).join(listing).encode()).hexdigest()[:16]}"
+        if places.count_samples:
+            samples = iter_samples(find_sources(places.data_root), on_problem=lambda problem: None)
+            text = f"{sum(1 for _ in samples)} samples, {text}"
+        return text
     except (OSError, VggtCacheError) as error:
         return f"cannot be read: {error}"
-
-
-def _annotations(root: str) -> Iterator[str]:
-    """Names and sizes of what lies directly in the data root; folders below it would take minutes on a
-    network mount."""
-    with os.scandir(root) as entries:
-        for entry in entries:
-            yield f"{entry.name} {entry.stat().st_size if entry.is_file() else 'folder'}"

@@ -54,8 +54,7 @@ class Meeting:
         del self._store  # closes the port, also where an error keeps this object alive
 
     def exchange(self, topic: str, value: Any) -> list[Any]:
-        """Every node's value, in order of rank; each node must call it. Raises MeetingError when one does
-        not."""
+        """Every node's value, in order of rank; each node must call it. Raises MeetingError when one does not."""
         self._store.set(f"{topic}/{self.place.node_rank}", json.dumps(value))
         return [json.loads(text) for text in self.collect(topic)]
 
@@ -66,14 +65,13 @@ class Meeting:
             self._store.wait(keys, self._left())
             return [self._store.get(key) for key in keys]
         except DistError as error:
-            raise MeetingError(self._missing(topic)) from error
+            raise MeetingError(self._missing(keys)) from error
 
-    def _missing(self, topic: str) -> str:
+    def _missing(self, keys: list[str]) -> str:
         try:
-            absent = [r for r in range(self.place.nodes) if not self._store.check([f"{topic}/{r}"])]
+            names = ", ".join(f"node {rank}" for rank, key in enumerate(keys) if not self._store.check([key]))
         except DistError:
             return f"node 0 at {self._where()} ended before all had answered: see what it says"
-        names = ", ".join(f"node {rank}" for rank in absent)
         return (
             f"{names} did not answer within {self._timeout_s:.0f} s: run check_cluster.sh there too, with "
             f"the same MASTER_ADDR, MASTER_PORT and NNODES {self.place.nodes}, and see what it says"

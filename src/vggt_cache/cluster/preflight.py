@@ -1,5 +1,4 @@
-"""Is this node ready to train? Everything is looked at that would otherwise fail minutes later, on some
-rank."""
+"""Is this node ready to train? Everything is looked at that would otherwise fail minutes later, on some rank."""
 
 from __future__ import annotations
 
@@ -17,9 +16,8 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """What is about to be started on this node, in the words of the launcher's variables. Empty: not
-    given."""
+class Launch:
+    """What is about to be started on this node, in the words of the launcher's variables. Empty: not given."""
 
     model_path: str
     vggt_model_path: str
@@ -43,38 +41,34 @@ class Plan:
     """Such batches in one optimizer step."""
 
 
-def inspect(plan: Plan) -> list[str]:
+def inspect(launch: Launch) -> list[str]:
     """What the run will do, in lines for the user. Raises SettingsError, DataError or a StoreError."""
-    _check_numbers(plan)
+    batch = _batch(launch)
     lines = [
-        f"model: {_model(plan.model_path)}",
-        f"data: {_data(plan)}",
-        f"features: {_features(plan)}",
-        f"processes: {plan.nodes} x {plan.processes} on {plan.device}, {equipment.engine(plan.ds_config)}",
-        _batch(plan),
-        f"output: {equipment.output(plan.output_dir)}",
+        f"model: {_model(launch.model_path)}",
+        f"data: {_data(launch)}",
+        f"features: {_features(launch)}",
+        f"processes: {launch.nodes} x {launch.processes} on {launch.device}, {equipment.engine(launch.ds_config)}",
+        batch,
+        f"output: {equipment.output(launch.output_dir)}",
     ]
-    equipment.check_packages(ds_config=plan.ds_config, device=plan.device, report_to=plan.report_to)
+    equipment.check_packages(ds_config=launch.ds_config, device=launch.device, report_to=launch.report_to)
     return lines
 
 
-def _check_numbers(plan: Plan) -> None:
-    numbers = {
-        "NPROC_PER_NODE": plan.processes,
-        "PER_DEVICE_BATCH_SIZE": plan.batch_size,
-        "GRAD_ACCUM_STEPS": plan.accumulation,
-    }
-    for name, value in numbers.items():
+def _batch(launch: Launch) -> str:
+    for name, value in (
+        ("NPROC_PER_NODE", launch.processes),
+        ("PER_DEVICE_BATCH_SIZE", launch.batch_size),
+        ("GRAD_ACCUM_STEPS", launch.accumulation),
+    ):
         if value < 1:
             raise SettingsError(f"{name} is {value}, so nothing would be trained: give 1 or more")
-
-
-def _batch(plan: Plan) -> str:
-    processes = plan.nodes * plan.processes
-    samples = processes * plan.batch_size * plan.accumulation
+    processes = launch.nodes * launch.processes
+    samples = processes * launch.batch_size * launch.accumulation
     return (
         f"batch: {samples} samples an optimizer step "
-        f"({processes} processes x {plan.batch_size} x {plan.accumulation} accumulated)"
+        f"({processes} processes x {launch.batch_size} x {launch.accumulation} accumulated)"
     )
 
 
@@ -108,29 +102,25 @@ def _encoder_is_here(path: str) -> bool:
 # ---------------------------------------------------------------- data
 
 
-def _data(plan: Plan) -> str:
-    if bool(plan.data_root) == bool(plan.annotation_path):
-        given = (
-            "both DATA_ROOT and ANNOTATION_PATH are"
-            if plan.data_root
-            else "neither DATA_ROOT nor ANNOTATION_PATH is"
-        )
+def _data(launch: Launch) -> str:
+    if bool(launch.data_root) == bool(launch.annotation_path):
+        given = "both DATA_ROOT and" if launch.data_root else "neither DATA_ROOT nor"
         raise SettingsError(
-            f"{given} set, so it is not clear what to train on: set DATA_ROOT to the folder of annotations "
-            "or episodes, or ANNOTATION_PATH (and DATA_PATH) instead"
+            f"{given} ANNOTATION_PATH {'are' if launch.data_root else 'is'} set, so it is not clear what to train on: "
+            "set DATA_ROOT to the folder of annotations or episodes, or ANNOTATION_PATH (and DATA_PATH) instead"
         )
-    if plan.data_root:
-        _require_folder("DATA_ROOT", plan.data_root)
-        return plan.data_root
-    files = [name for name in plan.annotation_path.split(",") if name]
+    if launch.data_root:
+        _require_folder("DATA_ROOT", launch.data_root)
+        return launch.data_root
+    files = [name for name in launch.annotation_path.split(",") if name]
     for name in files:
         if not os.access(name, os.R_OK) or not Path(name).is_file():
             raise DataError(
                 f"ANNOTATION_PATH names {name}, which is no file that you can read on this machine: correct "
                 "the path, or ask for read access"
             )
-    if plan.data_path:
-        _require_folder("DATA_PATH", plan.data_path)
+    if launch.data_path:
+        _require_folder("DATA_PATH", launch.data_path)
     return ", ".join(files)
 
 
@@ -152,37 +142,33 @@ def _require_folder(variable: str, path: str) -> None:
 # ---------------------------------------------------------------- features
 
 
-def _features(plan: Plan) -> str:
-    if not plan.cache_dir:
-        if not _encoder_is_here(plan.vggt_model_path):
+def _features(launch: Launch) -> str:
+    if not launch.cache_dir:
+        if not _encoder_is_here(launch.vggt_model_path):
             raise SettingsError(
-                f"VGGT_CACHE_DIR is not set and VGGT_MODEL_PATH '{plan.vggt_model_path}' does not exist, so "
+                f"VGGT_CACHE_DIR is not set and VGGT_MODEL_PATH '{launch.vggt_model_path}' does not exist, so "
                 "there are no features to train on: set VGGT_CACHE_DIR to a cache, or VGGT_MODEL_PATH to "
                 "VGGT-1B"
             )
-        return f"computed live by {plan.vggt_model_path} in every step (VGGT_CACHE_DIR is not set)"
+        return f"computed live by {launch.vggt_model_path} in every step (VGGT_CACHE_DIR is not set)"
+    may_be_empty = launch.cache_miss == "fill"
     try:
-        specs = list_stores(plan.cache_dir)
+        specs = list_stores(launch.cache_dir)
     except CacheNotFoundError:
         specs = []
-        if plan.cache_miss != "fill":
+        if not may_be_empty:
             raise
-    if not specs and plan.cache_miss != "fill":
+    if not specs and not may_be_empty:
         raise NotACacheError(
-            f"VGGT_CACHE_DIR {plan.cache_dir} holds no feature cache: give the --cache_dir of the "
+            f"VGGT_CACHE_DIR {launch.cache_dir} holds no feature cache: give the --cache_dir of the "
             "precompute command, or set VGGT_CACHE_MISS=fill to fill it while training"
         )
-    return "; ".join([_stores(plan.cache_dir, specs), _missing(plan)])
-
-
-def _stores(cache_dir: str, specs: list[FeatureSpec]) -> str:
-    stores = [f"context {spec.context}, {_shards(cache_dir, spec)} shards" for spec in specs]
-    return f"cache {cache_dir} ({' | '.join(stores) or 'empty'})"
+    stores = [f"context {spec.context}, {_shards(launch.cache_dir, spec)} shards" for spec in specs]
+    return f"cache {launch.cache_dir} ({' | '.join(stores) or 'empty'}); {_missing(launch)}"
 
 
 def _shards(cache_dir: str, spec: FeatureSpec) -> int:
-    """How many there are. One is opened, because a folder that can be listed may hold files that cannot
-    be read."""
+    """How many there are. One is opened: a folder that can be listed may hold files that cannot be read."""
     folder = Path(cache_dir) / spec.short_name / "shards"
     try:
         names = sorted(os.listdir(folder)) if folder.exists() else []
@@ -196,11 +182,13 @@ def _shards(cache_dir: str, spec: FeatureSpec) -> int:
     return len(names)
 
 
-def _missing(plan: Plan) -> str:
+def _missing(launch: Launch) -> str:
     """What becomes of features that the cache has not."""
-    if plan.cache_miss == "error":
+    if launch.cache_miss == "error":
         return "a missing feature ends the run"
-    put_back = " and put into the cache" if plan.cache_miss == "fill" else ""
-    if _encoder_is_here(plan.vggt_model_path):
+    put_back = " and put into the cache" if launch.cache_miss == "fill" else ""
+    if _encoder_is_here(launch.vggt_model_path):
         return f"missing ones are computed{put_back}"
-    return f"there is no VGGT at '{plan.vggt_model_path}': that is no fault as long as no feature is missing"
+    return (
+        f"there is no VGGT at '{launch.vggt_model_path}': that is no fault as long as no feature is missing"
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vggt_cache.cluster.facts import NONE, NodeFacts
@@ -28,21 +28,36 @@ class Report:
 def judge(report: Report) -> list[Finding]:
     """One finding for each question, the same on every node."""
     facts = report.facts
+    hosts = ", ".join(f"{rank}: {node.host}" for rank, node in enumerate(facts))
+    packages = dict.fromkeys(name for node in facts for name in node.versions)
     return [
-        _nodes(facts),
+        _equal("nodes", [node.nodes for node in facts], "Give each node the same NNODES.", shown=hosts),
         _reach(report),
         *_caches(facts),
         _data(facts),
         _output(report.sees_output),
-        *_versions(facts),
-        _gpus(facts),
+        *(_equal(name, [node.versions.get(name, "none") for node in facts], _VERSION) for name in packages),
+        _equal(
+            "GPUs",
+            [node.gpus for node in facts],
+            "Nodes with unequal GPUs wait for the slowest.",
+            status="warn",
+        ),
         _clocks(report.clocks_s),
     ]
 
 
-def _nodes(facts: Sequence[NodeFacts]) -> Finding:
-    hosts = ", ".join(f"{rank}: {node.host}" for rank, node in enumerate(facts))
-    return _equal("nodes", facts, lambda node: node.nodes, hosts, "Give each node the same NNODES.")
+_VERSION = "Install the same version on every node."
+
+
+def _equal(
+    name: str, values: Sequence[str], otherwise: str, *, shown: str = "", status: str = "fail"
+) -> Finding:
+    """`ok` with the common value, or `status` with each node's own and what to do."""
+    if len(set(values)) == 1:
+        return Finding(name, "ok", shown or values[0], "Equal on all nodes.")
+    each = "; ".join(f"node {rank}: {value}" for rank, value in enumerate(values))
+    return Finding(name, status, each, otherwise)
 
 
 def _reach(report: Report) -> Finding:
@@ -59,9 +74,6 @@ def _reach(report: Report) -> Finding:
     return Finding("connections", "ok", addresses, "Each node reaches each other node.")
 
 
-# ---------------------------------------------------------------- the cache
-
-
 def _caches(facts: Sequence[NodeFacts]) -> list[Finding]:
     errors = [node.cache_error for node in facts]
     if all(error == NONE for error in errors):
@@ -70,39 +82,32 @@ def _caches(facts: Sequence[NodeFacts]) -> list[Finding]:
         if error:
             said = "VGGT_CACHE_DIR is not set" if error == NONE else error
             return [Finding("cache", "fail", f"none on node {rank}", f"It says: {said}.")]
-    kinds = _equal(
+    fingerprints = _equal(
         "cache fingerprint",
-        facts,
-        lambda node: " ".join(sorted(name[:16] for name in node.caches)),
-        "",
+        [" ".join(sorted(name[:16] for name in node.caches)) for node in facts],
         "They are caches of different specifications: give each node the same VGGT_CACHE_DIR, on shared storage.",
     )
-    if kinds.status == "fail":
-        return [kinds]
-    return [kinds, *(_snapshot(facts, name) for name in sorted(facts[0].caches))]
-
-
-def _snapshot(facts: Sequence[NodeFacts], fingerprint: str) -> Finding:
-    return _equal(
-        "cache snapshot",
-        facts,
-        lambda node: f"{node.caches[fingerprint][:16]}, {node.entries[fingerprint]} features",
-        "",
-        "The nodes see different shards: mount the same directory on each, or wait until precompute has "
-        "ended and "
-        "the mount has caught up.",
+    if fingerprints.status == "fail":
+        return [fingerprints]
+    otherwise = (
+        "The nodes see different shards: mount the same directory on each, or wait until precompute has ended and "
+        "the mount has caught up."
     )
-
-
-# ---------------------------------------------------------------- data, output, software
+    return [
+        fingerprints,
+        *(
+            _equal("cache snapshot", [node.caches[name] for node in facts], otherwise)
+            for name in sorted(facts[0].caches)
+        ),
+    ]
 
 
 def _data(facts: Sequence[NodeFacts]) -> Finding:
-    broken = [rank for rank, node in enumerate(facts) if node.data.startswith("cannot be read")]
-    if broken:
-        return Finding("training data", "fail", f"none on node {broken[0]}", facts[broken[0]].data)
+    for rank, node in enumerate(facts):
+        if node.data.startswith("cannot be read"):
+            return Finding("training data", "fail", f"none on node {rank}", node.data)
     same = "DATA_ROOT must show the same annotations on every node."
-    return _equal("training data", facts, lambda node: node.data, "", same)
+    return _equal("training data", [node.data for node in facts], same)
 
 
 def _output(sees: Sequence[bool]) -> Finding:
@@ -116,26 +121,6 @@ def _output(sees: Sequence[bool]) -> Finding:
     return Finding("output directory", "ok", "shared", "Every node sees what node 0 writes there.")
 
 
-def _versions(facts: Sequence[NodeFacts]) -> list[Finding]:
-    names = dict.fromkeys(name for node in facts for name in node.versions)
-    return [
-        _equal(
-            name,
-            facts,
-            lambda node, name=name: node.versions.get(name, "none"),  # type: ignore[misc]
-            "",
-            "Install the same version on every node.",
-        )
-        for name in names
-    ]
-
-
-def _gpus(facts: Sequence[NodeFacts]) -> Finding:
-    return _equal(
-        "GPUs", facts, lambda node: node.gpus, "", "Nodes with unequal GPUs wait for the slowest.", "warn"
-    )
-
-
 def _clocks(clocks_s: Sequence[float]) -> Finding:
     apart_s = max(clocks_s) - min(clocks_s)
     if apart_s > CLOCK_TOLERANCE_S:
@@ -144,19 +129,3 @@ def _clocks(clocks_s: Sequence[float]) -> Finding:
         )
         return Finding("clocks", "fail", f"{apart_s:.0f} s apart", meaning)
     return Finding("clocks", "ok", f"{apart_s:.1f} s apart", "Close enough.")
-
-
-def _equal(
-    name: str,
-    facts: Sequence[NodeFacts],
-    value_of: Callable[[NodeFacts], str],
-    shown: str,
-    otherwise: str,
-    status: str = "fail",
-) -> Finding:
-    """`ok` with the common value, or `status` with each node's own and what to do."""
-    values = [value_of(node) for node in facts]
-    if len(set(values)) == 1:
-        return Finding(name, "ok", shown or values[0], "Equal on all nodes.")
-    each = "; ".join(f"node {rank}: {value}" for rank, value in enumerate(values))
-    return Finding(name, status, each, otherwise)
