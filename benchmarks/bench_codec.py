@@ -46,7 +46,8 @@ RING = 8
 def features_of(size: str, width: int, count: int, device: str) -> list[torch.Tensor]:
     """bfloat16 [h, w, C] of frames of the demo."""
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
-        names = sorted(write_dataset(folder, episodes=count, steps=2).structured.rglob("*.png"))
+        data = write_dataset(folder, episodes=count, steps=2)
+        names = sorted((data.root / "structured").rglob("*.png"))
         frames = [name.read_bytes() for name in names[:: max(1, len(names) // count)][:count]]
     pixels = [decode_frame(frame, Preprocessing(image_size=width)) for frame in frames]
     encoder = random_weights(Encoder(SIZES[size]).to(device))
