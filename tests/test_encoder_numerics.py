@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import golden_recipe
-from vggt_cache.encoder import Checkpoint, Encoder, History
+from vggt_cache.encoder import Checkpoint, Encoder, History, numerics
 from vggt_cache.encoder.causal import encode_lists
+from vggt_cache.encoder.numerics import own_numerics
 from vggt_cache.errors import FrameError, SettingsError
 
 ROUNDING = 1e-5
@@ -240,10 +242,15 @@ def set_backend_precision(precision: str) -> None:
     torch.backends.mkldnn.matmul.fp32_precision = precision
 
 
+def set_precision_of_everything(precision: str) -> None:
+    torch.backends.fp32_precision = precision
+
+
 SETTINGS: dict[str, tuple[Callable[[Any], None], object, object]] = {
     "default dtype": (torch.set_default_dtype, torch.bfloat16, torch.float32),
     "matmul precision": (torch.set_float32_matmul_precision, "medium", "highest"),
     "backend precision": (set_backend_precision, "bf16", "none"),
+    "precision of everything": (set_precision_of_everything, "bf16", "none"),
 }
 """What a training loop may have set, and the default."""
 
@@ -252,7 +259,9 @@ SETTINGS: dict[str, tuple[Callable[[Any], None], object, object]] = {
 def test_settings_of_the_caller_change_no_feature_and_stay(
     small_checkpoint: Path, images: Tensor, alone: Tensor, kind: str
 ) -> None:
-    if kind == "backend precision" and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+    if kind not in ("default dtype", "matmul precision") and not hasattr(
+        torch.backends.cuda.matmul, "fp32_precision"
+    ):
         pytest.skip("this torch has one setting for all backends")
     put, value, usual = SETTINGS[kind]
     matrix = torch.rand(512, 512, generator=torch.Generator().manual_seed(0))
@@ -264,6 +273,66 @@ def test_settings_of_the_caller_change_no_feature_and_stay(
         assert torch.equal(matrix @ matrix, product)
     finally:
         put(usual)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="this torch has one setting for all"
+)
+@pytest.mark.parametrize("owner", ["torch.backends", "torch.backends.cuda.matmul"])
+def test_products_are_exact_inside_and_the_callers_again_outside(owner: str) -> None:
+    """On CUDA as well: what the setting says can be read without a GPU."""
+    matmul = torch.backends.cuda.matmul
+    matmul.fp32_precision = "none"
+    place = matmul if owner.endswith("matmul") else torch.backends
+    place.fp32_precision = "tf32"
+    try:
+        with own_numerics(torch.device("cpu")):
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+        place.fp32_precision = "ieee"  # what is set for all reaches products again
+        assert matmul.fp32_precision == "ieee"
+    finally:
+        place.fp32_precision = "none"
+
+
+def test_no_convolution_runs_whose_precision_would_be_another_setting(
+    encoder: Encoder, images: Tensor
+) -> None:
+    names: set[str] = set()
+
+    class Named(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.add(operation.name())
+            return operation(*args, **(kwargs or {}))
+
+    with Named():
+        encoder.frame_features(images[:1])
+    assert any("mm" in name for name in names)
+    assert not [name for name in names if "conv" in name]
+
+
+def backends_of(step: tuple[int, ...]) -> tuple[bool, bool, bool]:
+    """Whether a step of this shape may use cuDNN, flash and efficient attention on CUDA."""
+    flags = torch.backends.cuda
+    with own_numerics(torch.device("cuda"), *step):
+        return flags.cudnn_sdp_enabled(), flags.flash_sdp_enabled(), flags.mem_efficient_sdp_enabled()
+
+
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available")
+def test_a_shape_that_is_met_seldom_makes_cudnn_build_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numerics, "_steps", Counter())
+    monkeypatch.delenv(numerics.ATTENTION, raising=False)
+    often = [backends_of((1, 2)) for _ in range(numerics.PLAN_AFTER + 1)]
+    assert set(often[:-1]) == {(False, True, True)}
+    assert often[-1] == (True, True, True)
+    assert backends_of((1, 3)) == (False, True, True)
+    monkeypatch.setenv(numerics.ATTENTION, "flash")
+    assert backends_of((1, 2)) == (False, True, True)
+    monkeypatch.setenv(numerics.ATTENTION, "cudnn")
+    assert backends_of((1, 4)) == (True, True, True)
+    monkeypatch.setenv(numerics.ATTENTION, "fast")
+    with pytest.raises(SettingsError, match=r"VGGT_CACHE_SDPA is 'fast'.*auto, flash, cudnn"):
+        backends_of((1, 2))
 
 
 def test_autocast_of_the_caller_changes_no_feature(encoder: Encoder, images: Tensor, alone: Tensor) -> None:
