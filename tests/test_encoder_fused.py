@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import os
 import platform
@@ -89,6 +90,8 @@ def test_kernels_compile_for_hopper_without_a_gpu(case: str) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    if "attrs" not in inspect.signature(ASTSource).parameters:
+        pytest.skip("this Triton compiles by an older interface")
     name, types, constants = COMPILED[case]
     signature = {**types, **dict.fromkeys(constants, "constexpr")}
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind[0] == "*"}
@@ -147,6 +150,12 @@ def test_a_block_takes_the_fused_path_where_it_is_available(monkeypatch: pytest.
     monkeypatch.setattr(fused, "finish", recorded("finish", finish))
     assert torch.equal(block(x, rope), plain)
     assert "project" in taken
+
+
+def test_the_forms_of_gelu_differ_by_at_most_5e_4() -> None:
+    x = torch.linspace(-20, 20, 400_001, dtype=torch.float64)
+    gelu = torch.nn.functional.gelu
+    assert (gelu(x, approximate="tanh") - gelu(x)).abs().max() < 5e-4
 
 
 @pytest.mark.parametrize("shift", [0.0, -2.0], ids=["as it is", "mostly negative"])
