@@ -28,7 +28,7 @@ import torch
 import record
 from bench_encoder import DTYPES, SIZES, pairs_flops, random_weights, seconds, tower_flops
 from profile_parts import synchronize
-from vggt_cache.encoder import Checkpoint, Encoder, FrameCache
+from vggt_cache.encoder import Checkpoint, Encoder
 from vggt_cache.encoder.causal import CausalStats, encode_lists
 from vggt_cache.encoder.model import patch_grid
 from vggt_cache.samples import history_indexes
@@ -36,16 +36,11 @@ from vggt_cache.samples import history_indexes
 
 def one_by_one(encoder: Encoder, frames: list[int], images: torch.Tensor) -> torch.Tensor:
     """The published way: nothing is kept from one sample to the next."""
-    prefix: list[FrameCache] = []
-    feature = None
-    for frame in frames:
-        pixels = images[frame][None]
-        tokens = encoder.patch_tokens(pixels)
-        feature, (cache,) = encoder.extend(
-            tokens, patch_grid(pixels), [prefix], want_feature=[True], want_cache=[True]
-        )
-        assert cache is not None
-        prefix.append(cache)
+    grid = patch_grid(images[:1])
+    history, feature = encoder.new_history(grid, rows=1, frames=len(frames)), None
+    for place, frame in enumerate(frames):
+        tokens = encoder.patch_tokens(images[frame][None])
+        feature = encoder.extend(tokens, grid, history, [0], place, want_feature=[True])
     assert feature is not None
     return feature[0]
 

@@ -12,8 +12,7 @@ The peak is measured first and last; the mean counts. Weights are random, in the
 their values. `--size 1b` is VGGT-1B, `--size small` what the tests use (for a run on a CPU).
 
 `--profile` says what is left beside the matrix products: shares of a batch's time by class of operation, and what no
-operation fills (`profile_parts.py`). `--compile` runs the same batch by torch.compile and as CUDA graphs, with their
-difference from the encoder as it is, and names what pays (`compiled_encoder.py`).
+operation fills (`profile_parts.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +26,6 @@ from typing import Any
 import torch
 
 import record
-from compiled_encoder import compare
 from profile_parts import operation_shares, synchronize
 from vggt_cache.encoder import Encoder, EncoderConfig
 from vggt_cache.encoder.causal import CausalStats, encode_lists
@@ -188,7 +186,6 @@ def main() -> None:
         "--seconds", type=float, default=5.0 if on_gpu else 2.0, help="length of one measurement"
     )
     parser.add_argument("--profile", action="store_true", help="also what the time is made of")
-    parser.add_argument("--compile", action="store_true", help="also torch.compile and CUDA graphs")
     parser.add_argument("--small", action="store_true", help="little and short, to see that it works")
     parser.add_argument("--no_result", action="store_true", help="print the figures, write no file")
     arguments = parser.parse_args()
@@ -228,10 +225,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         if arguments.profile:
             steps = min(arguments.causal_steps, 24)
             figures[f"profile_{width}"] = profiles(encoder, width, best, steps)
-        if arguments.compile:
-            shape = (best, HEIGHT_OF_640x480[width], width, 3)
-            pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-            figures[f"compile_{width}"] = compare(encoder, pixels, calls=3)
     return figures
 
 

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 import golden_recipe
-from vggt_cache.encoder import Checkpoint, Encoder, FrameCache
+from vggt_cache.encoder import Checkpoint, Encoder
 from vggt_cache.encoder.causal import CausalStats, encode_lists
+from vggt_cache.encoder.history import evenly
 from vggt_cache.errors import FrameError
 
 Lists = Sequence[Sequence[int]]
@@ -31,14 +32,29 @@ def distinct_prefixes(lists: Lists) -> int:
     return len({tuple(frames[: depth + 1]) for frames in lists for depth in range(len(frames))})
 
 
+class TraceHistory:
+    """Which frame stands at which place of each row."""
+
+    def __init__(self, grid: tuple[int, int], rows: int, frames: int) -> None:
+        self.grid = grid
+        self.rows: list[list[int | None]] = [[None] * frames for _ in range(rows)]
+        self.copied = 0
+
+    def copy(self, source: int, target: int, frames: int) -> None:
+        self.rows[target][:frames] = self.rows[source][:frames]
+        self.copied += frames
+
+
 class TraceEncoder:
     """Stands in for the encoder; its 'feature' is the list of frames seen, so sharing can be checked exactly."""
 
     def __init__(self) -> None:
         self.towers: list[list[int]] = []
-        self.steps: list[tuple[int, int]] = []
-        self.caches: weakref.WeakSet[FrameCache] = weakref.WeakSet()
-        self.most_caches = 0
+        self.steps: list[tuple[int, list[int]]] = []
+        """Depth and rows of each."""
+        self.histories: weakref.WeakSet[TraceHistory] = weakref.WeakSet()
+        self.most_frames = 0
+        self.copied = 0
 
     def patch_tokens(self, pixels: Tensor) -> Tensor:
         frames = pixels[:, 0, 0, 0].tolist()
@@ -46,29 +62,35 @@ class TraceEncoder:
         patches = pixels.shape[1] * pixels.shape[2] // 196
         return torch.tensor(frames, dtype=torch.float32)[:, None, None].repeat(1, patches, 1)
 
+    def new_history(self, grid: tuple[int, int], *, rows: int, frames: int) -> TraceHistory:
+        assert not self.histories
+        history = TraceHistory(grid, rows, frames)
+        self.histories.add(history)
+        self.most_frames = max(self.most_frames, rows * frames)
+        return history
+
     def extend(
         self,
         tokens: Tensor,
         grid: tuple[int, int],
-        prefixes: list[list[FrameCache]],
+        history: TraceHistory | None,
+        rows: list[int],
+        place: int,
         *,
         want_feature: list[bool],
-        want_cache: list[bool],
-    ) -> tuple[Tensor | None, list[FrameCache | None]]:
-        assert len({len(prefix) for prefix in prefixes}) == 1
-        self.steps.append((len(prefixes[0]), len(tokens)))
-        seen = [
-            [*(c.keys_values.item() for c in prefix), own]
-            for prefix, own in zip(prefixes, tokens[:, 0, 0].tolist(), strict=True)
-        ]
-        caches: list[FrameCache | None] = [
-            FrameCache(keys_values=tokens[row, 0, 0], grid=grid) if want else None
-            for row, want in enumerate(want_cache)
-        ]
-        self.caches.update(cache for cache in caches if cache is not None)
-        self.most_caches = max(self.most_caches, len(self.caches))
+    ) -> Tensor | None:
+        assert rows == sorted(set(rows))
+        assert len(rows) == len(tokens) == len(want_feature)
+        self.steps.append((place, rows))
+        seen: list[list[Any]] = [[frame] for frame in tokens[:, 0, 0].tolist()]
+        if history is not None:
+            assert history.grid == grid
+            self.copied, history.copied = self.copied + history.copied, 0
+            for row, own in zip(rows, seen, strict=True):
+                history.rows[row][place] = own[0]
+            seen = [history.rows[row][: place + 1] for row in rows]
         wanted = [torch.tensor(frames) for frames, want in zip(seen, want_feature, strict=True) if want]
-        return (torch.stack(wanted) if wanted else None), caches
+        return torch.stack(wanted) if wanted else None
 
 
 def pixels_of(frame: Hashable) -> Tensor:
@@ -116,20 +138,20 @@ def test_each_prefix_and_each_image_is_computed_once(lists: Lists, batch_size: i
     assert stats == CausalStats(
         tower_passes=len(frames), frame_passes=prefixes, unshared_passes=sum(map(len, lists))
     )
-    assert sum(size for _, size in encoder.steps) == prefixes
+    assert sum(len(rows) for _, rows in encoder.steps) == prefixes
     assert sorted(frame for batch in encoder.towers for frame in batch) == sorted(frames)
     assert asked == Counter(frames)
 
 
 @hypothesis.given(any_lists, st.integers(1, 5))
 @hypothesis.settings(deadline=None, max_examples=150, derandomize=True)
-def test_live_caches_are_bounded_and_all_are_dropped(lists: Lists, batch_size: int) -> None:
+def test_memory_is_bounded_and_all_of_it_is_dropped(lists: Lists, batch_size: int) -> None:
     encoder = TraceEncoder()
     run(encoder, lists, batch_size)
     longest = max(map(len, lists), default=0)
-    assert encoder.most_caches <= batch_size * max(longest - 1, 0)
-    assert len(encoder.caches) == 0
-    assert all(size <= batch_size for _, size in encoder.steps)
+    assert encoder.most_frames <= batch_size * (longest if longest > 1 else 0)
+    assert len(encoder.histories) == 0
+    assert all(len(rows) <= batch_size for _, rows in encoder.steps)
 
 
 def test_an_episode_takes_the_expected_passes_in_well_filled_batches() -> None:
@@ -139,16 +161,25 @@ def test_an_episode_takes_the_expected_passes_in_well_filled_batches() -> None:
     assert stats.frame_passes == distinct_prefixes(EPISODE) < 504 / 1.5
     assert stats.tower_passes == 60
     assert [len(batch) for batch in encoder.towers] == [8] * 7 + [4]
-    assert encoder.most_caches <= 8 * 8
+    assert encoder.most_frames == 8 * 9
     # Sixty steps of every list alone would be 504; well under half a batch on average would waste the device.
     assert stats.frame_passes / len(encoder.steps) > 4
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 16])
+def test_an_episode_copies_nearly_no_history_and_attends_in_place(batch_size: int) -> None:
+    """Frames put together anew for every frame's attention would be over seventeen hundred."""
+    encoder = TraceEncoder()
+    run(encoder, EPISODE, batch_size)
+    assert encoder.copied <= {1: 0, 8: 40, 16: 60}[batch_size]
+    assert all(evenly(rows) is not None for _, rows in encoder.steps)
 
 
 def test_patch_tokens_are_dropped_after_their_last_use() -> None:
     kept_bytes: list[int] = []
 
     class Watching(TraceEncoder):
-        def extend(self, *args: Any, **options: Any) -> tuple[Tensor | None, list[FrameCache | None]]:
+        def extend(self, *args: Any, **options: Any) -> Tensor | None:
             shape = (GRID[0] * GRID[1], 1)
             tokens = [one for one in gc.get_objects() if type(one) is Tensor and one.shape == shape]
             kept_bytes.append(
@@ -190,7 +221,7 @@ def test_lists_that_cannot_be_computed_are_reported_and_the_others_go_on(batch_s
     assert all(str(errors[position]) == "frame 7 cannot be read" for position in (2, 3))
     for position in (1, 5, 6):
         assert "VGGT's features are not defined for lists of mixed image sizes" in str(errors[position])
-    assert len(encoder.caches) == 0
+    assert len(encoder.histories) == 0
 
 
 @pytest.mark.parametrize("lists", [[[7]], [[1, 10]]])
@@ -221,13 +252,11 @@ def real_pixels(frame: Hashable) -> Tensor:
 
 
 def alone(encoder: Encoder, frames: Sequence[int]) -> Tensor:
-    prefix: list[FrameCache] = []
-    for frame in frames:
+    history = encoder.new_history(GRID, rows=1, frames=len(frames))
+    for place, frame in enumerate(frames):
         tokens = encoder.patch_tokens(real_pixels(frame)[None])
-        features, caches = encoder.extend(tokens, GRID, [prefix], want_feature=[True], want_cache=[True])
-        assert features is not None
-        assert caches[0] is not None
-        prefix.append(caches[0])
+        features = encoder.extend(tokens, GRID, history, [0], place, want_feature=[True])
+    assert features is not None
     return features[0]
 
 

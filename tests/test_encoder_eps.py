@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import golden_recipe
-from vggt_cache.encoder import Encoder, EncoderConfig, FrameCache, expected_shapes
+from vggt_cache.encoder import Encoder, EncoderConfig, expected_shapes
 
 FRAMES = 2
 
@@ -117,24 +117,16 @@ def found(small_config: EncoderConfig, weights: dict[str, Tensor], images: Tenso
     """The encoder's tokens after the last pair, [frames, n, 2C]."""
     encoder = Encoder(small_config, layer=-1)
     encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
-    prefix: list[FrameCache] = []
+    history = encoder.new_history((7, 7), rows=1, frames=FRAMES)
     tokens: list[Tensor] = []
-    for image in images:
+    for place, image in enumerate(images):
 
         def on_pair(pair: int, output: Tensor) -> None:
             if pair == 3:
                 tokens.append(output[0])
 
-        _, caches = encoder.extend(
-            encoder.patch_tokens(image[None]),
-            (7, 7),
-            [prefix],
-            want_feature=[True],
-            want_cache=[True],
-            on_pair=on_pair,
-        )
-        assert caches[0] is not None
-        prefix.append(caches[0])
+        patches = encoder.patch_tokens(image[None])
+        encoder.extend(patches, (7, 7), history, [0], place, want_feature=[True], on_pair=on_pair)
     return torch.stack(tokens)
 
 

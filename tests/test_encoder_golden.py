@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import golden_recipe
-from vggt_cache.encoder import Checkpoint, Encoder, EncoderConfig, FrameCache, expected_shapes
+from vggt_cache.encoder import Checkpoint, Encoder, EncoderConfig, History, expected_shapes
 
 TOLERANCE = 5e-5
 LAYERS = (0, 1, -2, -1)
@@ -26,22 +26,25 @@ def encoder(small_checkpoint: Path) -> Encoder:
 
 
 def step(
-    encoder: Encoder, image: Tensor, prefix: list[FrameCache]
-) -> tuple[dict[int, Tensor], Tensor, FrameCache, Tensor]:
-    """All tokens [n, 2C] after each pair, the feature, the cache, and the patch tokens of one frame."""
+    encoder: Encoder, image: Tensor, history: History | None = None, place: int = 0
+) -> tuple[dict[int, Tensor], Tensor, Tensor]:
+    """All tokens [n, 2C] after each pair, the feature, and the patch tokens of one frame."""
     pairs: dict[int, Tensor] = {}
 
     def on_pair(pair: int, tokens: Tensor) -> None:
         pairs[pair] = tokens[0]
 
     patches = encoder.patch_tokens(image[None])
-    grid = (image.shape[0] // 14, image.shape[1] // 14)
-    features, caches = encoder.extend(
-        patches, grid, [prefix], want_feature=[True], want_cache=[True], on_pair=on_pair
+    rows = [0] if history else []
+    features = encoder.extend(
+        patches, grid_of(image), history, rows, place, want_feature=[True], on_pair=on_pair
     )
     assert features is not None
-    assert caches[0] is not None
-    return pairs, features[0], caches[0], patches[0]
+    return pairs, features[0], patches[0]
+
+
+def grid_of(image: Tensor) -> tuple[int, int]:
+    return image.shape[0] // 14, image.shape[1] // 14
 
 
 def test_the_golden_weights_are_the_ones_the_goldens_were_made_with(small_config: EncoderConfig) -> None:
@@ -56,7 +59,7 @@ def test_the_golden_weights_are_the_ones_the_goldens_were_made_with(small_config
 def test_single_frame_agrees_with_the_published_code(encoder: Encoder, case: str) -> None:
     size, seed = case.split("/s")
     width, height = map(int, size.split("x"))
-    pairs, feature, _, patches = step(encoder, golden_recipe.image(int(seed), height, width), [])
+    pairs, feature, patches = step(encoder, golden_recipe.image(int(seed), height, width))
     differences = {
         layer: golden_recipe.largest_difference(FRAME, f"{case}/L{layer}", pairs[layer % 4], special=5)
         for layer in LAYERS
@@ -67,10 +70,9 @@ def test_single_frame_agrees_with_the_published_code(encoder: Encoder, case: str
 
 
 def test_causal_sequence_agrees_with_the_published_code(encoder: Encoder) -> None:
-    prefix: list[FrameCache] = []
+    history = encoder.new_history((8, 11), rows=1, frames=6)
     for number in range(6):
-        pairs, _, cache, _ = step(encoder, golden_recipe.image(21, 112, 154, number), prefix)
-        prefix.append(cache)
+        pairs, _, _ = step(encoder, golden_recipe.image(21, 112, 154, number), history, number)
         for layer in LAYERS:
             difference = golden_recipe.largest_difference(
                 CAUSAL, f"f{number}/L{layer}", pairs[layer % 4], special=5
@@ -86,9 +88,9 @@ def test_raw_keys_and_values_agree_with_the_published_cache(encoder: Encoder) ->
         projected.append(output[0, :10].view(10, 3, encoder.config.num_heads, -1)[:, 1:, 0])
 
     handle = encoder.get_submodule("global_blocks.0.attn.qkv").register_forward_hook(record)
-    prefix: list[FrameCache] = []
+    history = encoder.new_history((8, 11), rows=1, frames=6)
     for number in range(6):
-        prefix.append(step(encoder, golden_recipe.image(21, 112, 154, number), prefix)[2])
+        step(encoder, golden_recipe.image(21, 112, 154, number), history, number)
     handle.remove()
     for which, name in enumerate("kv"):
         found = torch.stack([projected[number][:, which] for number in (0, 5)]).numpy()
@@ -101,6 +103,6 @@ def test_an_encoder_stopped_earlier_gives_the_same_output(
 ) -> None:
     image = golden_recipe.image(11, 112, 154)
     stopped = Checkpoint.open(str(small_checkpoint), layer=layer).load()
-    pairs = step(encoder, image, [])[0]
+    pairs = step(encoder, image)[0]
     assert torch.equal(stopped.frame_features(image[None])[0].flatten(0, 1), pairs[layer % 4][5:])
     assert len(stopped.global_blocks) == layer % 4 + 1

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from janusvln.demo.tiny_qwen import write_tiny_qwen
-from janusvln.model.streaming import StreamingFeatures, generate_from_frames, trimmed
+from janusvln.model.streaming import StreamingFeatures, generate_from_frames, place_of
 from model_kit import CHANNELS, images, load, prompt, rows
 from vggt_cache.encoder import Checkpoint, Encoder
 from vggt_cache.encoder.causal import encode_lists
-from vggt_cache.encoder.model import FrameCache
 from vggt_cache.errors import FrameError, SettingsError
 
 GRID = (1, 2)
@@ -39,13 +38,21 @@ def streamed(encoder: Encoder, frames: list[Tensor]) -> list[Tensor]:
     return [stream.push(frame) for frame in frames]
 
 
-def step(encoder: Encoder, frame: Tensor, history: list[FrameCache]) -> tuple[Tensor, FrameCache]:
-    features, caches = encoder.extend(
-        encoder.patch_tokens(frame[None]), GRID, [history], want_feature=[True], want_cache=[True]
-    )
+Kept = list[Tensor]
+"""Keys and values of one frame, per pair."""
+
+
+def step(encoder: Encoder, frame: Tensor, earlier: list[Kept]) -> tuple[Tensor, Kept]:
+    """The feature of `frame` after `earlier`, oldest first, in a history made for it alone."""
+    place = len(earlier)
+    history = encoder.new_history(GRID, rows=1, frames=place + 1)
+    for number, kept in enumerate(earlier):
+        for pair, values in enumerate(kept):
+            history._pairs[pair][:, :, number] = values
+    tokens = encoder.patch_tokens(frame[None])
+    features = encoder.extend(tokens, GRID, history, [0], place, want_feature=[True])
     assert features is not None
-    assert caches[0] is not None
-    return features[0], caches[0]
+    return features[0], [pair[:, :, place].clone() for pair in history._pairs]
 
 
 def difference(one: Tensor, other: Tensor) -> float:
@@ -70,32 +77,38 @@ def test_up_to_56_earlier_frames_it_is_the_causal_feature_of_all_frames_so_far(
 def test_after_that_it_sees_the_first_8_and_the_last_48_with_the_history_of_their_own_time(
     encoder: Encoder, frames: list[Tensor], streamed: list[Tensor]
 ) -> None:
-    caches: dict[int, FrameCache] = {}
+    kept: dict[int, Kept] = {}
     for now, frame in enumerate(frames):
         earlier = list(range(now))
         seen = earlier if now <= 56 else [*range(8), *range(now - 48, now)]
-        expected, caches[now] = step(encoder, frame, [caches[index] for index in seen])
+        expected, kept[now] = step(encoder, frame, [kept[index] for index in seen])
         assert difference(streamed[now], expected) < 1e-5, now
-    kept_alone = dict(
+    as_list = dict(
         encode_lists(
             encoder, [[*range(8), *range(13, 62)]], lambda index: frames[int(str(index))], batch_size=1
         )
     )
-    assert difference(streamed[61], kept_alone[0]) > 1e-5
+    assert difference(streamed[61], as_list[0]) > 1e-5
 
 
-def test_trimming_keeps_8_and_48_of_any_longer_history() -> None:
-    for length in (0, 8, 55, 56):
-        assert trimmed(list(range(length))) == list(range(length))  # type: ignore[arg-type]
-    assert trimmed(list(range(57))) == [*range(8), *range(9, 57)]  # type: ignore[arg-type]
-    assert trimmed(list(range(100))) == [*range(8), *range(52, 100)]  # type: ignore[arg-type]
+def test_the_places_hold_the_first_8_and_the_last_48_and_the_new_one() -> None:
+    places: dict[int, int] = {}
+    for number in range(200):
+        places[place_of(number)] = number
+        latest = range(max(8, number - 48), number + 1)
+        assert sorted(places.values()) == [*range(min(8, number + 1)), *latest], number
+        assert sorted(places) == list(range(len(places)))
 
 
-def test_no_more_than_56_frames_are_kept(encoder: Encoder, frames: list[Tensor]) -> None:
+def test_memory_grows_with_the_episode_up_to_57_frames(encoder: Encoder, frames: list[Tensor]) -> None:
     stream = StreamingFeatures(encoder)
-    for frame in frames[:60]:
+    room = []
+    for frame in frames:
         stream.push(frame)
-        assert len(stream._caches) <= 56
+        assert stream._history is not None
+        room.append(stream._history.frames)
+    assert sorted(set(room)) == [8, 16, 32, 57]
+    assert all(number < frames for number, frames in enumerate(room[:57]))
 
 
 def test_a_new_episode_knows_nothing_of_the_last(encoder: Encoder, frames: list[Tensor]) -> None:

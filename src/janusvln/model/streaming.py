@@ -1,7 +1,7 @@
 """Features while an episode runs: each new frame sees the first and the latest of the frames before it.
 
-As JanusVLN evaluates: after each frame, the cache of earlier frames is trimmed to the first 8 and the last 48. The
-kept caches were computed with the history of their own time, so this is not the feature of the kept frames as a list.
+As JanusVLN evaluates: after each frame, the earlier frames are trimmed to the first 8 and the last 48. Their keys and
+values were computed with the history of their own time, so this is not the feature of the kept frames as a list.
 """
 
 from __future__ import annotations
@@ -9,19 +9,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from vggt_cache.encoder.model import Encoder, FrameCache, patch_grid
+from vggt_cache.encoder.history import History
+from vggt_cache.encoder.model import Encoder, patch_grid
 from vggt_cache.errors import SettingsError
 from vggt_cache.identity import CONTEXTS
 
 FIRST_FRAMES = 8
 LATEST_FRAMES = 48
+SEEN_FRAMES = FIRST_FRAMES + LATEST_FRAMES + 1
+"""At most, the new one included."""
 
 
 class StreamingFeatures:
-    """Features of one episode at a time. Holds at most 56 frames' keys and values beside the encoder.
+    """Features of one episode at a time. Holds at most 57 frames' keys and values beside the encoder.
 
     context: what the model was trained with. `causal`: a frame sees earlier ones; `frame`: itself alone.
     """
@@ -34,11 +36,12 @@ class StreamingFeatures:
             )
         self._encoder = encoder
         self._context = context
-        self._caches: list[FrameCache] = []
+        self.reset()
 
     def reset(self) -> None:
         """A new episode begins."""
-        self._caches = []
+        self._history: History | None = None
+        self._pushed = 0
 
     def push(self, frame: Tensor) -> Tensor:
         """The feature [h, w, C] in float32, on the encoder's device, of the episode's next frame.
@@ -47,25 +50,26 @@ class StreamingFeatures:
         frame has another grid than an earlier one; the episode may then go on with a fitting frame.
         """
         pixels = frame[None]
-        causal = self._context == "causal"
-        with torch.no_grad():
-            features, caches = self._encoder.extend(
-                self._encoder.patch_tokens(pixels),
-                patch_grid(pixels),
-                [self._caches],
-                want_feature=[True],
-                want_cache=[causal],
-            )
-        assert features is not None
-        self._caches = trimmed([*self._caches, *(cache for cache in caches if cache is not None)])
-        return features[0]
+        if self._context == "frame":
+            return self._encoder.frame_features(pixels)[0]
+        grid, seen = patch_grid(pixels), min(self._pushed + 1, SEEN_FRAMES)
+        if self._history is None:
+            self._history = self._encoder.new_history(grid, rows=1, frames=FIRST_FRAMES)
+        elif seen > self._history.frames:
+            self._history.grow(min(2 * self._history.frames, SEEN_FRAMES))
+        tokens, place = self._encoder.patch_tokens(pixels), place_of(self._pushed)
+        feature = self._encoder.extend(
+            tokens, grid, self._history, [0], place, frames=seen, want_feature=[True]
+        )
+        assert feature is not None
+        self._pushed += 1
+        return feature[0]
 
 
-def trimmed(caches: list[FrameCache]) -> list[FrameCache]:
-    """The first 8 and the last 48."""
-    if len(caches) <= FIRST_FRAMES + LATEST_FRAMES:
-        return caches
-    return caches[:FIRST_FRAMES] + caches[-LATEST_FRAMES:]
+def place_of(number: int) -> int:
+    """Where an episode's frame stands: the first 8 stay, the others go round, each in the place of the oldest."""
+    ring = SEEN_FRAMES - FIRST_FRAMES
+    return number if number < FIRST_FRAMES else FIRST_FRAMES + (number - FIRST_FRAMES) % ring
 
 
 def generate_from_frames(

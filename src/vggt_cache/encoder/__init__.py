@@ -2,7 +2,8 @@
 
 from vggt_cache.encoder.checkpoint import Checkpoint
 from vggt_cache.encoder.config import EncoderConfig
-from vggt_cache.encoder.model import Encoder, FrameCache
+from vggt_cache.encoder.history import History
+from vggt_cache.encoder.model import Encoder
 from vggt_cache.encoder.weights import expected_shapes
 
-__all__ = ["Checkpoint", "Encoder", "EncoderConfig", "FrameCache", "expected_shapes"]
+__all__ = ["Checkpoint", "Encoder", "EncoderConfig", "History", "expected_shapes"]

@@ -5,6 +5,8 @@ Shapes: b images or branches, n tokens, C channels. Tensors of queries, keys and
 
 Precision: the residual stream, LayerNorm, LayerScale and rotation are float32; matrix products, attention and
 GELU are in the dtype of the block's matrices. This is what autocast does to the published model.
+
+What stands here runs everywhere and says what is computed; `fused.py` is the same for bfloat16 on CUDA, faster.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from vggt_cache.encoder import fused
 
 ROPE_BASE = 100.0
 QK_NORM_EPS = 1e-5
@@ -118,10 +122,14 @@ class Block(nn.Module):
 
     def project(self, x: Tensor, rope: Rope | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each [b, n, heads, head_dim]."""
+        if fused.available(x.device, self.dtype):
+            return fused.project(self, x, rope)
         return self.attn.project(self.norm1(x).to(self.dtype), rope)
 
     def finish(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`k`, `v` may have more tokens than `x` and `q`: those of earlier frames."""
+        if fused.available(x.device, self.dtype):
+            return fused.finish(self, x, q, k, v)
         x = x + self.ls1(self.attn.attend(q, k, v))
         x = x + self.ls2(self.mlp(self.norm2(x).to(self.dtype)))
         return x

@@ -1,8 +1,11 @@
 """Causal features of many frame lists, with everything that lists share computed once.
 
 Each image goes through the patch tower once, each distinct prefix once through the aggregator. The tree is
-walked deepest nodes first, at most `batch_size` nodes of equal depth at a time, so that at each depth at most
-`batch_size` nodes have unfinished descendants: no more than batch_size * (longest list - 1) FrameCaches are alive.
+walked deepest nodes first, at most `batch_size` nodes of equal depth at a time. A node's keys and values stand in one
+row of a `History`, behind those of all its ancestors. One child goes on in the row of its parent, and may be followed
+there by the next child, since by then nothing of the first is needed; only children that are computed beside another
+one need a copy of the prefix, in a row that nobody uses. So there is one History at a time, with `batch_size` rows of
+the longest list, and nearly nothing in it is ever copied.
 """
 
 from __future__ import annotations
@@ -15,7 +18,8 @@ import torch
 from torch import Tensor
 
 from vggt_cache.encoder.blocks import Grid
-from vggt_cache.encoder.model import Encoder, FrameCache, mixed_grids, patch_grid
+from vggt_cache.encoder.history import History
+from vggt_cache.encoder.model import Encoder, mixed_grids, patch_grid
 from vggt_cache.encoder.prefix_tree import Node, build_tree
 from vggt_cache.errors import FrameError
 
@@ -136,89 +140,120 @@ class _Walk:
     ) -> None:
         self._encoder = encoder
         self._tower = tower
-        self._batch_size = batch_size
+        nodes = [node for root in roots for node in root.subtree()]
+        self._rows = min(batch_size, sum(not node.children for node in nodes))
+        self._longest = 1 + max((node.depth for node in nodes), default=0)
         self._stats = stats
         self._on_error = on_error
-        self._ready: list[deque[Node]] = [deque(roots)]
+        self._ready: list[list[Node]] = [list(roots)]
         """By depth: nodes that are not computed, whose parent is."""
-        self._caches: dict[Node, FrameCache] = {}
+        self._history: History | None = None
+        """Of one patch grid: another comes when the deepest ready nodes are roots, so that nobody needs this one."""
+        self._row_of: dict[Node, int] = {}
         """Of nodes that are computed and have unfinished children."""
         self._unfinished: dict[Node, int] = {}
         """How many children of such a node have nodes to compute in their subtree."""
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        while self._ready:
-            if self._ready[-1]:
-                for grid, nodes in self._next_batches().items():
-                    yield from self._compute(grid, nodes)
-            else:
-                self._ready.pop()
+        try:
+            while self._ready:
+                if not self._ready[-1]:
+                    self._ready.pop()
+                elif nodes := self._computable(self._next_nodes()):
+                    yield from self._compute(nodes)
+        finally:
+            self._history = None  # who keeps an error keeps its traceback, and with it this walk
 
-    def _next_batches(self) -> dict[Grid, list[Node]]:
-        """At most `batch_size` of the deepest nodes that are ready, by patch grid."""
-        ready = self._ready[-1]
-        steps = -(-len(ready) // self._batch_size)
-        # An equal share for each of these steps, instead of full ones and a small last one.
-        nodes = [ready.popleft() for _ in range(-(-len(ready) // steps))]
-        self._tower.prepare(node.frame for node in nodes)
-        batches: dict[Grid, list[Node]] = {}
-        for node in nodes:
-            error = self._tower.errors.get(node.frame) or self._other_size(node)
+    def _next_nodes(self) -> dict[int, Node]:
+        """By row: some of the deepest nodes that are ready.
+
+        No node as deep as these is unfinished, so in the row of a parent the places behind it are free.
+        """
+        taken: dict[int, Node] = {}
+        others: list[Node] = []
+        for node in self._ready[-1]:
+            row = self._row_of[node.parent] if node.parent else None
+            if row is None or row in taken:
+                others.append(node)
+            else:
+                taken[row] = node
+        free = sorted(set(range(self._rows)) - set(self._row_of.values()))
+        taken.update(zip(free, others, strict=False))
+        self._ready[-1] = others[len(free) :]
+        return dict(sorted(taken.items()))
+
+    def _computable(self, nodes: dict[int, Node]) -> dict[int, Node]:
+        """Those of `nodes` that have tokens and the grid of their list; the other lists are given up."""
+        self._tower.prepare(node.frame for node in nodes.values())
+        good: dict[int, Node] = {}
+        for row, node in nodes.items():
+            error = self._tower.errors.get(node.frame)
+            if error is None and node.parent is not None and self._history is not None:
+                grid = self._tower.grids[node.frame]
+                error = mixed_grids(grid, self._history.grid) if grid != self._history.grid else None
             if error:
                 self._fail(node, error)
             else:
-                batches.setdefault(self._tower.grids[node.frame], []).append(node)
-        return batches
+                good[row] = node
+        return self._of_one_grid(good)
 
-    def _other_size(self, node: Node) -> FrameError | None:
-        grid = self._tower.grids[node.frame]
-        if node.parent is None or self._caches[node.parent].grid == grid:
-            return None
-        return mixed_grids(grid, self._caches[node.parent].grid)
+    def _of_one_grid(self, nodes: dict[int, Node]) -> dict[int, Node]:
+        """Roots may have several grids: those of the first one's now, the others later."""
+        grids = [self._tower.grids[node.frame] for node in nodes.values()]
+        later = [node for node, grid in zip(nodes.values(), grids, strict=True) if grid != grids[0]]
+        self._ready[-1][:0] = later
+        return {row: node for row, node in nodes.items() if node not in later}
 
-    def _compute(self, grid: Grid, nodes: Sequence[Node]) -> Iterator[tuple[int, Tensor]]:
-        features, caches = self._encoder.extend(
-            torch.stack([self._tower.tokens[node.frame] for node in nodes]),
+    def _compute(self, nodes: dict[int, Node]) -> Iterator[tuple[int, Tensor]]:
+        first = next(iter(nodes.values()))
+        grid, depth = self._tower.grids[first.frame], first.depth
+        history = self._history_for(grid)
+        for row, node in nodes.items():
+            if history is not None and node.parent is not None and self._row_of[node.parent] != row:
+                history.copy(self._row_of[node.parent], row, depth)
+        features = self._encoder.extend(
+            torch.stack([self._tower.tokens[node.frame] for node in nodes.values()]),
             grid,
-            [self._prefix(node) for node in nodes],
-            want_feature=[bool(node.ends) for node in nodes],
-            want_cache=[bool(node.children) for node in nodes],
+            history,
+            list(nodes),
+            depth,
+            want_feature=[bool(node.ends) for node in nodes.values()],
         )
         self._stats.frame_passes += len(nodes)
-        for node, cache in zip(nodes, caches, strict=True):
+        for row, node in nodes.items():
             self._tower.release(node.frame)
-            if cache is None:
-                self._finish(node)
+            if node.children:
+                self._open(node, row)
             else:
-                self._open(node, cache)
+                self._finish(node)
         if features is None:
             return iter(())
-        ending = [node for node in nodes if node.ends]
+        ending = [node for node in nodes.values() if node.ends]
         return ((end, feature) for node, feature in zip(ending, features, strict=True) for end in node.ends)
 
-    def _prefix(self, node: Node) -> list[FrameCache]:
-        caches: list[FrameCache] = []
-        while node.parent:
-            node = node.parent
-            caches.append(self._caches[node])
-        return caches[::-1]
+    def _history_for(self, grid: Grid) -> History | None:
+        """None where no list has a second frame."""
+        if self._longest > 1 and (self._history is None or self._history.grid != grid):
+            self._history = None  # the old one's memory first
+            self._history = self._encoder.new_history(grid, rows=self._rows, frames=self._longest)
+        return self._history
 
-    def _open(self, node: Node, cache: FrameCache) -> None:
+    def _open(self, node: Node, row: int) -> None:
         """The node's children can be computed now."""
-        self._caches[node] = cache
+        self._row_of[node] = row
         self._unfinished[node] = len(node.children)
         if len(self._ready) == node.depth + 1:
-            self._ready.append(deque())
+            self._ready.append([])
         self._ready[node.depth + 1].extend(node.children)
 
     def _finish(self, node: Node) -> None:
-        """The node's whole subtree is done: it, and all ancestors of which that is now true, need no cache."""
+        """The node's whole subtree is done: it, and all ancestors of which that is now true, need no row."""
         while node.parent:
             node = node.parent
             self._unfinished[node] -= 1
             if self._unfinished[node]:
                 return
-            del self._caches[node], self._unfinished[node]
+            del self._row_of[node], self._unfinished[node]
 
     def _fail(self, node: Node, error: FrameError) -> None:
         """Give up every list that goes through the node."""

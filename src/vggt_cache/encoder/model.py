@@ -4,7 +4,7 @@ A frame is n = 5 + h * w tokens: camera, four registers, patches row-major. Each
 block (attention inside the frame) and a global block (attention to the frame itself and all earlier frames
 of its sequence). Output i is [after frame block i, after global block i] side by side: 2C channels.
 
-Earlier frames enter only as keys and values of the global blocks, already normed and rotated (`FrameCache`),
+Earlier frames enter only as keys and values of the global blocks, already normed and rotated (`History`),
 so a prefix that many sequences share is computed once. Module and parameter names are the official ones
 below `aggregator.`.
 """
@@ -12,7 +12,6 @@ below `aggregator.`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from vggt_cache.encoder.blocks import Block, Grid, rope_table
 from vggt_cache.encoder.config import EncoderConfig
+from vggt_cache.encoder.history import History, pick
 from vggt_cache.encoder.numerics import own_numerics
 from vggt_cache.encoder.vit import PatchTower
 from vggt_cache.errors import FrameError, SettingsError
@@ -28,15 +28,6 @@ AGGREGATOR_EPS = 1e-5
 REGISTERS = 4
 SPECIAL_TOKENS = 1 + REGISTERS
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class FrameCache:
-    """What later frames need of one frame. Never modified; any number of branches may share it."""
-
-    keys_values: Tensor
-    """[pairs, 2, n, heads, head_dim] in the compute dtype: keys (normed, rotated) and values."""
-    grid: Grid
 
 
 class Encoder(nn.Module):
@@ -79,8 +70,8 @@ class Encoder(nn.Module):
 
         `pixels`: uint8 [b, H, W, 3] on any device, H and W multiples of 14. Returns float32 [b, h * w, C].
         """
-        patch_grid(pixels)
-        with own_numerics(self.device):
+        grid = patch_grid(pixels)
+        with own_numerics(self.device, len(pixels), *grid):
             tokens: Tensor = self.patch_embed(pixels.to(self.device, non_blocking=True))
         return tokens
 
@@ -89,58 +80,75 @@ class Encoder(nn.Module):
 
         `pixels`: as for `patch_tokens`. Returns float32 [b, h, w, 2C].
         """
-        alone: list[list[FrameCache]] = [[] for _ in pixels]
-        yes, no = [True] * len(pixels), [False] * len(pixels)
-        tokens = self.patch_tokens(pixels)
-        features, _ = self.extend(tokens, patch_grid(pixels), alone, want_feature=yes, want_cache=no)
+        yes = [True] * len(pixels)
+        features = self.extend(self.patch_tokens(pixels), patch_grid(pixels), None, want_feature=yes)
         assert features is not None
         return features
+
+    def new_history(self, grid: Grid, *, rows: int, frames: int) -> History:
+        """Room for what `rows` sequences of up to `frames` frames will have seen."""
+        shape = (SPECIAL_TOKENS + grid[0] * grid[1], self.config.num_heads, self.config.head_dim)
+        dtype = _DTYPES[self.compute_dtype]
+        return History(
+            grid,
+            pairs=self.layer + 1,
+            rows=rows,
+            frames=frames,
+            frame_shape=shape,
+            dtype=dtype,
+            device=self.device,
+        )
 
     def extend(
         self,
         tokens: Tensor,
         grid: Grid,
-        prefixes: Sequence[Sequence[FrameCache]],
+        history: History | None,
+        rows: Sequence[int] = (),
+        place: int = 0,
         *,
         want_feature: Sequence[bool],
-        want_cache: Sequence[bool],
+        frames: int | None = None,
         on_pair: Callable[[int, Tensor], None] | None = None,
-    ) -> tuple[Tensor | None, list[FrameCache | None]]:
+    ) -> Tensor | None:
         """One causal step of b branches: each appends one frame to a sequence of equal length.
 
         tokens: `patch_tokens` of the new frames, [b, h * w, C]; all have the patch grid `grid` = (h, w).
-        prefixes: per branch the caches of its earlier frames, oldest first; none for a first frame.
-        want_feature, want_cache: per branch, whether its feature or its cache is needed. Work that neither needs
-            is not done.
+        history, rows: the branches' earlier frames: branch i is row rows[i]. The new frame is written into it at
+            `place`. None: each frame is the first of its sequence, and no later one will see it.
+        want_feature: per branch, whether its feature is needed. Work for the history alone stops at the last keys.
+        frames: how many frames the new one sees, itself included: the places 0..frames-1. Default: place + 1.
         on_pair: for inspection: called after pair i as on_pair(i, [b, n, 2C]); in the last pair
             with the branches that want a feature only.
 
         Returns the features [wanted, h, w, 2C] in float32, in the order of the branches that want one (None if no
-        branch does), and per branch its cache or None. Raises FrameError when a prefix has another grid.
+        branch does). Raises FrameError when the history has another grid.
         """
-        _check_branches(tokens, grid, prefixes, want_feature, want_cache)
-        caches = [self._empty_cache(grid) if wanted else None for wanted in want_cache]
-        rows = [row for row, wanted in enumerate(want_feature) if wanted]
-        if not rows and not any(want_cache):
-            return None, caches
-        with own_numerics(self.device):
+        frames = place + 1 if frames is None else frames
+        _check_branches(tokens, grid, history, rows, place, frames, want_feature)
+        wanted = [branch for branch, wants in enumerate(want_feature) if wants]
+        if not wanted and history is None:
+            return None
+        with own_numerics(self.device, len(tokens), len(wanted), tokens.shape[1], frames):
             rope = rope_table(grid, SPECIAL_TOKENS, self.config.head_dim, self.device)
-            x = self._with_special_tokens(tokens, first=not prefixes[0])
+            x = self._with_special_tokens(tokens, first=frames == 1)
             for pair, (frame_block, global_block) in enumerate(self._pairs()):
                 inside = frame_block(x, rope)
                 q, k, v = global_block.project(inside, rope)
-                _keep(caches, pair, k, v)
-                if pair == self.layer and len(rows) < len(tokens):
-                    if not rows:
-                        return None, caches
-                    inside, q, k, v = (part[rows] for part in (inside, q, k, v))
-                    prefixes = [prefixes[row] for row in rows]
-                k, v = (_joined(prefixes, pair, which, new) for which, new in enumerate((k, v)))
+                if history is not None:
+                    history.put(pair, rows, place, k, v)
+                if pair == self.layer and len(wanted) < len(tokens):
+                    if not wanted:
+                        return None
+                    inside, q, k, v = (pick(part, wanted) for part in (inside, q, k, v))
+                    rows = [rows[branch] for branch in wanted] if rows else rows
+                if history is not None and frames > 1:
+                    k, v = history.seen(pair, rows, frames)
                 x = global_block.finish(inside, q, k, v)
                 if on_pair is not None:
                     on_pair(pair, torch.cat([inside, x], dim=-1))
             patches = torch.cat([inside[:, SPECIAL_TOKENS:], x[:, SPECIAL_TOKENS:]], dim=-1)
-            return patches.view(len(x), *grid, -1), caches
+            return patches.view(len(x), *grid, -1)
 
     def _pairs(self) -> Iterator[tuple[Block, Block]]:
         for pair in zip(self.frame_blocks, self.global_blocks, strict=True):
@@ -150,13 +158,6 @@ class Encoder(nn.Module):
         variant = 0 if first else 1
         special = torch.cat([self.camera_token[:, variant], self.register_token[:, variant]], dim=1)
         return torch.cat([special.expand(len(tokens), -1, -1), tokens], dim=1)
-
-    def _empty_cache(self, grid: Grid) -> FrameCache:
-        heads, head_dim = self.config.num_heads, self.config.head_dim
-        shape = (self.layer + 1, 2, SPECIAL_TOKENS + grid[0] * grid[1], heads, head_dim)
-        return FrameCache(
-            keys_values=torch.empty(shape, dtype=_DTYPES[self.compute_dtype], device=self.device), grid=grid
-        )
 
 
 def patch_grid(pixels: Tensor) -> Grid:
@@ -171,19 +172,26 @@ def patch_grid(pixels: Tensor) -> Grid:
 def _check_branches(
     tokens: Tensor,
     grid: Grid,
-    prefixes: Sequence[Sequence[FrameCache]],
+    history: History | None,
+    rows: Sequence[int],
+    place: int,
+    frames: int,
     want_feature: Sequence[bool],
-    want_cache: Sequence[bool],
 ) -> None:
-    if not 0 < len(tokens) == len(prefixes) == len(want_feature) == len(want_cache):
-        raise ValueError("tokens, prefixes, want_feature and want_cache need one entry per branch")
+    if not 0 < len(tokens) == len(want_feature):
+        raise ValueError("tokens and want_feature need one entry per branch")
     if tokens.shape[1] != grid[0] * grid[1]:
         raise ValueError(f"{tokens.shape[1]} tokens do not fill a grid of {grid[0]} x {grid[1]} patches")
-    if len({len(prefix) for prefix in prefixes}) > 1:
-        raise ValueError("all branches of one step need the same number of earlier frames")
-    for cache in (cache for prefix in prefixes for cache in prefix):
-        if cache.grid != grid:
-            raise mixed_grids(grid, cache.grid)
+    if history is None:
+        if frames != 1:
+            raise ValueError("without a history a frame sees itself alone")
+        return
+    if len(set(rows)) != len(rows) or len(rows) != len(tokens):
+        raise ValueError("each branch needs a row of its own")
+    if not place < frames <= history.frames:
+        raise ValueError(f"place {place} of {frames} frames does not lie in the history's {history.frames}")
+    if history.grid != grid:
+        raise mixed_grids(grid, history.grid)
 
 
 def mixed_grids(grid: Grid, earlier: Grid) -> FrameError:
@@ -193,21 +201,3 @@ def mixed_grids(grid: Grid, earlier: Grid) -> FrameError:
         f"{earlier[0]} x {earlier[1]}: VGGT's features are not defined for lists of mixed image sizes; use images of "
         "one size in a list, or --resize_mode pad, which makes all images square"
     )
-
-
-def _keep(caches: Sequence[FrameCache | None], pair: int, k: Tensor, v: Tensor) -> None:
-    for row, cache in enumerate(caches):
-        if cache is not None:
-            cache.keys_values[pair, 0] = k[row]
-            cache.keys_values[pair, 1] = v[row]
-
-
-def _joined(prefixes: Sequence[Sequence[FrameCache]], pair: int, which: int, new: Tensor) -> Tensor:
-    """Keys (which = 0) or values (1) of each branch's earlier frames and the `new` one [b, n, heads, head_dim]."""
-    if not prefixes[0]:
-        return new
-    chunks: list[Tensor] = []
-    for prefix, own in zip(prefixes, new, strict=True):
-        chunks += [cache.keys_values[pair, which] for cache in prefix]
-        chunks.append(own)
-    return torch.cat(chunks).view(len(new), -1, *new.shape[2:])

@@ -2,22 +2,61 @@
 
 from __future__ import annotations
 
+import inspect
+import os
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vggt_cache.errors import SettingsError
+
+ATTENTION = "VGGT_CACHE_SDPA"
+"""Environment variable: which attention CUDA uses, `auto` (default), `flash` or `cudnn`."""
+PLAN_AFTER = 32
+"""Steps of one shape after which `auto` lets cuDNN build its plan for it."""
+_PLAN_FREE = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_steps: Counter[tuple[int, ...]] = Counter()
 
 
 @contextmanager
-def own_numerics(device: torch.device) -> Iterator[None]:
-    """No gradient, no autocast, and float32 products in float32 (not TF32 or bfloat16), whatever the caller has set."""
+def own_numerics(device: torch.device, *shape: int) -> Iterator[None]:
+    """No gradient, no autocast, and float32 products in float32 (not TF32 or bfloat16), whatever the caller has set.
+
+    `shape`: all numbers that attention's shapes in this step follow from.
+    """
     with ExitStack() as stack:
         for backend in _matmul_backends():
             stack.enter_context(_exact(backend))
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
+        if device.type == "cuda":
+            stack.enter_context(_attention(shape))
         yield
+
+
+def _attention(shape: tuple[int, ...]) -> AbstractContextManager[Any]:
+    """cuDNN, where it has been worth it to build a plan.
+
+    cuDNN is the fastest on Hopper, but takes about half a second for each shape that it has not met. So a shape first
+    goes by flash attention, which needs no plan, until it has occurred so often that a plan costs no more
+    than what was lost without one: with any shapes, the total is at most twice that of the better way.
+    """
+    wanted = os.environ.get(ATTENTION, "auto")
+    if wanted not in ("auto", "flash", "cudnn"):
+        raise SettingsError(
+            f"{ATTENTION} is {wanted!r}, which is none of auto, flash, cudnn: choose one of these"
+        )
+    _steps[shape] += 1
+    if wanted == "flash" or (wanted == "auto" and _steps[shape] <= PLAN_AFTER):
+        return sdpa_kernel(_PLAN_FREE)
+    order = [SDPBackend.CUDNN_ATTENTION, *_PLAN_FREE]
+    if "set_priority" in inspect.signature(sdpa_kernel).parameters:
+        return sdpa_kernel(order, set_priority=True)
+    return sdpa_kernel(order)
 
 
 def _matmul_backends() -> list[Any]:
@@ -37,7 +76,9 @@ def _exact(backend: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        backend.fp32_precision = before
+        backend.fp32_precision = "none"  # what it was if the caller has set it for all backends at once
+        if backend.fp32_precision != before:
+            backend.fp32_precision = before
 
 
 class _OldSetting:
@@ -50,4 +91,5 @@ class _OldSetting:
 
     @fp32_precision.setter
     def fp32_precision(self, precision: str) -> None:
-        torch.set_float32_matmul_precision("highest" if precision == "ieee" else precision)
+        exact = precision in ("ieee", "none")
+        torch.set_float32_matmul_precision("highest" if exact else precision)

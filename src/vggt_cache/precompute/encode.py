@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import cast
 
@@ -112,9 +113,17 @@ class BatchEncoder:
         return batch.pin_memory().to(self.encoder.device, non_blocking=True)
 
 
+_OUT_OF_MEMORY = re.compile(
+    r"can't allocate memory"  # the CPU's allocator
+    r"|(CUDA|HIP)( driver)? error: out of memory|\[CUDA\]: out of memory"  # said by torch, by Triton
+    r"|CUDA_ERROR_OUT_OF_MEMORY"
+    r"|(CUBLAS|CUDNN|CUSOLVER)_STATUS_\w*ALLOC\w*_FAILED"  # what a library wanted for itself
+)
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """CUDA's own error type, or the message of the CPU allocator, which has none."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """torch's own error type, or what else runs out of memory beside its allocator, and says so in words only."""
+    return isinstance(error, torch.OutOfMemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 def out_of_memory(device: object, what: str) -> OutOfMemoryError:
