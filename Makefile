@@ -15,7 +15,7 @@ DEMO_DIR ?= demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow trials lint format bench bench-peers clean distclean
+.PHONY: help demo test test-slow test-lowest trials lint format bench bench-peers clean distclean
 
 # Relative paths only: the project may lie in a directory with spaces in its name.
 BIN := .venv/bin
@@ -38,6 +38,9 @@ test: lint ## all checks: ruff, mypy, pytest
 
 test-slow: $(READY) ## the longer trials
 	$(BIN)/python -m pytest -m slow
+
+test-lowest: $(READY) ## import everything and train with the lowest declared versions (installs 6 GB)
+	$(BIN)/python -m pytest -m slow tests/test_lowest_versions.py
 
 trials: $(READY) ## the long campaigns against the store, resumed where they ended
 	$(BIN)/python tests/trials/run_trials.py --resume

@@ -61,5 +61,13 @@ def images(*grids: Grid, seed: int = 0) -> dict[str, Tensor]:
     }
 
 
+def places_of(input_ids: Tensor) -> list[Tensor]:
+    """`image_positions` of a batch whose rows are samples."""
+    ids = enumerate(input_ids)
+    length = input_ids.shape[1]
+    found = [row * length + (own == TOKEN_IDS["<|image_pad|>"]).nonzero()[:, 0] for row, own in ids]
+    return [place for place in found if len(place)]
+
+
 def feature(grid: Grid, seed: int = 0) -> Tensor:
     return torch.randn(*grid, CHANNELS, generator=torch.Generator().manual_seed(100 + seed))

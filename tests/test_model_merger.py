@@ -15,7 +15,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from janusvln.demo.tiny_qwen import TOKEN_IDS, write_tiny_qwen
 from janusvln.model.fusion import SpatialFeatureError, count_images
 from janusvln.model.merger import SpatialMerger, group_patches, merge
-from model_kit import feature, images, load, prompt, rows
+from model_kit import feature, images, load, places_of, prompt, rows, tokens_of
 
 LAM = 0.7
 SMALL, WIDE = (4, 6), (2, 8)
@@ -170,7 +170,8 @@ def test_a_batch_is_fused_sample_by_sample(
     owner = [sample for sample, count in enumerate(kept) for _ in range(count)]
     expected = seen(expected_logits(model, plain, batch, owner, features), batch)
     by_rows = seen(model(**batch, spatial_features=features).logits, batch)
-    said = seen(model(**batch, spatial_features=features, images_per_sample=kept).logits, batch)
+    places = places_of(batch["input_ids"])
+    said = seen(model(**batch, spatial_features=features, image_positions=places).logits, batch)
     torch.testing.assert_close(by_rows, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(by_rows, said)
 
@@ -189,13 +190,15 @@ def test_a_packed_row_equals_its_samples_alone(model: Any) -> None:
         grids = pictures[index]["image_grid_thw"] if samples[index] else None
         vision, _ = model.model.get_rope_index(row["input_ids"], kinds, grids)
         positions.append(torch.cat([torch.arange(len(ids)).expand(1, 1, -1), vision]))
+    ids = torch.tensor([[token for ids in prompts for token in ids]])
+    places = (ids[0] == TOKEN_IDS["<|image_pad|>"]).nonzero()[:, 0]
     packed = model(
-        input_ids=torch.tensor([[token for ids in prompts for token in ids]]),
+        input_ids=ids,
         position_ids=torch.cat(positions, -1),
         pixel_values=torch.cat([p["pixel_values"] for p in pictures]),
         image_grid_thw=torch.cat([p["image_grid_thw"] for p in pictures[:2]]),
         spatial_features=features,
-        images_per_sample=[2, 1],
+        image_positions=places.split([2 * tokens_of(SMALL), tokens_of(WIDE)]),
     ).logits
     torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=1e-4, atol=1e-4)
 
@@ -245,14 +248,18 @@ def test_too_few_or_too_many_features_are_refused(model: Any) -> None:
     assert "3 features are given for 2 samples" in refusal(model, **batch, spatial_features=three)
 
 
-def test_counts_that_contradict_the_rows_are_refused(model: Any) -> None:
+def test_places_that_the_images_do_not_fill_are_refused(model: Any) -> None:
     batch = rows(prompt(SMALL, SMALL), prompt(SMALL, SMALL)) | images(*[SMALL] * 4)
-    features = [feature(SMALL, 1), feature(SMALL, 2)]
-    for counts in ([3, 1], [1, 3], [0, 4]):
-        assert "images_per_sample is" in refusal(
-            model, **batch, spatial_features=features, images_per_sample=counts
-        )
-    assert "4 images" in refusal(model, **batch, spatial_features=features, images_per_sample=[2, 2, 1])
+    given = {"spatial_features": [feature(SMALL, 1), feature(SMALL, 2)]}
+    places = torch.cat(places_of(batch["input_ids"]))
+    for sizes in ([7, 17], [11, 13], [24, 0]):
+        assert "image" in refusal(model, **batch, **given, image_positions=places.split(sizes))
+    few = [place[:-1] for place in places_of(batch["input_ids"])]
+    assert "sample 0 of the batch has 11 image tokens" in refusal(
+        model, **batch, **given, image_positions=few
+    )
+    three = places.split([12, 6, 6])
+    assert "2 features are given for 3 samples" in refusal(model, **batch, **given, image_positions=three)
 
 
 def test_images_that_do_not_fill_their_places_are_refused() -> None:

@@ -15,6 +15,7 @@ from janusvln.demo.tiny_qwen import TOKEN_IDS
 from train_data_kit import make_dataset, talk, text_of, tiny_qwen, write_frames, write_records
 
 PAD = TOKEN_IDS["<|endoftext|>"]
+IMAGE_TOKEN = TOKEN_IDS["<|image_pad|>"]
 Batch = dict[str, Any]
 
 
@@ -50,7 +51,8 @@ def run(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> Any:
     if "feature_requests" in batch:
         pixels = QwenPixels.read(str(tiny_qwen()))
         shown = [pixels.values(request.frames) for request in batch["feature_requests"]]
-        batch = {**batch, "pixel_values": torch.cat(shown)}
+        grids = torch.tensor(batch["image_grid_thw"])
+        batch = {**batch, "pixel_values": torch.cat(shown), "image_grid_thw": grids}
     with torch.no_grad():
         return model(**{name: batch[name] for name in NAMES if name in batch}, use_cache=False)
 
@@ -100,15 +102,20 @@ def test_images_and_requests_stand_in_the_order_of_the_samples_that_have_any(
     dataset: NavigationDataset, collate: Any
 ) -> None:
     batch = collate([dataset[at] for at in range(3)])
-    assert batch["images_per_sample"] == [2, 1]
+    ids = batch["input_ids"].flatten()
+    assert [ids[place].tolist() for place in batch["image_positions"]] == [
+        [IMAGE_TOKEN] * 4,
+        [IMAGE_TOKEN] * 2,
+    ]
+    assert torch.equal(torch.cat(batch["image_positions"]), (ids == IMAGE_TOKEN).nonzero()[:, 0])
     assert [request.index for request in batch["feature_requests"]] == [0, 2]
-    assert batch["image_grid_thw"].tolist() == [[1, 2, 4]] * 3
+    assert batch["image_grid_thw"] == [[1, 2, 4]] * 3
 
 
 @pytest.mark.parametrize("collate", [PaddedCollator(PAD), PackedCollator()], ids=["padded", "packed"])
 def test_a_batch_of_texts_has_no_image_fields(dataset: NavigationDataset, collate: Any) -> None:
     batch = collate([dataset[1], dataset[1]])
-    assert not {"image_grid_thw", "images_per_sample", "feature_requests"} & set(batch)
+    assert not {"image_grid_thw", "image_positions", "feature_requests"} & set(batch)
 
 
 @pytest.mark.parametrize("collate", [PaddedCollator(PAD), PackedCollator()], ids=["padded", "packed"])
@@ -139,7 +146,10 @@ def test_positions_are_those_that_the_model_makes_itself(
     batch = PaddedCollator(PAD)([dataset[0]])
     is_image = (batch["input_ids"] == model.config.image_token_id).int()
     expected, _ = model.model.get_rope_index(
-        batch["input_ids"], is_image, batch["image_grid_thw"], attention_mask=batch["attention_mask"]
+        batch["input_ids"],
+        is_image,
+        torch.tensor(batch["image_grid_thw"]),
+        attention_mask=batch["attention_mask"],
     )
     assert torch.equal(batch["position_ids"], expected)
 

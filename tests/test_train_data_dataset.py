@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoImageProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import janusvln.data.frames as frames_module
 from janusvln.data import DataOptions, NavigationDataset, navigation_prompt, sentence_of
@@ -83,7 +83,7 @@ def test_a_sample_holds_its_tokens_and_the_pixels_of_the_frames_that_vggt_sees(r
     assert learned(item) == "TURN_LEFT<|im_end|>\n"
     assert item["image_grid_thw"].tolist() == [[1, 2, 4]] * 3
     assert item["position_ids"].shape == (3, len(item["input_ids"]))
-    processor = AutoImageProcessor.from_pretrained(tiny_qwen())
+    processor = Qwen2VLImageProcessorPil.from_pretrained(tiny_qwen())
     shown = [decoded(root / f"{number}.png")[:28].numpy() for number in range(3)]
     expected = processor(shown, input_data_format="channels_last", return_tensors="pt")
     assert torch.equal(dataset.pixels.values(item["feature_request"].frames), expected["pixel_values"])

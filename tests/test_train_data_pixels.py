@@ -11,7 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoConfig
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from janusvln.data.errors import UnfitSampleError
 from janusvln.data.pixels import Pixels, QwenPixels
@@ -27,7 +28,7 @@ def random_frame(rows: int, columns: int, seed: int = 0) -> Pixels:
 
 
 def processed(frame: Pixels, model_dir: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    processor = AutoImageProcessor.from_pretrained(model_dir)
+    processor = Qwen2VLImageProcessorPil.from_pretrained(model_dir)
     made = processor(frame, input_data_format="channels_last", return_tensors="pt")
     return made["pixel_values"], made["image_grid_thw"]
 
@@ -66,6 +67,15 @@ def test_frames_stand_one_after_the_other() -> None:
     assert together.dtype == torch.float32
 
 
+def test_a_table_on_a_device_leaves_the_one_that_workers_receive_where_it_is() -> None:
+    pixels = QwenPixels.read(str(tiny_qwen()))
+    frames = torch.from_numpy(random_frame(2, 4))[None]
+    elsewhere = pixels.on(torch.device("meta"))
+    assert elsewhere.values(frames.to("meta")).device.type == "meta"
+    pixels.values(frames.to("meta"))
+    assert torch.equal(pixels.values(frames), QwenPixels.read(str(tiny_qwen())).values(frames))
+
+
 @pytest.mark.parametrize(
     ("limits", "size", "reason"),
     [
@@ -93,7 +103,7 @@ def test_directories_and_limits_that_make_no_sense_are_refused_in_one_sentence(t
     assert "\n" not in str(refusal.value)
     with pytest.raises(SettingsError, match="min_pixels is 9 and max_pixels 8"):
         QwenPixels.read(str(tiny_qwen()), min_pixels=9, max_pixels=8)
-    processor = AutoImageProcessor.from_pretrained(tiny_qwen())
+    processor = Qwen2VLImageProcessorPil.from_pretrained(tiny_qwen())
     processor.patch_size = 16
     with pytest.raises(SettingsError, match="patches of 16 pixels, VGGT on 14"):
         QwenPixels(processor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import shutil
 import subprocess
 import time
@@ -130,6 +131,22 @@ def test_with_error_all_ranks_stop_with_the_same_sentence(kit: Kit, tmp_path: Pa
     assert len(said) == 2, said
     assert len(sentences) == 1
     assert "is not in the cache" in sentences.pop()
+
+
+def test_all_ranks_refuse_to_resume_what_was_trained_with_another_context(kit: Kit, tmp_path: Path) -> None:
+    saving = ["--save_strategy", "steps", "--save_steps", 2]
+    train(kit, tmp_path / "out", *saving, "--max_steps", 2, config=None)
+    more = [*saving, "--max_steps", 4, "--per_device_train_batch_size", 1]
+    flags = kit.flags(tmp_path / "out", *more, context="causal")
+    log = tmp_path / "log"
+    assert start(flags, log=log).wait(timeout=120) != 0
+    text = log.read_text(errors="replace")
+    said = [line for line in text.splitlines() if line.startswith("[ERROR] ")]
+    assert len(said) == 2, text[-3000:]
+    checkpoint = tmp_path / "out" / "checkpoint-2"
+    assert all(f"{checkpoint} was trained with features of context frame" in line for line in said)
+    assert set(re.findall(r"exitcode *: *(-?\d+)", text)) == {"2"}
+    assert not (tmp_path / "out" / "checkpoint-4").exists()
 
 
 @pytest.mark.slow

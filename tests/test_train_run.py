@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from janusvln.features.coverage import measure_coverage
 from janusvln.train.command import main
@@ -255,6 +256,78 @@ def test_a_finished_run_that_is_started_again_is_left_as_it_is(
     assert f"[SUCCESS] Nothing is left to train: {tmp_path / 'checkpoint-4'}" in capfd.readouterr().out
     assert logged(tmp_path) == before
     assert (tmp_path / "model.safetensors").exists()
+
+
+SAVING = ["--save_strategy", "steps", "--save_steps", 2]
+
+
+@pytest.fixture(scope="module")
+def trained(kit: Kit, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of a run on `frame` features, with checkpoint-2 and checkpoint-4."""
+    output_dir = tmp_path_factory.mktemp("trained") / "out"
+    assert main(kit.flags(output_dir, *SAVING, "--max_steps", 4)) == 0
+    return output_dir
+
+
+def other_vggt(kit: Kit, directory: Path) -> Path:
+    """The same encoder with one weight changed."""
+    shutil.copytree(kit.vggt, directory)
+    weights = load_file(directory / "model.safetensors")
+    name = "aggregator.frame_blocks.0.mlp.fc1.weight"
+    weights[name] = weights[name].clone()
+    weights[name][0, 0] += 1
+    save_file(weights, directory / "model.safetensors")
+    return directory
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("differs", ["context", "weights_digest", "image_size", "resize_mode", "alpha"])
+def test_a_checkpoint_trained_with_other_features_is_not_resumed(
+    kit: Kit, tmp_path: Path, trained: Path, capfd: pytest.CaptureFixture[str], differs: str, named: bool
+) -> None:
+    output_dir = tmp_path / "out" if named else shutil.copytree(trained, tmp_path / "out")
+    checkpoint = (trained if named else output_dir) / "checkpoint-4"
+    flags: list[object] = [*SAVING, "--max_steps", 8]
+    if named:
+        flags += ["--resume_from_checkpoint", checkpoint]
+    if differs == "context":
+        given = kit.flags(output_dir, *flags, context="causal")
+    else:
+        flags += {
+            "weights_digest": ["--vggt_model_path", other_vggt(kit, tmp_path / "vggt")],
+            "image_size": ["--image_size", 70],
+            "resize_mode": ["--resize_mode", "pad"],
+            "alpha": ["--alpha", "drop"],
+        }[differs]
+        given = kit.flags(output_dir, *flags, cached=False)
+    sentence = refusal(capfd, given)
+    assert f"{checkpoint} was trained with features of {differs} " in sentence
+    assert not (output_dir / "checkpoint-6").exists()
+
+
+def test_a_run_goes_on_with_features_that_differ_by_rounding_and_says_so(
+    kit: Kit, tmp_path: Path, trained: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A cache may be converted to another dtype while its run is stopped."""
+    output_dir = shutil.copytree(trained, tmp_path / "out")
+    flags = kit.flags(output_dir, "--max_steps", 5, "--feature_dtype", "bfloat16", cached=False)
+    assert main(flags) == 0
+    out = capfd.readouterr().out
+    assert "features of feature_dtype float32, and goes on with feature_dtype bfloat16" in out
+    assert f"Resuming from {output_dir / 'checkpoint-4'}" in out
+
+
+def test_what_is_no_checkpoint_and_one_that_does_not_say_its_features_are_refused(
+    kit: Kit, tmp_path: Path, trained: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sentence = refusal(capfd, kit.flags(tmp_path / "out", "--resume_from_checkpoint", "True"))
+    assert "--resume_from_checkpoint True is no directory of a checkpoint" in sentence
+    checkpoint = shutil.copytree(trained / "checkpoint-4", tmp_path / "checkpoint-4")
+    fields = json.loads((checkpoint / "config.json").read_text())
+    for written in (json.dumps({**fields, "feature_spec": None}), "torn"):
+        (checkpoint / "config.json").write_text(written)
+        sentence = refusal(capfd, kit.flags(tmp_path / "out", "--resume_from_checkpoint", checkpoint))
+        assert f"{checkpoint} does not say which features it was trained with" in sentence
 
 
 def _kill_when(path: Path, flags: list[str]) -> None:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from janusvln.features.coverage import measure_coverage
-from janusvln.features.resolve import WantedFeatures, check_trained_with, open_cache, summary
+from janusvln.features.resolve import (
+    WantedFeatures,
+    check_resumed_with,
+    check_trained_with,
+    open_cache,
+    summary,
+)
 from janusvln.train.arguments import MEANINGLESS, parse_arguments
 from janusvln.train.checkpoints import Maker, checkpoint_to_resume
 from janusvln.train.learning_rates import freeze, parameter_groups, part_of
@@ -26,6 +33,7 @@ from vggt_cache.errors import (
     NotACacheError,
     SettingsError,
 )
+from vggt_cache.identity import Preprocessing
 from vggt_cache.precompute.run import precompute
 from vggt_cache.precompute.settings import PrecomputeSettings
 from vggt_cache.samples import find_sources
@@ -110,6 +118,33 @@ class TestTrainedWith:
     def test_another_image_size_is_said(self) -> None:
         (sentence,) = check_trained_with(summary(make_spec(image_size=644)), make_spec(), "m")
         assert "image_size 644, and goes on with image_size 518" in sentence
+
+    @pytest.mark.parametrize(
+        ("name", "changed"),
+        [
+            ("context", {"context": "causal"}),
+            ("image_size", {"preprocessing": Preprocessing(image_size=644)}),
+            ("resize_mode", {"preprocessing": Preprocessing(resize_mode="pad")}),
+            ("alpha", {"preprocessing": Preprocessing(alpha="drop")}),
+            ("fingerprint", {"computation_version": 2}),
+            ("fingerprint", {"encoder": dataclasses.replace(make_spec().encoder, num_heads=2)}),
+        ],
+    )
+    def test_a_run_goes_on_only_with_the_features_it_began_with(
+        self, name: str, changed: dict[str, Any]
+    ) -> None:
+        before = dataclasses.replace(make_spec(), **changed)
+        assert check_resumed_with(summary(before), before, "c") == []
+        with pytest.raises(SettingsError, match=f"c was trained with features of {name} "):
+            check_resumed_with(summary(before), make_spec(), "c")
+
+    def test_roundings_may_differ_in_a_resumed_run_and_are_said(self) -> None:
+        trained = summary(make_spec(feature_dtype="float32"))
+        now = make_spec(feature_dtype="int8")
+        now = dataclasses.replace(now, encoder=dataclasses.replace(now.encoder, compute_dtype="bfloat16"))
+        sentences = check_resumed_with(trained, now, "c")
+        assert "feature_dtype float32, and goes on with feature_dtype int8" in sentences[0]
+        assert "compute_dtype float32, and goes on with compute_dtype bfloat16" in sentences[1]
 
     def test_what_a_checkpoint_does_not_say_is_not_compared(self) -> None:
         assert check_trained_with({"context": "frame"}, make_spec(), "m") == []

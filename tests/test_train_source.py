@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from janusvln.features.read_ahead import ReadAhead
 from janusvln.features.request import FeatureRequest
 from store_kit import SPEC, make_feature, make_key, shard_path, write_shard
 from train_kit import CPU, make_request, make_source, small_spec, write_images
+from vggt_cache.encoder import Encoder
 from vggt_cache.errors import CacheAccessError, CheckpointError, CorruptRecordError, DataError, SettingsError
 from vggt_cache.precompute.run import precompute
 from vggt_cache.precompute.settings import PrecomputeSettings
@@ -128,6 +130,28 @@ class TestHits:
         assert source.take_counts().hits == 0
 
 
+class TowerCalls:
+    """How many frames each call of the patch tower had, and how many it has memory for."""
+
+    def __init__(self, patch_tokens: Callable[..., torch.Tensor]) -> None:
+        self.frames: list[int] = []
+        self.room = 1000
+        self._patch_tokens = patch_tokens
+
+    def __call__(self, encoder: Encoder, pixels: torch.Tensor) -> torch.Tensor:
+        self.frames.append(len(pixels))
+        if len(pixels) > self.room:
+            raise torch.OutOfMemoryError("out of memory")
+        return self._patch_tokens(encoder, pixels)
+
+
+@pytest.fixture
+def tower(monkeypatch: pytest.MonkeyPatch) -> TowerCalls:
+    calls = TowerCalls(Encoder.patch_tokens)
+    monkeypatch.setattr(Encoder, "patch_tokens", lambda encoder, pixels: calls(encoder, pixels))
+    return calls
+
+
 class TestMisses:
     def test_error_names_the_frame_and_the_remedy(self, tmp_path: Path) -> None:
         write_shard(tmp_path, range(2))
@@ -193,6 +217,43 @@ class TestMisses:
         exact = LiveEncoder(str(small_checkpoint), spec, CPU).encode(requests)
         assert not torch.equal(exact[0], live[0])
         filling.close()
+
+    @pytest.mark.parametrize(
+        ("context", "lengths", "expected"),
+        [
+            ("causal", [9], [9]),
+            ("causal", [9, 9], [9, 9]),
+            ("causal", [13], [7, 6]),
+            ("causal", [1, 1, 1], [3]),
+            ("frame", [3, 3, 3, 3, 3], [5]),
+        ],
+    )
+    def test_a_list_goes_through_the_patch_tower_in_one_go_or_in_equal_parts(
+        self,
+        tmp_path: Path,
+        small_checkpoint: Path,
+        tower: TowerCalls,
+        context: str,
+        lengths: list[int],
+        expected: list[int],
+    ) -> None:
+        spec = small_spec(small_checkpoint, context)
+        paths = iter(write_images(tmp_path, sum(lengths)))
+        requests = [make_request(spec, list(itertools.islice(paths, length))) for length in lengths]
+        LiveEncoder(str(small_checkpoint), spec, CPU).encode(requests)
+        assert tower.frames == expected
+
+    def test_what_was_halved_for_want_of_memory_stays_so(
+        self, tmp_path: Path, small_checkpoint: Path, tower: TowerCalls
+    ) -> None:
+        spec = small_spec(small_checkpoint, "causal")
+        request = make_request(spec, write_images(tmp_path, 9))
+        tower.room = 4
+        encoder = LiveEncoder(str(small_checkpoint), spec, CPU)
+        for _ in range(2):
+            encoder.encode([request])
+        assert tower.frames[0] == 9
+        assert max(tower.frames[1:]) == 4
 
     def test_an_encoder_with_other_weights_is_refused(self, tmp_path: Path, small_checkpoint: Path) -> None:
         request = make_request(small_spec(small_checkpoint, "frame"), write_images(tmp_path, 1))

@@ -39,7 +39,7 @@ class PaddedCollator:
         if "loss_weights" in items[0]:
             batch["loss_weights"] = _stacked(items, "loss_weights", longest, 0.0)
         starts = [row * longest for row in range(len(items))]
-        return batch | _images(items) | _actions(items, starts)
+        return batch | _images(items, starts) | _actions(items, starts)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class PackedCollator:
         }
         batch["position_ids"] = torch.cat(positions, dim=1)[:, None]
         starts = list(accumulate(lengths, initial=0))[:-1]
-        return batch | _images(items) | _actions(items, starts)
+        return batch | _images(items, starts) | _actions(items, starts)
 
 
 def _padded(values: Tensor, length: int, filling: float) -> Tensor:
@@ -78,15 +78,18 @@ def _mask(lengths: Sequence[int], longest: int) -> Tensor:
     return (torch.arange(longest)[None] < torch.tensor(lengths)[:, None]).long()
 
 
-def _images(items: Sequence[Item]) -> Batch:
-    """What belongs to images, sample by sample; nothing where no sample has any."""
-    shown = [item for item in items if "feature_request" in item]
+def _images(items: Sequence[Item], starts: Sequence[int]) -> Batch:
+    """What belongs to images, sample by sample; nothing where no sample has any. `starts`: as in `_actions`.
+
+    The grids are numbers and no tensor: the model needs them on the host, where a tensor would not stay.
+    """
+    shown = [(start, item) for start, item in zip(starts, items, strict=True) if "feature_request" in item]
     if not shown:
         return {}
     return {
-        "image_grid_thw": torch.cat([item["image_grid_thw"] for item in shown]),
-        "images_per_sample": [len(item["image_grid_thw"]) for item in shown],
-        "feature_requests": [item["feature_request"] for item in shown],
+        "image_grid_thw": [grid for _, item in shown for grid in item["image_grid_thw"].tolist()],
+        "image_positions": [start + item["image_positions"] for start, item in shown],
+        "feature_requests": [item["feature_request"] for _, item in shown],
     }
 
 

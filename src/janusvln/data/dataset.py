@@ -30,7 +30,8 @@ class NavigationDataset(Dataset[Item]):
 
     input_ids, labels   int64 [L]
     position_ids        int64 [3, L]
-    image_grid_thw      int64 [images, 3]   these two only where the sample has images
+    image_grid_thw      int64 [images, 3]   these three only where the sample has images
+    image_positions     int64 [image tokens], where they stand in input_ids
     feature_request     FeatureRequest, which carries the frames; `pixels` makes the model's pixel_values of them
     action_label, action_position   int, with `action_head`: class 0..3 or -100; the last token of the prompt
     loss_weights        float32 [L], where a section weight of the options is not 1
@@ -84,6 +85,7 @@ class NavigationDataset(Dataset[Item]):
         item = self._text(tokens, dialogue, thw)
         if thw is not None:
             item["image_grid_thw"] = thw
+            item["image_positions"] = (item["input_ids"] == self._chat.image_token).nonzero()[:, 0]
             item["feature_request"] = request_feature(at, frames, self.spec)
         return item
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers import AutoImageProcessor
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from janusvln.data.errors import UnfitSampleError
 from vggt_cache.errors import SettingsError
@@ -54,13 +55,21 @@ class QwenPixels:
     ) -> QwenPixels:
         """With the settings of a Qwen2.5-VL directory; limits given here count before its own."""
         try:
-            processor: Any = AutoImageProcessor.from_pretrained(model_dir)  # type: ignore[no-untyped-call]
+            # By name, and not by AutoImageProcessor: that takes torchvision's where it is installed, whose values may
+            # be rounded otherwise, and older versions of transformers refuse to go without.
+            processor: Any = Qwen2VLImageProcessorPil.from_pretrained(model_dir)
         except (OSError, ValueError) as error:
             raise SettingsError(
                 f"{model_dir} has no preprocessor_config.json that can be read ({' '.join(str(error).split())[:200]}): "
                 "give the directory of a Qwen2.5-VL model"
             ) from error
         return cls(processor, min_pixels=min_pixels, max_pixels=max_pixels)
+
+    def on(self, device: torch.device) -> QwenPixels:
+        """The same with its table on a device. This one stays on the CPU, where a DataLoader's workers receive it."""
+        moved = copy.copy(self)
+        moved._table = self._table.to(device)
+        return moved
 
     def grid(self, frame: Pixels) -> Grid:
         """Patches (h, w), both even, that are left of a frame [H, W, 3]. Raises UnfitSampleError."""
@@ -76,13 +85,11 @@ class QwenPixels:
     def values(self, frames: Tensor) -> Tensor:
         """float32 [patches of all frames, 3*2*14*14] of frames uint8 [n, H, W, 3], in Qwen's patch order.
 
-        Computed on the frames' device.
+        Computed on the frames' device; that of `on`, if time matters.
         """
         patches = self._patches(frames)
-        if self._table.device != frames.device:
-            self._table = self._table.to(frames.device)
         channels = torch.arange(_CHANNELS, device=frames.device)[:, None]
-        values = self._table[channels, patches.int()]
+        values = self._table.to(frames.device)[channels, patches.int()]
         return values[:, :, None].expand(-1, -1, self._repeats, -1).reshape(len(patches), -1)
 
     def _patches(self, frames: Tensor) -> Tensor:

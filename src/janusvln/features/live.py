@@ -18,8 +18,8 @@ from vggt_cache.errors import CheckpointError, SettingsError
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.precompute.encode import BatchEncoder, Encoded, Pixels
 
-BATCH_SIZE = 8
-"""Frames encoded together; halved when the device is out of memory."""
+MOST_TOGETHER = 12
+"""Frames encoded together: lists of nine, the published length, in one go. Halved when the device is out of memory."""
 
 
 class LiveEncoder:
@@ -32,6 +32,7 @@ class LiveEncoder:
         self._location = location
         self._spec = spec
         self._device = device
+        self._most_together = MOST_TOGETHER
         self._encoder = None if encoder is None else self._batched(encoder)
 
     def encode(self, requests: Sequence[FeatureRequest]) -> list[torch.Tensor]:
@@ -40,6 +41,8 @@ class LiveEncoder:
         Raises CheckpointError and SettingsError where there is no such encoder.
         """
         encoder = self._loaded()
+        longest = max(len(request.digests) for request in requests)
+        encoder.batch_size = even_share(max(longest, len(requests)), self._most_together)
         features: list[torch.Tensor] = [torch.empty(0)] * len(requests)
         with torch.no_grad():
             for positions, batch in self._batches(encoder, requests):
@@ -80,7 +83,18 @@ class LiveEncoder:
         return self._encoder
 
     def _batched(self, encoder: Encoder) -> BatchEncoder:
-        return BatchEncoder(encoder, BATCH_SIZE, lambda size: None, feature_dtype=self._spec.feature_dtype)
+        return BatchEncoder(
+            encoder, self._most_together, self._halved, feature_dtype=self._spec.feature_dtype
+        )
+
+    def _halved(self, batch_size: int) -> None:
+        self._most_together = batch_size
+
+
+def even_share(frames: int, most: int) -> int:
+    """How many frames go together, `most` at the most, so that all go in equal parts without a straggler."""
+    parts = -(-frames // most)
+    return -(-frames // parts)
 
 
 def check_weights(checkpoint: Checkpoint, spec: FeatureSpec) -> None:

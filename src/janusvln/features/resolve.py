@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from vggt_cache.encoder.checkpoint import Checkpoint
 from vggt_cache.errors import AmbiguousCacheError, CacheNotFoundError, NotACacheError, SettingsError
@@ -122,29 +123,68 @@ def summary(spec: FeatureSpec) -> dict[str, object]:
 
 MUST_AGREE = ("context", "layer", "weights_digest")
 """A model trained on one value of these has learned nothing about another."""
+MUST_AGREE_TO_RESUME = (*MUST_AGREE, "image_size", "resize_mode", "alpha", "fingerprint")
+"""A run that is resumed sees one kind of feature from its first step to its last. The fingerprint stands for all that
+has no name here, such as our own computation's version."""
+ROUNDING = ("feature_dtype", "compute_dtype")
+"""These may differ even then: they move a feature within its rounding, and a cache may be converted meanwhile, or the
+run go on on another device. How features are coded on disk is no part of a specification and is not compared."""
 
 
-def check_trained_with(trained: dict[str, object] | None, spec: FeatureSpec, model: str) -> list[str]:
-    """Raises SettingsError where a checkpoint was trained with other features.
+def check_trained_with(trained: dict[str, Any] | None, spec: FeatureSpec, model: str) -> list[str]:
+    """Raises SettingsError where a model to start from was trained with other features.
 
-    `trained` is the checkpoint's own summary, None for a model that has seen no features. Returns the
+    `trained` is the model's own summary, None for a model that has seen no features. Returns the
     differences that a user may want (another image size), as sentences.
     """
     if not trained:
         return []
-    now = summary(spec)
-    differing = [name for name in now if trained.get(name) not in (None, now[name])]
-    for name in MUST_AGREE:
-        if name in differing:
-            raise SettingsError(
-                f"{model} was trained with features of {name} {trained[name]}, and those of this run have {name} "
-                f"{now[name]}: they are different numbers, so the model would be wrong without a word; use a cache "
-                f"with {name} {trained[name]}, or start from a model that was not trained with others"
-            )
+    differing = _differing(trained, spec)
+    _refuse(trained, spec, model, [name for name in MUST_AGREE if name in differing])
+    return _told(trained, spec, model, [name for name in ("image_size", "resize_mode") if name in differing])
+
+
+def check_resumed_with(trained: dict[str, Any] | None, spec: FeatureSpec, checkpoint: str) -> list[str]:
+    """Raises SettingsError where the checkpoint that a run would go on from was trained with other features.
+
+    As `check_trained_with`, and stricter: only roundings may differ.
+    """
+    if not trained:
+        raise SettingsError(
+            f"{checkpoint} does not say which features it was trained with (feature_spec in its config.json), so "
+            "whether this run's are the same cannot be known: give an empty --output_dir, and to go on from its "
+            f"weights alone --model_name_or_path {checkpoint}"
+        )
+    differing = _differing(trained, spec)
+    _refuse(trained, spec, checkpoint, [name for name in MUST_AGREE_TO_RESUME if name in differing])
+    return _told(trained, spec, checkpoint, [name for name in ROUNDING if name in differing])
+
+
+def _differing(trained: dict[str, Any], spec: FeatureSpec) -> list[str]:
+    """Names of what is another now. Fingerprints are compared as if the roundings were equal."""
+    feature_dtype, compute_dtype = (trained.get(name, summary(spec)[name]) for name in ROUNDING)
+    rounded = replace(
+        spec, feature_dtype=feature_dtype, encoder=replace(spec.encoder, compute_dtype=compute_dtype)
+    )
+    now = summary(spec) | {"fingerprint": rounded.fingerprint}
+    return [name for name in now if trained.get(name) not in (None, now[name])]
+
+
+def _refuse(trained: dict[str, Any], spec: FeatureSpec, model: str, names: Sequence[str]) -> None:
+    if names:
+        name = names[0]
+        raise SettingsError(
+            f"{model} was trained with features of {name} {trained[name]}, and those of this run have {name} "
+            f"{summary(spec)[name]}: they are different numbers, so the model would be wrong without a word; use a "
+            f"cache with {name} {trained[name]}, or start from a model that was not trained with others, in an empty "
+            "--output_dir"
+        )
+
+
+def _told(trained: dict[str, Any], spec: FeatureSpec, model: str, names: Sequence[str]) -> list[str]:
     return [
-        f"{model} was trained with features of {name} {trained[name]}, and goes on with {name} {now[name]}"
-        for name in differing
-        if name in ("image_size", "resize_mode")
+        f"{model} was trained with features of {name} {trained[name]}, and goes on with {name} {summary(spec)[name]}"
+        for name in names
     ]
 
 

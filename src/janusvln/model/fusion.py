@@ -8,16 +8,14 @@ one sample in a batch this equals the reference, which repeats the batch's featu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from janusvln.model.attention import Grids
 from janusvln.model.merger import MERGE_SIZE, even_grid
 from vggt_cache.errors import VggtCacheError
-
-Grids = Sequence[Sequence[int]]
-"""Per image (t, h, w) in patches: `image_grid_thw` as numbers."""
 
 
 class Views(NamedTuple):
@@ -25,15 +23,36 @@ class Views(NamedTuple):
 
     pixel_values: Tensor | None = None
     """[patches of all images, values]"""
-    grids: Tensor | None = None
-    """`image_grid_thw`: int64 [images, 3]"""
+    grids: Grids | None = None
+    """`image_grid_thw` as numbers"""
     features: list[Tensor] | None = None
     """`spatial_features`: per sample that has images [h, w, C]"""
-    images_per_sample: list[int] | None = None
-    """Of the same samples; None: as the rows of the batch have places for."""
+    positions: Sequence[Tensor] | None = None
+    """`image_positions`: of the same samples int64 [image tokens], the tokens' places as indices into [B * L]; None:
+    each row of `input_ids` is a sample, and they are read from it, for which the host waits for the device."""
+
+    @classmethod
+    def of(
+        cls,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | Sequence[Sequence[int]] | None = None,
+        spatial_features: list[Tensor] | None = None,
+        image_positions: Sequence[Tensor] | None = None,
+    ) -> Views:
+        """From the fields of a batch. The host waits for the device where `image_grid_thw` is a tensor there."""
+        if isinstance(image_grid_thw, Tensor):
+            image_grid_thw = image_grid_thw.tolist()
+        grids = None if image_grid_thw is None else tuple((t, h, w) for t, h, w in image_grid_thw)
+        return cls(pixel_values, grids, spatial_features, image_positions)
+
+    def places(self, is_image: Tensor) -> Sequence[Tensor]:
+        """`positions`, or those of each row of a batch, from where its image tokens are [B, L]."""
+        if self.positions is not None:
+            return self.positions
+        return torch.split(is_image.flatten().nonzero()[:, 0], is_image.sum(1).tolist())
 
 
-VIEW_FIELDS = ("pixel_values", "image_grid_thw", "spatial_features", "images_per_sample")
+VIEW_FIELDS = ("pixel_values", "image_grid_thw", "spatial_features", "image_positions")
 """The same under their names in a batch."""
 
 
@@ -50,7 +69,7 @@ def unseen_images(tokens: int) -> SpatialFeatureError:
     )
 
 
-def checked_counts(views: Views, tokens_per_row: Sequence[int]) -> Sequence[int]:
+def checked_counts(views: Views, tokens_per_sample: Sequence[int]) -> Sequence[int]:
     """Images of each sample that has any. Raises SpatialFeatureError unless everything in `views` fits together."""
     if views.pixel_values is None or views.grids is None or not views.features:
         given, lacks = ("features", "images") if views.features else ("images", "spatial_features")
@@ -58,12 +77,8 @@ def checked_counts(views: Views, tokens_per_row: Sequence[int]) -> Sequence[int]
             f"the batch has {given} without {lacks}: this model was made to see both, and would answer from half of "
             "its input; give pixel_values, image_grid_thw and one feature for each sample that has images"
         )
-    grids = views.grids.tolist()
-    counts: Sequence[int] = count_images(tokens_per_row, grids)
-    if views.images_per_sample is not None:
-        check_rows(views.images_per_sample, counts)
-        counts = views.images_per_sample
-    check_fits(views.features, counts, grids)
+    counts = count_images(tokens_per_sample, views.grids)
+    check_fits(views.features, counts, views.grids)
     return counts
 
 
@@ -72,23 +87,23 @@ def image_tokens(grid: Sequence[int]) -> int:
     return grid[0] * grid[1] * grid[2] // MERGE_SIZE**2
 
 
-def count_images(tokens_per_row: Sequence[int], grids: Grids) -> list[int]:
-    """Images of each row that has any, from how many image tokens each row has.
+def count_images(tokens_per_sample: Sequence[int], grids: Grids) -> list[int]:
+    """Images of each sample that has any, from how many image tokens each sample has.
 
-    Raises SpatialFeatureError when the images do not fill the rows.
+    Raises SpatialFeatureError when the images do not fill the samples.
     """
     sizes = [image_tokens(grid) for grid in grids]
     counts, first = [], 0
-    for row, tokens in enumerate(tokens_per_row):
+    for sample, tokens in enumerate(tokens_per_sample):
         last, left = first, tokens
         while left > 0 and last < len(sizes):
             left -= sizes[last]
             last += 1
         if left:
             raise SpatialFeatureError(
-                f"row {row} of the batch has {tokens} image tokens, which its images of {sizes[first:last]} tokens do "
-                "not fill: the prompt was cut inside an image, or belongs to other images; raise --model_max_length "
-                "or lower --max_history_images"
+                f"sample {sample} of the batch has {tokens} image tokens, which its images of {sizes[first:last]} "
+                "tokens do not fill: the prompt was cut inside an image, or belongs to other images; raise "
+                "--model_max_length or lower --max_history_images"
             )
         if last > first:
             counts.append(last - first)
@@ -101,24 +116,13 @@ def count_images(tokens_per_row: Sequence[int], grids: Grids) -> list[int]:
     return counts
 
 
-def check_rows(images_per_sample: Sequence[int], images_per_row: Sequence[int]) -> None:
-    """Raises SpatialFeatureError when a sample's images would lie in more than one row of the batch."""
-    ends = set(accumulate(images_per_sample))
-    if not ends.issuperset(accumulate(images_per_row)) or min(images_per_sample) < 1:
-        raise SpatialFeatureError(
-            f"images_per_sample is {list(images_per_sample)}, but the rows of the batch hold {list(images_per_row)} "
-            "images: a feature would be added to another sample's image; count each sample's images, samples without "
-            "images left out"
-        )
-
-
 def check_fits(features: Sequence[Tensor], images_per_sample: Sequence[int], grids: Grids) -> None:
     """Raises SpatialFeatureError unless each sample has one feature, with the grid of each of its images."""
     if len(features) != len(images_per_sample) or sum(images_per_sample) != len(grids):
         raise SpatialFeatureError(
             f"{len(features)} features are given for {len(images_per_sample)} samples with {sum(images_per_sample)} "
             f"images, and {len(grids)} images: a feature would be added to another sample's image; give one feature "
-            "for each sample that has images, in order (images_per_sample, where several samples share a row)"
+            "for each sample that has images, in order (and image_positions, where several samples share a row)"
         )
     image = 0
     for sample, (feature, count) in enumerate(zip(features, images_per_sample, strict=True)):

@@ -5,6 +5,7 @@ Features come in as a batch field. Where they were computed, and whether they we
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -21,8 +22,16 @@ from transformers.modeling_utils import set_zero3_state
 from transformers.utils.generic import can_return_tuple
 
 from janusvln.model import checkpoints
+from janusvln.model.attention import attend_by_length, tower_inputs
 from janusvln.model.config import JanusVLNConfig
-from janusvln.model.fusion import VIEW_FIELDS, Views, add_spatial, checked_counts, unseen_images
+from janusvln.model.fusion import (
+    VIEW_FIELDS,
+    Views,
+    add_spatial,
+    checked_counts,
+    image_tokens,
+    unseen_images,
+)
 from janusvln.model.losses import NOT_LEARNED, action_loss, weighted_token_loss
 from janusvln.model.merger import SpatialMerger, merge
 
@@ -48,6 +57,7 @@ class Qwen2_5_VLForConditionalGenerationForJanusVLN(_Qwen):  # type: ignore[misc
         self.merger = SpatialMerger(config.spatial_channels, config.spatial_hidden_size, hidden_size)
         if config.action_head:
             self.action_head = nn.Linear(hidden_size, ACTIONS)
+        attend_by_length(self.model.visual)
         self.post_init()
 
     @classmethod
@@ -90,11 +100,11 @@ class Qwen2_5_VLForConditionalGenerationForJanusVLN(_Qwen):  # type: ignore[misc
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         pixel_values: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
+        image_grid_thw: Tensor | Sequence[Sequence[int]] | None = None,
         mm_token_type_ids: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         spatial_features: list[Tensor] | None = None,
-        images_per_sample: list[int] | None = None,
+        image_positions: Sequence[Tensor] | None = None,
         action_labels: Tensor | None = None,
         action_positions: Tensor | None = None,
         loss_weights: Tensor | None = None,
@@ -104,16 +114,18 @@ class Qwen2_5_VLForConditionalGenerationForJanusVLN(_Qwen):  # type: ignore[misc
         """As transformers' (`past_key_values` and `cache` are two names of the same), and:
 
         spatial_features: per sample that has images, the feature [h, w, C] of its current frame, any float dtype.
-        images_per_sample: how many images each of them has; None: as many as each row of input_ids has places for.
+        image_positions: of the same samples int64 [image tokens], the places of their image tokens as indices into
+            [B * L]; None: each row of input_ids is a sample.
         action_labels, action_positions: int64 [samples], classes 0 to 3 (-100: none) and the token whose hidden
             state they are read from, as an index into [B * L].
         loss_weights: [B, L], weight of each token in the language loss.
 
-        Raises SpatialFeatureError where images and features do not belong together.
+        With image_positions, and image_grid_thw as numbers, nothing here waits for the device. Raises
+        SpatialFeatureError where images and features do not belong together.
         """
         kept = past_key_values if cache is None else cache
         if inputs_embeds is None and input_ids is not None:
-            views = Views(pixel_values, image_grid_thw, spatial_features, images_per_sample)
+            views = Views.of(pixel_values, image_grid_thw, spatial_features, image_positions)
             is_prompt = kept is None or kept.get_seq_length() == 0
             inputs_embeds = self._embed(input_ids, views, is_prompt=is_prompt, is_learned=labels is not None)
         if mm_token_type_ids is None and input_ids is not None:
@@ -126,7 +138,7 @@ class Qwen2_5_VLForConditionalGenerationForJanusVLN(_Qwen):  # type: ignore[misc
             attention_mask=attention_mask,
             position_ids=position_ids,
             use_cache=use_cache,
-            image_grid_thw=image_grid_thw,
+            image_grid_thw=None if image_grid_thw is None else torch.as_tensor(image_grid_thw),
             mm_token_type_ids=mm_token_type_ids,
             **{KEPT: kept},
             **kwargs,
@@ -149,13 +161,13 @@ class Qwen2_5_VLForConditionalGenerationForJanusVLN(_Qwen):  # type: ignore[misc
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', with `spatial_features` and `images_per_sample` as in `forward`.
+        """As transformers', with `spatial_features` and `image_positions` as in `forward`.
 
         The prompt's embeddings and positions are made here, once, so that the steps after it (and several beams of
         it) are those of a text model.
         """
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        views = Views(*(kwargs.pop(name, None) for name in VIEW_FIELDS))
+        views = Views.of(*(kwargs.pop(name, None) for name in VIEW_FIELDS))
         types = kwargs.pop("mm_token_type_ids", None)
         if input_ids is not None and kwargs.get("inputs_embeds") is None:
             kwargs["inputs_embeds"] = self._embed(input_ids, views, is_prompt=True, is_learned=False)
@@ -163,7 +175,7 @@ class Qwen2_5_VLForConditionalGenerationForJanusVLN(_Qwen):  # type: ignore[misc
                 kwargs["position_ids"], _ = self.model.get_rope_index(
                     input_ids,
                     mm_token_type_ids=self._token_types(input_ids) if types is None else types,
-                    image_grid_thw=views.grids,
+                    image_grid_thw=torch.tensor(views.grids, device=input_ids.device),
                     attention_mask=kwargs.get("attention_mask"),
                 )
         return super().generate(input_ids, *args, **kwargs)
@@ -174,30 +186,37 @@ class Qwen2_5_VLForConditionalGenerationForJanusVLN(_Qwen):  # type: ignore[misc
         return types
 
     def _embed(self, input_ids: Tensor, views: Views, *, is_prompt: bool, is_learned: bool) -> Tensor:
-        places = input_ids == self.config.image_token_id
+        is_image = input_ids == self.config.image_token_id
         images = None
         if views.pixel_values is not None or views.features:
-            images = self._images(views, places)
-        elif is_prompt and places.any():
-            raise unseen_images(int(places.sum()))
+            places = views.places(is_image)
+            images = self._images(views, [len(place) for place in places])
+        elif is_prompt and is_image.any():
+            raise unseen_images(int(is_image.sum()))
         elif is_learned and (self.training or is_deepspeed_zero3_enabled()):  # type: ignore[no-untyped-call]
             images = self._unused_image(input_ids.device)
+            places = [torch.zeros(0, dtype=torch.long, device=input_ids.device)]
         embeddings: Tensor = self.get_input_embeddings()(input_ids)
         if images is None:
             return embeddings
-        return embeddings.masked_scatter(places[..., None], images.to(embeddings))
+        # Not masked_scatter: its gradient selects by a mask, and waits for the device to know how much that is.
+        tokens = embeddings.flatten(0, 1)
+        return tokens.index_copy(0, torch.cat(tuple(places)), images.to(tokens)).view_as(embeddings)
 
-    def _images(self, views: Views, places: Tensor) -> Tensor:
+    def _images(self, views: Views, tokens_per_sample: Sequence[int]) -> Tensor:
         """Image tokens with their spatial tokens, [tokens, D], in the order of the prompt's places."""
-        counts = checked_counts(views, places.sum(1).tolist())
-        images = self.model.get_image_features(
-            views.pixel_values, views.grids, return_dict=True
-        ).pooler_output
-        spatial = merge(self.merger, [feature.to(images[0].device) for feature in views.features or []])
+        counts = checked_counts(views, tokens_per_sample)
+        assert views.pixel_values is not None
+        assert views.grids is not None
+        tower = self.model.visual
+        pixels = views.pixel_values.type(tower.dtype)
+        tokens = tower(pixels, **tower_inputs(tower, views.grids, pixels.device)).pooler_output
+        images = torch.split(tokens, [image_tokens(grid) for grid in views.grids])
+        spatial = merge(self.merger, [feature.to(tokens.device) for feature in views.features or []])
         return torch.cat(add_spatial(images, spatial, counts, self.config.lam))
 
     def _unused_image(self, device: torch.device) -> Tensor:
-        """What a batch of text alone runs through visual tower and merger: one token that has no place.
+        """What a batch of text alone runs through visual tower and merger, [0, D]: one token, which is then dropped.
 
         Every parameter gets a gradient (zeros), and where weights are spread over processes (ZeRO-3), all of them
         make the same calls whatever their batches hold.
@@ -206,10 +225,10 @@ class Qwen2_5_VLForConditionalGenerationForJanusVLN(_Qwen):  # type: ignore[misc
         values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         views = Views(
             pixel_values=torch.zeros(4, values, device=device),
-            grids=torch.tensor([[1, 2, 2]], device=device),
+            grids=((1, 2, 2),),
             features=[torch.zeros(2, 2, self.config.spatial_channels, device=device)],
         )
-        return self._images(views, torch.ones(1, 1, dtype=torch.bool))
+        return self._images(views, [1])[:0]
 
     def _token_loss(
         self, logits: Tensor, labels: Tensor, weights: Tensor | None, kwargs: dict[str, Any]

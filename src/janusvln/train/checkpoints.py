@@ -8,6 +8,7 @@ import shutil
 import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -79,6 +80,27 @@ def checkpoint_to_resume(output_dir: str, maker: Maker, ranks: Ranks) -> str | N
             f"{blind['host']}: to resume, all nodes must share --output_dir; to start anew, empty it"
         )
     return str(Path(output_dir) / f"checkpoint-{max(common)}") if common else None
+
+
+def given_checkpoint(path: str, maker: Maker) -> str:
+    """The checkpoint that --resume_from_checkpoint names. Raises SettingsError where nothing can be resumed from it."""
+    if not _is_json(Path(path) / "trainer_state.json"):
+        raise SettingsError(
+            f"--resume_from_checkpoint {path} is no directory of a checkpoint (it has no trainer_state.json), so "
+            "nothing can be resumed from it: give one, or leave the flag out to go on from the last in --output_dir"
+        )
+    maker.check(Path(path))
+    return path
+
+
+def trained_features(checkpoint: str) -> dict[str, Any] | None:
+    """What a checkpoint says about the features it was trained with; None where it says nothing."""
+    try:
+        fields = json.loads((Path(checkpoint) / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    trained = fields.get("feature_spec") if isinstance(fields, dict) else None
+    return trained if isinstance(trained, dict) else None
 
 
 def complete_steps(output_dir: str, rank: int, world_size: int) -> list[int]:

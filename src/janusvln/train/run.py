@@ -21,13 +21,26 @@ from janusvln.features.coverage import Coverage, measure_coverage
 from janusvln.features.fill import CacheFiller
 from janusvln.features.live import LiveEncoder
 from janusvln.features.read_ahead import ReadAhead
-from janusvln.features.resolve import check_trained_with, live_spec, open_cache, summary
+from janusvln.features.resolve import (
+    check_resumed_with,
+    check_trained_with,
+    live_spec,
+    open_cache,
+    summary,
+)
 from janusvln.features.source import FeatureSource
 from janusvln.model.attention import attention_implementation
 from janusvln.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenerationForJanusVLN as _Model
 from janusvln.train.agree import agree_on_snapshot
 from janusvln.train.arguments import Arguments
-from janusvln.train.checkpoints import Maker, checkpoint_to_resume, copy_model, is_finished
+from janusvln.train.checkpoints import (
+    Maker,
+    checkpoint_to_resume,
+    copy_model,
+    given_checkpoint,
+    is_finished,
+    trained_features,
+)
 from janusvln.train.learning_rates import freeze
 from janusvln.train.ranks import Ranks
 from janusvln.train.trainer import EpochCallback, FeatureTrainer
@@ -56,6 +69,7 @@ class TrainingRun:
         """Raises VggtCacheError for everything that a user can cause or cure."""
         set_seed(self.training.seed)
         spec, cache = self._spec_and_cache()
+        checkpoint = self._checkpoint(spec)
         sources = sources_of(self.data.train_data_root, self.data.annotation_path, self.data.data_path)
         index = self._index(sources)
         if cache is not None:
@@ -65,7 +79,7 @@ class TrainingRun:
         model = self._model(spec)
         source = self._source(spec, cache)
         try:
-            self._train(model, dataset, tokenizer, source)
+            self._train(model, dataset, tokenizer, source, checkpoint)
         finally:
             source.close()
 
@@ -88,6 +102,19 @@ class TrainingRun:
             )
         self._say(f"{describe_spec(cache.spec)}; {len(cache)} features in {len(cache.shard_names())} shards")
         return cache.spec, cache
+
+    def _checkpoint(self, spec: FeatureSpec) -> str | None:
+        """What this run goes on from, if anything: a checkpoint that was trained with the features of this run."""
+        given, maker = self.training.resume_from_checkpoint, Maker.of(self.training)
+        checkpoint = (
+            given_checkpoint(given, maker)
+            if given
+            else checkpoint_to_resume(self.output_dir, maker, self.ranks)
+        )
+        if checkpoint:
+            for sentence in check_resumed_with(trained_features(checkpoint), spec, checkpoint):
+                self._say(sentence, "WARN")
+        return checkpoint
 
     def _source(self, spec: FeatureSpec, cache: FeatureCache | None) -> FeatureSource:
         fills = cache is not None and self.features.vggt_cache_miss == "fill"
@@ -210,6 +237,7 @@ class TrainingRun:
         dataset: NavigationDataset,
         tokenizer: PreTrainedTokenizerBase,
         source: FeatureSource,
+        checkpoint: str | None,
     ) -> None:
         collator = PackedCollator() if self.data.data_flatten else PaddedCollator(tokenizer.pad_token_id)
         trainer = FeatureTrainer(
@@ -224,9 +252,6 @@ class TrainingRun:
         )
         fills = self.features.vggt_cache_miss == "fill"
         trainer.add_callback(EpochCallback(trainer, self.ranks, fills=fills))
-        checkpoint = self.training.resume_from_checkpoint or checkpoint_to_resume(
-            self.output_dir, Maker.of(self.training), self.ranks
-        )
         if checkpoint and is_finished(checkpoint, self.training):
             self._say(f"Nothing is left to train: {checkpoint} is the end of this run", "SUCCESS")
             if self.ranks.rank == 0:

@@ -39,7 +39,7 @@ class FeatureTrainer(Trainer):
         """`companions`: files that are copied beside every saved model, so that it can be used alone."""
         super().__init__(*args, **kwargs)
         self.source = source
-        self.pixels = pixels
+        self.pixels = pixels.on(self.args.device)
         self.companions = companions
         self.order = EpochOrder(0, seed=0)
         self.speed = Speed()
