@@ -3,19 +3,21 @@
 #   make test PYTHON=python3.12
 #   make demo PIP_ARGS="--index-url <an index with CPU wheels>"
 # `make bench-peers` has an environment of its own, .venv-peers, so that no other package gets into .venv; PEERS_ARGS
-# are passed on to its script, such as PEERS_ARGS=--small.
+# are passed on to its script, such as PEERS_ARGS=--small. `make gpu` installs nothing: it runs with PYTHON as it is, whose
+# torch finds the GPU; GPU_ARGS are passed on, such as GPU_ARGS="--only frame".
 # Where there is no NVIDIA GPU, a CPU build of torch is taken if pip's configured indexes offer one.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
 PEERS_ARGS ?=
+GPU_ARGS ?=
 TEST_PROCESSES ?= 2
 DEMO_DIR ?= demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-lowest trials lint format bench bench-peers clean distclean
+.PHONY: help demo test test-slow test-lowest trials lint format bench bench-peers gpu clean distclean
 
 # Relative paths only: the project may lie in a directory with spaces in its name.
 BIN := .venv/bin
@@ -62,6 +64,9 @@ bench: $(READY) ## run every benchmark; results are printed
 
 bench-peers: $(PEERS_READY) ## the store beside other ways of keeping features
 	.venv-peers/bin/python benchmarks/bench_peers.py $(PEERS_ARGS)
+
+gpu: ## check and measure all that only a GPU can tell, in 500 s, with $(PYTHON) and its torch
+	$(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
 
 clean: ## remove the demo and all caches of tools
 	rm -rf "$(DEMO_DIR)" build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info

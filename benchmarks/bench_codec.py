@@ -27,14 +27,13 @@ import torch
 import zstandard
 
 import record
-from bench_encoder import SIZES, random_weights
+from bench_encoder import SIZES, random_encoder
 from vggt_cache.codec import lossless
 from vggt_cache.codec.int8 import Int8
 from vggt_cache.codec.lossless import PIECE_VALUES, Lossless
 from vggt_cache.codec.planes import join
 from vggt_cache.codec.quantise import decode_int8, encode_int8
 from vggt_cache.demo.dataset import write_dataset
-from vggt_cache.encoder import Encoder
 from vggt_cache.frames import decode_frame
 from vggt_cache.identity import EncoderSpec, FeatureSpec, Preprocessing
 from vggt_cache.store import FeatureCache, ShardWriter, create_store
@@ -50,7 +49,7 @@ def features_of(size: str, width: int, count: int, device: str) -> list[torch.Te
         names = sorted((data.root / "structured").rglob("*.png"))
         frames = [name.read_bytes() for name in names[:: max(1, len(names) // count)][:count]]
     pixels = [decode_frame(frame, Preprocessing(image_size=width)) for frame in frames]
-    encoder = random_weights(Encoder(SIZES[size]).to(device))
+    encoder = random_encoder(SIZES[size], device, "float32")
     return [encoder.frame_features(torch.from_numpy(one)[None])[0].bfloat16().cpu() for one in pixels]
 
 

@@ -1,47 +1,68 @@
 """Precompute end to end against the encoder alone.
 
-Theory. Precompute cannot be faster than the encoder on pixels that lie in memory already: that is the limit. Reading,
-decoding, checking and writing go on beside it, in other processes and threads; what is left over is their share of the
-same cores, and the start (scanning, loading the model, starting workers).
+Theory. Precompute cannot be faster than the encoder on pixels that lie on its device already: that is the limit.
+Reading, decoding, checking and writing go on beside it, in other processes and threads; what is left over is their
+share of the same cores, and the start (scanning, loading the model, starting workers).
 
 Both run in this process, on the same frames, with the same batches: first the encoder alone on decoded pixels, then the
 whole of precompute from the command line's function, then the encoder alone again; the mean of the two is the limit.
-`--frames` should be large enough that the start does not dominate.
+`--frames` should be large enough that the start does not dominate; what holds without the start is the rate at which
+features are written from the first batch to the last (`of_encoder_alone`).
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
+from tqdm import tqdm
 
 import record
+from photographs import write_frames
 from vggt_cache.demo.checkpoint import write_checkpoint
 from vggt_cache.encoder import Checkpoint, Encoder
 from vggt_cache.frames import decode_frame, read_frame
+from vggt_cache.precompute.report import Reporter
 from vggt_cache.precompute.run import precompute
 from vggt_cache.precompute.settings import PrecomputeSettings, choose_compute_dtype
 
 
-def write_frames(root: Path, count: int) -> None:
-    """Noisy 640x480 PNG of 400 to 500 KB, as large as real photographs, and one annotation file that names them."""
-    random = np.random.default_rng(0)
-    y, x = np.mgrid[0:480, 0:640]
-    lines = []
-    for number in range(count):
-        waves = [(127 + 100 * np.sin((x * (c + 1) + y * 2 + 40 * number) / 90)) for c in range(3)]
-        image = np.stack(waves, -1) + random.integers(-8, 9, (480, 640, 3))
-        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(
-            root / f"{number:05d}.png", compress_level=1
-        )
-        lines.append(f'{{"images": ["{number:05d}.png"]}}')
-    (root / "train.jsonl").write_text("\n".join(lines) + "\n")
+class Listener(Reporter):
+    """Prints what a run says, and keeps it, and when its features were written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+        self.written_at_s: list[float] = []
+        """One entry a feature."""
+
+    def info(self, text: str) -> None:
+        self.said.append(text)
+        super().info(text)
+
+    def bar(self, total: int, unit: str) -> tqdm[Any]:
+        bar = super().bar(total, unit)
+        update = bar.update
+
+        def noted(count: float | None = 1) -> bool | None:
+            self.written_at_s += [time.perf_counter()] * int(count or 0)
+            return update(count)
+
+        bar.update = noted  # type: ignore[method-assign]
+        return bar
+
+    def features_per_s(self, batch_size: int) -> float | None:
+        """Of all that came after the first batch, which also waits for the start."""
+        times = self.written_at_s[batch_size - 1 :]
+        return (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else None
 
 
 def encoder_alone_s(encoder: Encoder, pixels: list[torch.Tensor], batch_size: int) -> float:
@@ -51,6 +72,46 @@ def encoder_alone_s(encoder: Encoder, pixels: list[torch.Tensor], batch_size: in
     if encoder.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began_s
+
+
+def end_to_end(
+    settings: PrecomputeSettings, encoder: Encoder, paths: Sequence[Path], alone: int
+) -> dict[str, Any]:
+    """Precompute of the frames `paths`, beside `encoder` on the first `alone` of them. Removes the cache."""
+    size = settings.batch_size
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        decoded = pool.map(lambda path: decode_frame(read_frame(path), settings.preprocessing), paths[:alone])
+        pixels = [torch.from_numpy(one).to(encoder.device) for one in decoded]
+    encoder_alone_s(encoder, pixels[: 2 * size], size)
+
+    before_s = encoder_alone_s(encoder, pixels, size)
+    listener = Listener()
+    began_s = time.perf_counter()
+    try:
+        code = precompute(settings, listener)
+    finally:
+        shutil.rmtree(settings.cache_dir, ignore_errors=True)
+    if code != 0:
+        raise RuntimeError(f"precompute ended with exit code {code}: {listener.said[-3:]}")
+    precompute_s = time.perf_counter() - began_s
+    after_s = encoder_alone_s(encoder, pixels, size)
+
+    alone_per_s = 2 * len(pixels) / (before_s + after_s)
+    limit_s, steady = len(paths) / alone_per_s, listener.features_per_s(size)
+    figures = {
+        "frames": len(paths),
+        "mean_png_bytes": round(sum(path.stat().st_size for path in paths) / len(paths)),
+        "encoder_alone_s": round(limit_s, 3),
+        "encoder_alone_before_and_after_s": [round(before_s, 3), round(after_s, 3)],
+        "precompute_s": round(precompute_s, 3),
+        "ratio": round(precompute_s / limit_s, 4),
+        "frames_per_s": round(len(paths) / precompute_s, 3),
+        "checked": [text for text in listener.said if text.startswith(("Verification", "Recomputed"))],
+    }
+    if steady is not None:
+        figures["written_per_s"] = round(steady, 3)
+        figures["of_encoder_alone"] = round(steady / alone_per_s, 4)
+    return figures
 
 
 def main() -> None:
@@ -73,44 +134,23 @@ def main() -> None:
     record.write("precompute", arguments.device, vars(arguments), figures)
 
 
-def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
+def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     root = folder / "data"
     root.mkdir()
-    write_frames(root, arguments.frames)
-    model = arguments.vggt_model_path or str(write_checkpoint(folder / "model"))
+    paths = write_frames(root, arguments.frames)
     settings = PrecomputeSettings(
         data_root=str(root),
         cache_dir=str(folder / "cache"),
-        vggt_model_path=model,
+        vggt_model_path=arguments.vggt_model_path or str(write_checkpoint(folder / "model")),
         image_size=arguments.image_size,
         batch_size=arguments.batch_size,
         num_workers=arguments.num_workers,
         device=arguments.device,
     )
-    encoder = Checkpoint.open(model).load(
-        device=arguments.device, compute_dtype=choose_compute_dtype("auto", arguments.device)
+    encoder = Checkpoint.open(settings.vggt_model_path).load(
+        device=settings.device, compute_dtype=choose_compute_dtype("auto", settings.device)
     )
-    paths = sorted(root.glob("*.png"))
-    pixels = [torch.from_numpy(decode_frame(read_frame(path), settings.preprocessing)) for path in paths]
-    encoder_alone_s(encoder, pixels[: 2 * arguments.batch_size], arguments.batch_size)
-
-    before_s = encoder_alone_s(encoder, pixels, arguments.batch_size)
-    began_s = time.perf_counter()
-    if precompute(settings) != 0:
-        raise SystemExit("precompute failed")
-    precompute_s = time.perf_counter() - began_s
-    after_s = encoder_alone_s(encoder, pixels, arguments.batch_size)
-
-    limit_s = (before_s + after_s) / 2
-    return {
-        "frames": len(paths),
-        "mean_png_bytes": round(sum(path.stat().st_size for path in paths) / len(paths)),
-        "encoder_alone_s": round(limit_s, 3),
-        "encoder_alone_before_and_after_s": [round(before_s, 3), round(after_s, 3)],
-        "precompute_s": round(precompute_s, 3),
-        "ratio": round(precompute_s / limit_s, 4),
-        "frames_per_s": round(len(paths) / precompute_s, 3),
-    }
+    return end_to_end(settings, encoder, paths, alone=len(paths))
 
 
 if __name__ == "__main__":

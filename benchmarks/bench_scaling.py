@@ -31,23 +31,26 @@ import torch
 from safetensors.torch import save_file
 
 import record
-from bench_encoder import SIZES, random_weights
-from bench_precompute import write_frames
+from bench_encoder import SIZES, random_encoder
+from photographs import write_frames
 from side_by_side import BareWork, Place, Precompute, bare_s, places
 from vggt_cache.demo.checkpoint import CONFIG
-from vggt_cache.encoder import Encoder
+from vggt_cache.encoder import EncoderConfig
 from vggt_cache.store import FeatureCache
 
 
-def write_model(folder: Path, size: str) -> Path:
-    """A checkpoint of random weights in the real shapes of a size."""
-    config = SIZES[size]
+def write_model(
+    folder: Path,
+    config: EncoderConfig,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """A checkpoint of random weights in the shapes of `config`, drawn on `device`."""
     folder.mkdir()
-    with torch.no_grad():
-        encoder = random_weights(Encoder(config, layer=-1))
-    tensors = {f"aggregator.{name}": value for name, value in encoder.state_dict().items()}
+    encoder = random_encoder(config, device, "float32", layer=-1)
+    tensors = {f"aggregator.{name}": value.to("cpu", dtype) for name, value in encoder.state_dict().items()}
     # Every checkpoint has it; no feature depends on it.
-    tensors["aggregator.patch_embed.mask_token"] = torch.zeros(1, config.embed_dim)
+    tensors["aggregator.patch_embed.mask_token"] = torch.zeros(1, config.embed_dim, dtype=dtype)
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({name: getattr(config, name) for name in CONFIG}))
     return folder
@@ -59,7 +62,7 @@ class Bench:
         self.data = folder / "data"
         self.data.mkdir()
         write_frames(self.data, arguments.frames)
-        self.model = Path(arguments.vggt_model_path or write_model(folder / "model", arguments.size))
+        self.model = Path(arguments.vggt_model_path or write_model(folder / "model", SIZES[arguments.size]))
         self.work = BareWork(
             model=self.model,
             paths=tuple(sorted(self.data.glob("*.png"))[: arguments.bare_frames]),

@@ -34,26 +34,31 @@ from step_profile import profile_cached_step
 from stepper import WAYS, Stepper
 
 
-def measure(bench: Stepper, arguments: argparse.Namespace) -> dict[str, Any]:
-    bench.run(WAYS, 2)  # the first steps are slower
+def speeds(bench: Stepper, rounds: int, pairs: int) -> dict[str, Any]:
+    """All four ways in turns, then more of the two that are compared."""
+    bench.run(WAYS, len(bench.batches))  # each batch once: the first step of a shape is slower
     bench.source.take_counts()
-    seconds = bench.run(WAYS, arguments.rounds)
-    for way, times in bench.run(("cached", "resident"), arguments.pairs).items():
+    seconds = bench.run(WAYS, rounds)
+    for way, times in bench.run(("cached", "resident"), pairs).items():
         seconds[way] += times
-    pairs = [one / two for one, two in zip(seconds["cached"], seconds["resident"], strict=True)]
+    ratios = [one / two for one, two in zip(seconds["cached"], seconds["resident"], strict=True)]
     middle = {way: statistics.median(times) for way, times in seconds.items()}
     counts = bench.source.take_counts()
-    figures: dict[str, Any] = {
+    return {
         "seconds_per_step": middle,
-        "cached_over_resident": statistics.median(pairs),
+        "cached_over_resident": statistics.median(ratios),
         "reference_over_cached": middle["reference"] / middle["cached"],
         "live_over_cached": middle["live"] / middle["cached"],
         "cache_wait_ms": 1e3 * counts.wait_s / counts.batches,
         "feature_bytes": bench.batches[0]["resident_features"][0].nbytes,
         "tokens": bench.batches[0]["input_ids"].shape[1],
-        "memory": {way: bench.memory(way) for way in WAYS} if bench.device.type == "cuda" else {},
         "seconds": {way: [round(one, 5) for one in times] for way, times in seconds.items()},
     }
+
+
+def measure(bench: Stepper, arguments: argparse.Namespace) -> dict[str, Any]:
+    figures = speeds(bench, arguments.rounds, arguments.pairs)
+    figures["memory"] = {way: bench.memory(way) for way in WAYS} if bench.device.type == "cuda" else {}
     if arguments.profile:
         figures["profile"] = profile_cached_step(bench)
     if arguments.largest_batch:

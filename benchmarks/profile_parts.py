@@ -69,7 +69,7 @@ def operation_shares(work: Callable[[], object], device: torch.device, calls: in
     """Shares of a call's time by class, and the largest single operations."""
     work()  # the first call is slower
     plain_s = _elapsed_s(work, device, calls)
-    with _profiler(device) as profiler:
+    with new_profiler(device) as profiler:
         profiled_s = _elapsed_s(work, device, calls)
     on_gpu = device.type == "cuda"
     whole_s = plain_s if on_gpu else profiled_s
@@ -103,7 +103,7 @@ def _elapsed_s(work: Callable[[], object], device: torch.device, calls: int) -> 
     return time.perf_counter() - began_s
 
 
-def _profiler(device: torch.device) -> profile:
+def new_profiler(device: torch.device) -> profile:
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
@@ -143,7 +143,7 @@ def around_module(module: torch.nn.Module, name: str, device: torch.device) -> C
 
 def part_seconds(work: Callable[[], object], device: torch.device) -> dict[str, float]:
     """Seconds of each named part of `work`, which is run once."""
-    with _profiler(device) as profiler:
+    with new_profiler(device) as profiler:
         work()
         synchronize(device)
     return {

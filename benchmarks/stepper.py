@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 from bench_causal import one_by_one
-from bench_encoder import SIZES, random_weights
+from bench_encoder import SIZES, random_encoder
 from janusvln.data import DataOptions, NavigationDataset, PaddedCollator, SampleIndex
 from janusvln.demo.tiny_qwen import TOKEN_IDS, tiny_config, write_tiny_qwen
 from janusvln.features.fill import CacheFiller
@@ -35,8 +35,8 @@ from vggt_cache.store import FeatureCache
 Requests = Sequence[FeatureRequest]
 Features = list[torch.Tensor]
 WAYS = ("reference", "live", "cached", "resident")
-_CURRENT = 23
-"""The step of an episode whose sample has a full history of nine frames."""
+_STEPS = 12
+"""Of an episode: the samples of the last four have a full history of nine frames."""
 
 
 def real_config() -> JanusVLNConfig:
@@ -69,8 +69,7 @@ class Stepper:
         self.real = arguments.size == "real"
         compute_dtype = "bfloat16" if self.real else "float32"
         config = SIZES["1b" if self.real else "small"]
-        with torch.no_grad():
-            self.encoder = random_weights(Encoder(config, compute_dtype=compute_dtype).to(self.device))
+        self.encoder = random_encoder(config, self.device, compute_dtype)
         self.spec = _spec(self.encoder, arguments.image_size, compute_dtype)
         self.items = self._items(folder)
         size = arguments.batch_size
@@ -89,7 +88,7 @@ class Stepper:
 
     def _items(self, folder: Path) -> list[dict[str, Any]]:
         """Samples with a full history, enough for all batches."""
-        data = write_dataset(folder / "data", episodes=2 * self.arguments.batch_size, steps=_CURRENT + 1)
+        data = write_dataset(folder / "data", episodes=2 * self.arguments.batch_size, steps=_STEPS)
         qwen = write_tiny_qwen(folder / "qwen")
         index = SampleIndex.build(find_sources(str(data.root / "conversations")), on_problem=print)
         dataset = NavigationDataset(

@@ -28,6 +28,14 @@ def precompute(figures: Values, settings: Values) -> Iterator[Row]:
         ratio=f"{figures['ratio']:.2f}",
         limit=f"{figures['encoder_alone_s']:.1f}",
     )
+    if "of_encoder_alone" in figures:  # older results have not got it
+        yield row(
+            "precompute_steady",
+            settings,
+            written=f"{figures['written_per_s']:.1f}",
+            share=f"{figures['of_encoder_alone']:.2f}",
+            limit=f"{figures['written_per_s'] / figures['of_encoder_alone']:.1f}",
+        )
 
 
 def scaling(figures: Values, settings: Values) -> Iterator[Row]:

@@ -16,6 +16,11 @@ ENGLISH: dict[str, tuple[str, str, str]] = {
         "{seconds} s, **{ratio} x** the encoder's own time",
         "{limit} s: the encoder alone, on the same frames already decoded",
     ),
+    "precompute_steady": (
+        "the same, from the first batch to the last",
+        "{written} features/s, **{share}** of the limit",
+        "{limit} features/s: the encoder alone",
+    ),
     "scaling": (
         "{processes} precompute processes on one machine, {frames} frames",
         "**{ratio} x** as fast as one process, **{over}** of what is possible",
@@ -139,6 +144,11 @@ CHINESE: dict[str, tuple[str, str, str]] = {
         "预计算从头到尾，{frames} 帧，宽 {image_size}",
         "{seconds} s，为编码器自身耗时的 **{ratio} 倍**",
         "{limit} s：图像已解码，只跑编码器",
+    ),
+    "precompute_steady": (
+        "同上，从第一批到最后一批",
+        "{written} 个特征/s，极限的 **{share}**",
+        "{limit} 个特征/s：只跑编码器",
     ),
     "scaling": (
         "一台机器上同时跑 {processes} 个预计算进程，{frames} 帧",
