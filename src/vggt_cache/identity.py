@@ -10,17 +10,18 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from vggt_cache.context import CONTEXTS as CONTEXTS
+from vggt_cache.context import ContextRule
 from vggt_cache.errors import SettingsError, SpecMismatchError
 
 COMPUTATION_VERSION = 1
 """Raised whenever our own code computes a different value from the same inputs."""
 
-CONTEXTS = ("frame", "causal")
 RESIZE_MODES = ("crop", "pad")
 ALPHA_MODES = ("white", "drop")
 FEATURE_DTYPES = ("bfloat16", "float16", "float32", "int8")
@@ -112,14 +113,13 @@ class FeatureSpec:
     encoder: EncoderSpec
     preprocessing: Preprocessing
     context: str = "frame"
-    """`frame`: a feature belongs to one image, seen alone. `causal`: to an ordered frame list, its last frame
-    having seen all earlier ones."""
+    """The name of what a feature belongs to; `context_rule` is the object."""
     feature_dtype: str = "bfloat16"
     """dtype in which a feature is stored. `int8`: quantised from bfloat16, and given back as bfloat16."""
     computation_version: int = COMPUTATION_VERSION
 
     def __post_init__(self) -> None:
-        _one_of("context", self.context, CONTEXTS)
+        _one_of("context", self.context, tuple(CONTEXTS))
         _one_of("feature_dtype", self.feature_dtype, FEATURE_DTYPES)
         if type(self.computation_version) is not int:  # True == 1, and its text and fingerprint are others
             raise SettingsError(
@@ -135,6 +135,38 @@ class FeatureSpec:
     def short_name(self) -> str:
         """Name of the specification's folder in a cache directory, such as `causal-0123456789abcdef`."""
         return f"{self.context}-{self.fingerprint[:16]}"
+
+    @property
+    def context_rule(self) -> ContextRule:
+        """What the context means: which frames are used, how they are encoded, what comes out."""
+        return CONTEXTS[self.context]
+
+    @cached_property
+    def settings(self) -> dict[str, object]:
+        """The specification as far as flags name it, under the flags' names."""
+        return {
+            "context": self.context,
+            "image_size": self.preprocessing.image_size,
+            "resize_mode": self.preprocessing.resize_mode,
+            "alpha": self.preprocessing.alpha,
+            "layer": self.encoder.layer,
+            "feature_dtype": self.feature_dtype,
+            "compute_dtype": self.encoder.compute_dtype,
+        }
+
+    def contradictions(self, given: Mapping[str, object]) -> dict[str, object]:
+        """Those of the `given` settings that this specification does not have, with what it has instead.
+
+        None and `auto` leave a setting open, and a negative layer counts from the end. Other names are passed over.
+        """
+        settings = self.settings
+        wanted = {
+            name: value for name, value in given.items() if name in settings and value not in (None, "auto")
+        }
+        layer = wanted.get("layer")
+        if isinstance(layer, int) and layer < 0:
+            wanted["layer"] = layer + self.encoder.depth
+        return {name: settings[name] for name, value in wanted.items() if value != settings[name]}
 
     def to_json(self) -> str:
         """Canonical JSON: sorted names, no spaces. Equal specifications give equal text."""
@@ -171,14 +203,13 @@ def frame_digest(data: bytes) -> bytes:
 
 
 def feature_key(spec: FeatureSpec, digests: Sequence[bytes]) -> bytes:
-    """The 16-byte key of a feature.
+    """The 16-byte key of the feature of an ordered frame list: the one way from frames to a key.
 
-    `digests`: the `frame_digest` of each frame in order. In `frame` context a feature belongs to the last
-    frame alone, so only that digest enters; in `causal` context all of them do.
+    `digests`: the `frame_digest` of each frame in order. Those that the context uses enter.
     """
     if not digests:
         raise ValueError("a feature needs at least one frame")
-    used = digests[-1:] if spec.context == "frame" else digests
+    used = spec.context_rule.used(digests)
     if any(len(digest) != DIGEST_BYTES for digest in used):
         raise ValueError(f"a frame digest has {DIGEST_BYTES} bytes")
     hasher = hashlib.sha256(b"vggt-feature-cache key 1\0")

@@ -68,7 +68,7 @@ def _load(path: str, preprocessing: Preprocessing) -> Frame:
 
 def request_feature(index: int, frames: Sequence[Frame], spec: FeatureSpec) -> FeatureRequest:
     """What the training process needs to find, or to compute, the feature of a sample's frames."""
-    used = frames[-1:] if spec.context == "frame" else frames
+    used = spec.context_rule.used(frames)
     digests = tuple(frame.digest for frame in used)
     return FeatureRequest(
         index=index,

@@ -58,8 +58,6 @@ class LiveEncoder:
         return decode_int8(encode_int8(tokens), *tokens.shape).view(feature.shape)
 
     def _batches(self, encoder: BatchEncoder, requests: Sequence[FeatureRequest]) -> Iterator[Encoded]:
-        if self._spec.context == "frame":
-            return encoder.frames([request.frames_used[-1].numpy() for request in requests])
         # Equal frames get one number, so that lists of the batch share their common beginnings.
         numbers: dict[bytes, int] = {}
         images: dict[int, Pixels] = {}
@@ -67,7 +65,7 @@ class LiveEncoder:
         for request in requests:
             lists.append([numbers.setdefault(digest, len(numbers)) for digest in request.digests])
             images.update(zip(lists[-1], (frame.numpy() for frame in request.frames_used), strict=True))
-        return encoder.lists(lists, images)
+        return self._spec.context_rule.encode(encoder, lists, images)
 
     def _loaded(self) -> BatchEncoder:
         if self._encoder is None:

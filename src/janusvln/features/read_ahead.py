@@ -23,8 +23,8 @@ from janusvln.features.host_buffers import HostBuffers
 from vggt_cache.codec import INT8
 from vggt_cache.codec.int8 import Int8
 from vggt_cache.errors import CacheAccessError
-from vggt_cache.precompute.encode import FEATURE_DTYPES
 from vggt_cache.store import FeatureCache
+from vggt_cache.store.tensors import TORCH_DTYPES
 
 T = TypeVar("T")
 THREADS = 2
@@ -57,7 +57,7 @@ class ReadAhead:
         self._on_gpu = device.type == "cuda"
         self._channels = cache.spec.encoder.channels
         self._is_int8 = cache.spec.feature_dtype == INT8
-        dtype = torch.uint8 if self._is_int8 else FEATURE_DTYPES[cache.spec.feature_dtype]
+        dtype = torch.uint8 if self._is_int8 else TORCH_DTYPES[cache.spec.feature_dtype]
         self._buffers = HostBuffers(dtype, pinned=self._on_gpu)
         self._copying: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
         self._stream = torch.cuda.Stream(device) if self._on_gpu else None  # type: ignore[no-untyped-call]
@@ -107,7 +107,7 @@ class ReadAhead:
 
     def _buffer_shape(self, grid: tuple[int, int]) -> tuple[int, ...]:
         if not self._is_int8:
-            return (*grid, self._channels)
+            return self._cache.spec.context_rule.shape(*grid, self._channels)
         return (Int8().size_limits(grid[0] * grid[1], self._channels)[0],)
 
     # ------------------------------------------------------------ in the threads

@@ -23,7 +23,7 @@ class FeatureRequest:
     key: bytes
     """16 bytes, see `vggt_cache.identity.feature_key`."""
     paths: tuple[str, ...]
-    """Image files in order; in `frame` context the last one alone."""
+    """Image files that the feature depends on, in order."""
     digests: tuple[bytes, ...]
     """sha256 of the bytes that were decoded, in the same order."""
     frames: torch.Tensor

@@ -35,22 +35,9 @@ class WantedFeatures:
 
     def contradictions(self, spec: FeatureSpec) -> list[str]:
         """Flags that do not agree with a specification, each with both values."""
-        has = {
-            "context": spec.context,
-            "image_size": spec.preprocessing.image_size,
-            "resize_mode": spec.preprocessing.resize_mode,
-            "alpha": spec.preprocessing.alpha,
-            "layer": spec.encoder.layer,
-            "feature_dtype": spec.feature_dtype,
-            "compute_dtype": spec.encoder.compute_dtype,
-        }
-        wanted = asdict(self)
-        if self.layer is not None and self.layer < 0:
-            wanted["layer"] = self.layer + spec.encoder.depth
         found = [
             f"--{name} {getattr(self, name)} (the cache: {value})"
-            for name, value in has.items()
-            if wanted[name] not in (None, value)
+            for name, value in spec.contradictions(asdict(self)).items()
         ]
         if self.fingerprint and not spec.fingerprint.startswith(self.fingerprint):
             found.append(f"--vggt_cache_fingerprint {self.fingerprint} (the cache: {spec.fingerprint[:16]})")
@@ -109,14 +96,8 @@ def live_spec(wanted: WantedFeatures, location: str | None, device: str) -> Feat
 def summary(spec: FeatureSpec) -> dict[str, object]:
     """What a trained model's config says about the features it was trained with."""
     return {
-        "context": spec.context,
-        "image_size": spec.preprocessing.image_size,
-        "resize_mode": spec.preprocessing.resize_mode,
-        "alpha": spec.preprocessing.alpha,
-        "layer": spec.encoder.layer,
+        **spec.settings,
         "weights_digest": spec.encoder.weights_digest,
-        "feature_dtype": spec.feature_dtype,
-        "compute_dtype": spec.encoder.compute_dtype,
         "fingerprint": spec.fingerprint,
     }
 

@@ -18,6 +18,7 @@ from janusvln.features.fill import CacheFiller
 from janusvln.features.live import LiveEncoder
 from janusvln.features.read_ahead import PendingRead, ReadAhead
 from janusvln.features.request import FeatureRequest
+from vggt_cache.context import label_of_last
 from vggt_cache.errors import DataError, StoreError
 from vggt_cache.store import FeatureCache
 
@@ -173,10 +174,8 @@ class FeatureSource:
 
 
 def _missing(request: FeatureRequest, cache: FeatureCache | None) -> DataError:
-    before = len(request.paths) - 1
-    after = f" (after {before} earlier frames)" if before else ""
     return DataError(
-        f"the feature of {request.paths[-1]}{after} is not in the cache "
+        f"the feature of {label_of_last(request.paths)} is not in the cache "
         f"{cache.cache_dir if cache else ''} and --vggt_cache_miss is error: precompute it, or train with "
         "--vggt_cache_miss encode"
     )

@@ -35,7 +35,7 @@ class StreamingFeatures:
                 "trained with (feature_spec in its config.json)"
             )
         self._encoder = encoder
-        self._context = context
+        self._rule = CONTEXTS[context]
         self.reset()
 
     def reset(self) -> None:
@@ -50,7 +50,7 @@ class StreamingFeatures:
         frame has another grid than an earlier one; the episode may then go on with a fitting frame.
         """
         pixels = frame[None]
-        if self._context == "frame":
+        if not self._rule.shares_prefixes:
             return self._encoder.frame_features(pixels)[0]
         grid, seen = patch_grid(pixels), min(self._pushed + 1, SEEN_FRAMES)
         if self._history is None:

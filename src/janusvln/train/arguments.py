@@ -114,7 +114,7 @@ class FeatureArguments:
         self.vggt_cache_dir = self.vggt_cache_dir or os.environ.get("VGGT_CACHE_DIR") or None
         choices: dict[str, Sequence[str]] = {
             "vggt_cache_miss": MISS_POLICIES,
-            "context": CONTEXTS,
+            "context": tuple(CONTEXTS),
             "resize_mode": RESIZE_MODES,
             "alpha": ALPHA_MODES,
             "feature_dtype": FEATURE_DTYPES,

@@ -138,8 +138,7 @@ class TrainingRun:
 
         def measure() -> None:
             found.append(measure_coverage(sources, cache))
-            noun = "image" if cache.spec.context == "frame" else "feature"
-            self._say(found[0].sentence(noun))
+            self._say(found[0].sentence(cache.spec.context_rule.noun))
             if told.is_set() and self._refusal(found[0], cache):
                 os._exit(self.ranks.stop_all(str(self._refusal(found[0], cache)), DataError.exit_code))
 

@@ -13,13 +13,8 @@ import torch
 from vggt_cache.encoder import Encoder
 from vggt_cache.encoder.causal import encode_lists
 from vggt_cache.errors import OutOfMemoryError
+from vggt_cache.store.tensors import TORCH_DTYPES
 
-FEATURE_DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "int8": torch.bfloat16,  # quantised when it is stored, and so given back
-}
 Pixels = npt.NDArray[np.uint8]
 Encoded = tuple[Sequence[int], torch.Tensor]
 """Positions in the request, and their features [len, h, w, C] on the encoder's device."""
@@ -37,7 +32,7 @@ class BatchEncoder:
         feature_dtype: str = "float32",
     ) -> None:
         self.encoder = encoder
-        self._dtype = FEATURE_DTYPES[feature_dtype]
+        self._dtype = TORCH_DTYPES[feature_dtype]
         self.batch_size = batch_size
         self._on_halved = on_halved
 

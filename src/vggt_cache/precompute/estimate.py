@@ -114,24 +114,18 @@ def time_need(
     plan: Plan, spec: FeatureSpec, pending: Sequence[int], encoder: BatchEncoder
 ) -> TimeNeed | None:
     """Encode a few pending features twice (the first time warms up) and extrapolate; None if none can be read."""
-    lists, pixels = _measurable(plan, spec, pending)
-    if not lists:
+    features, pixels = _measurable(plan, spec, pending)
+    if not features:
         return None
-    if spec.context == "frame":
-        images = [pixels[frames[-1]] for frames in lists]
-        shared_s = _seconds(lambda: list(encoder.frames(images)), encoder)
-        passes, _ = plan.passes(np.asarray(pending))
-        pass_s = shared_s / len(images)
-        return TimeNeed(
-            precompute_s=pass_s * passes,
-            live_epoch_s=pass_s * plan.passes_per_epoch,
-            measured_passes=len(images),
-        )
-    measured = len({tuple(frames[: depth + 1]) for frames in lists for depth in range(len(frames))})
-    shared_s = _seconds(lambda: list(encoder.lists(lists, pixels)), encoder)
-    longest = max(lists, key=len)
-    alone_s = _seconds(lambda: list(encoder.lists([longest], pixels)), encoder)
+    lists = [plan.frames_of(feature).tolist() for feature in features]
+
+    def seconds(encoded: list[list[int]]) -> float:
+        return _seconds(lambda: list(spec.context_rule.encode(encoder, encoded, pixels)), encoder)
+
+    _, measured = plan.passes(np.asarray(features))
     _, passes = plan.passes(np.asarray(pending))
+    longest = max(lists, key=len)
+    shared_s, alone_s = seconds(lists), seconds([longest])
     return TimeNeed(
         precompute_s=shared_s / measured * passes,
         live_epoch_s=alone_s / len(longest) * plan.passes_per_epoch,
@@ -141,22 +135,18 @@ def time_need(
 
 def _measurable(
     plan: Plan, spec: FeatureSpec, pending: Sequence[int]
-) -> tuple[list[list[int]], dict[int, np.ndarray]]:
-    """Neighbouring lists from the middle of the pending ones, all of whose frames have the grid of the first."""
+) -> tuple[list[int], dict[int, np.ndarray]]:
+    """Neighbours from the middle of the pending features, all of whose frames have the grid of the first; pixels."""
     middle = max(0, len(pending) // 2 - _MEASURED_LISTS)
-    lists = [plan.frames_of(feature).tolist() for feature in pending[middle : middle + _MEASURED_LISTS]]
-    used = dict.fromkeys(
-        frame for frames in lists for frame in (frames[-1:] if spec.context == "frame" else frames)
-    )
+    lists = {
+        feature: plan.frames_of(feature).tolist() for feature in pending[middle : middle + _MEASURED_LISTS]
+    }
+    used = dict.fromkeys(frame for frames in lists.values() for frame in frames)
     decoded = {frame: decode_file(plan.frames.paths[frame], spec.preprocessing) for frame in used}
     good = {frame: one for frame, one in decoded.items() if not one.error}
     grid = next((one.grid for one in good.values()), None)
     pixels = {frame: one.pixels for frame, one in good.items() if one.grid == grid}
-    return [
-        frames
-        for frames in lists
-        if all(frame in pixels or spec.context == "frame" for frame in frames) and frames[-1] in pixels
-    ], pixels
+    return [feature for feature, frames in lists.items() if all(frame in pixels for frame in frames)], pixels
 
 
 def _seconds(work: Callable[[], object], encoder: BatchEncoder) -> float:

@@ -211,7 +211,7 @@ class Pipeline:
             sizes = ", ".join(f"{h}x{w}" for h, w in sorted(grids))
             self._failures.add(
                 self._plan.label(feature),
-                f"its frames have different patch grids ({sizes}), for which VGGT's causal features are not "
+                f"its frames have different patch grids ({sizes}), for which features of a list are not "
                 "defined; give all frames of a list one size",
             )
             self.failed.add(feature)
@@ -231,9 +231,7 @@ class Pipeline:
         return key
 
     def _encode(self, lists: list[list[int]], pixels: dict[int, Pixels]) -> Iterator[Encoded]:
-        if self._spec.context == "frame":
-            return self._encoder.frames([pixels[frames[-1]] for frames in lists])
-        return self._encoder.lists(lists, pixels)
+        return self._spec.context_rule.encode(self._encoder, lists, pixels)
 
     def _rows(self, decoded: dict[int, DecodedFrame]) -> list[tuple[bytes, bytes]]:
         return [

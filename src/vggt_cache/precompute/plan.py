@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,12 +16,10 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from vggt_cache.context import CONTEXTS
 from vggt_cache.identity import DIGEST_BYTES, FeatureSpec, feature_key
 from vggt_cache.precompute.digests import DigestTable, signature, signature_array
 from vggt_cache.samples import FrameTable, Problem, Sources, find_sources, iter_samples
-
-FRAMES_PER_BLOCK = 64
-LISTS_PER_BLOCK = 32
 
 Indexes = npt.NDArray[np.int64]
 
@@ -34,14 +33,11 @@ class Block:
 
 
 class Plan:
-    """The features that a data set needs, in the order of their first appearance.
-
-    A feature belongs to a frame list: in `frame` context the list is one image.
-    """
+    """The features that a data set needs, in the order of their first appearance. Each belongs to a frame list."""
 
     def __init__(self, sources: Sources, context: str, max_samples: int = -1) -> None:
         self.sources = sources
-        self.context = context
+        self.context = CONTEXTS[context]
         self.sample_count = 0
         self.text_only_count = 0
         self._max_samples = max_samples
@@ -67,10 +63,9 @@ class Plan:
             frame_of[np.frombuffer(references, np.int64)] if len(references) else self._sample_frames
         )
         self._sample_offsets = np.frombuffer(offsets, np.int64)
-        if self.context == "frame":
-            self._lists, self._offsets = _distinct_images(self._sample_frames)
-        else:
-            self._lists, self._offsets = _distinct_lists(self._sample_frames, self._sample_offsets)
+        self._lists, self._offsets = _distinct_lists(
+            *self.context.wanted_lists(self._sample_frames, self._sample_offsets)
+        )
 
     def __len__(self) -> int:
         """Number of features wanted: all, or the first `max_samples`."""
@@ -85,22 +80,25 @@ class Plan:
         return [self.frames.paths[frame] for frame in self.frames_of(feature)]
 
     def label(self, feature: int) -> str:
-        """How a feature is called in messages: its frame, or the last of its frames and how many came before."""
-        paths = self.paths_of(feature)
-        return paths[0] if self.context == "frame" else f"{paths[-1]} (after {len(paths) - 1} earlier frames)"
+        """How a feature is called in messages."""
+        return self.context.label(self.paths_of(feature))
 
     @property
     def passes_per_epoch(self) -> int:
         """Frame passes through the encoder that training without a cache makes in one epoch."""
-        return len(self._sample_frames) if self.context == "causal" else len(self._sample_offsets) - 1
+        lengths = np.diff(self._sample_offsets).tolist()
+        return sum(
+            times * len(self.context.used(range(length))) for length, times in Counter(lengths).items()
+        )
 
     def passes(self, features: Indexes | None = None) -> tuple[int, int]:
         """Frame passes for these features (default: all wanted) without and with sharing of common prefixes."""
         chosen = np.arange(len(self)) if features is None else features
-        if self.context == "frame":
-            return len(chosen), len(chosen)
         starts, lengths = self._offsets[chosen], np.diff(self._offsets)[chosen]
-        return int(lengths.sum()), _distinct_prefixes(self._lists, starts, lengths)
+        unshared = int(lengths.sum())
+        if not self.context.shares_prefixes:
+            return unshared, unshared
+        return unshared, _distinct_prefixes(self._lists, starts, lengths)
 
     @cached_property
     def blocks(self) -> list[Block]:
@@ -125,24 +123,16 @@ class Plan:
         )
 
     def _feature_groups(self) -> Iterator[Indexes]:
-        """Neighbouring images; or all lists that start with the same frame, since only these share prefixes."""
-        count = len(self._offsets) - 1
-        if self.context == "frame":
-            yield from (
-                np.arange(at, min(at + FRAMES_PER_BLOCK, count)) for at in range(0, count, FRAMES_PER_BLOCK)
-            )
-            return
-        trees: dict[int, list[int]] = {}
-        for feature, first in enumerate(self._lists[self._offsets[:-1]]):
-            trees.setdefault(int(first), []).append(feature)
-        group: list[int] = []
-        for tree in trees.values():
-            group += tree
-            if len(group) >= LISTS_PER_BLOCK:
-                yield np.array(group)
-                group = []
-        if group:
-            yield np.array(group)
+        """Whole trees of lists that start with the same frame, since only these share prefixes; neighbours together."""
+        _, appeared, tree = np.unique(self._lists[self._offsets[:-1]], return_index=True, return_inverse=True)
+        order = np.argsort(appeared[tree], kind="stable")
+        ends = np.flatnonzero(np.diff(appeared[tree][order], append=-1)) + 1
+        at = 0
+        while at < len(order):
+            enough = np.searchsorted(ends, at + self.context.features_per_block)
+            end = int(ends[min(int(enough), len(ends) - 1)])
+            yield order[at:end]
+            at = end
 
     def _name_hashes(self) -> npt.NDArray[np.void]:
         """16 bytes for each frame's path below the data root: nodes may mount the root in different places."""
@@ -197,13 +187,13 @@ def make_plan(data_root: str, context: str, max_samples: int, on_problem: Callab
     return plan
 
 
-def _distinct_images(frames: Indexes) -> tuple[Indexes, Indexes]:
-    values, first = np.unique(frames, return_index=True)
-    return values[np.argsort(first)], np.arange(len(values) + 1)
-
-
 def _distinct_lists(frames: Indexes, offsets: Indexes) -> tuple[Indexes, Indexes]:
     """Each different list once, in the order of first appearance."""
+    if len(frames) == len(offsets) - 1 and (offsets == np.arange(len(offsets))).all():
+        values, first = np.unique(
+            frames, return_index=True
+        )  # lists of one frame each, perhaps of millions of images
+        return values[np.argsort(first)], np.arange(len(values) + 1)
     seen: set[bytes] = set()
     kept = array("q")
     for index in range(len(offsets) - 1):

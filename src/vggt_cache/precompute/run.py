@@ -109,16 +109,11 @@ class _Run:
         return FeatureCache.open(settings.cache_dir, spec=spec)
 
     def _say_what(self, plan: Plan, spec: FeatureSpec, pending: Sequence[int]) -> None:
-        seen = (
-            "each image alone"
-            if spec.context == "frame"
-            else "the last frame of each list, having seen all earlier ones"
-        )
         self.reporter.info(
-            f"Context: {spec.context} ({seen}); {spec.preprocessing.image_size} pixels wide, "
+            f"Context: {spec.context} ({spec.context_rule.seen}); {spec.preprocessing.image_size} pixels wide, "
             f"layer {spec.encoder.layer}, computed in {spec.encoder.compute_dtype}, stored in {spec.feature_dtype}"
         )
-        if spec.context == "causal":
+        if spec.context_rule.shares_prefixes:
             unshared, shared = plan.passes()
             self.reporter.info(
                 f"{count_of(plan.sample_count, 'sample')}, {count_of(len(plan), 'distinct frame list')}; "

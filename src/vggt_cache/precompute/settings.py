@@ -84,8 +84,8 @@ class PrecomputeSettings:
 
     @property
     def noun(self) -> str:
-        """What is counted: images in `frame` context, features elsewhere."""
-        return "image" if self.context == "frame" else "feature"
+        """What is counted."""
+        return CONTEXTS[self.context].noun
 
     def feature_spec(self, encoder: EncoderSpec) -> FeatureSpec:
         return FeatureSpec(

@@ -115,10 +115,7 @@ def largest_relative_error(
         if stored is None:
             continue
         pixels = {position: frame.pixels for position, frame in enumerate(decoded)}
-        if cache.spec.context == "frame":
-            ((_, fresh),) = batches.frames([decoded[-1].pixels])
-        else:
-            ((_, fresh),) = batches.lists([list(pixels)], pixels)
+        ((_, fresh),) = cache.spec.context_rule.encode(batches, [list(pixels)], pixels)
         error = relative_error(stored, fresh[0])
         compared += 1
         if error >= worst:
@@ -140,10 +137,9 @@ def _digest_or_reason(path: str) -> bytes | str:
 
 
 def _complaint(cache: FeatureCache, digests: Sequence[bytes | str]) -> str:
-    used = digests[-1:] if cache.spec.context == "frame" else digests
-    usable = [digest for digest in used if isinstance(digest, bytes)]
-    if len(usable) < len(used):
-        return next(digest for digest in used if isinstance(digest, str))
+    usable = [digest for digest in digests if isinstance(digest, bytes)]
+    if len(usable) < len(digests):
+        return next(digest for digest in digests if isinstance(digest, str))
     return _record_complaint(cache, feature_key(cache.spec, usable))
 
 

@@ -109,7 +109,7 @@ class FeatureCache:
             raise SettingsError(
                 f"frames is {str(frames)[:60]!r}, and a list of frames is needed, such as ['000.png', '003.png']"
             )
-        used = frames[-1:] if self.spec.context == "frame" else frames
+        used = self.spec.context_rule.used(frames)
         return feature_key(self.spec, [frame_digest(self._bytes_of_frame(frame)) for frame in used])
 
     def get_by_key(self, key: bytes, *, out: torch.Tensor | None = None) -> torch.Tensor | None:

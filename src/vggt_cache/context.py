@@ -1,0 +1,119 @@
+"""What a feature belongs to. VGGT mixes frames, so a feature is defined only with the frames that were seen.
+
+Each context is one object, and all that depends on the context is asked of it: which frames enter the key, which
+features a sample needs, how they are encoded, what comes out, how they are called in messages. Nothing else asks which
+context it is. Here is no torch: the encoder is handed in.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Indexes = npt.NDArray[np.int64]
+
+T = TypeVar("T")
+Batch = TypeVar("Batch", covariant=True)
+
+
+class ListEncoder(Protocol[Batch]):
+    """The encoder as a context uses it: any number of frames or lists in, batches of features out."""
+
+    def frames(self, pixels: Sequence[Any]) -> Iterator[Batch]:
+        """Single frames, each seen alone."""
+
+    def lists(self, lists: Sequence[Sequence[int]], pixels: Mapping[int, Any]) -> Iterator[Batch]:
+        """Ordered lists of frames (as they are named in `pixels`), each frame seeing those before it."""
+
+
+class ContextRule(ABC):
+    """The contract of a context. It holds no state."""
+
+    name: str
+    """As in `--context` and in a specification."""
+    seen: str
+    """What a feature is of, and what that saw, in a few words."""
+    noun: str = "feature"
+    """What is counted in the lines of a run."""
+    features_per_block: int
+    """How many features one process claims together, at least."""
+    shares_prefixes: bool = False
+    """Whether a frame's keys and values, once computed, serve all lists that begin with the same frames."""
+
+    @abstractmethod
+    def used(self, frames: Sequence[T]) -> Sequence[T]:
+        """Those of an ordered frame list that determine its feature: they are read, enter the key, are encoded."""
+
+    @abstractmethod
+    def wanted_lists(self, frames: Indexes, offsets: Indexes) -> tuple[Indexes, Indexes]:
+        """The frame lists whose features samples need; list i is frames[offsets[i]:offsets[i + 1]], as sample i is."""
+
+    @abstractmethod
+    def encode(
+        self, encoder: ListEncoder[Batch], lists: Sequence[Sequence[int]], pixels: Mapping[int, Any]
+    ) -> Iterator[Batch]:
+        """The features of these frame lists. `pixels`: uint8 [H, W, 3] for each frame that is used."""
+
+    def shape(self, h: int, w: int, channels: int) -> tuple[int, ...]:
+        """The shape of one feature whose frames have a grid of h x w patches."""
+        return h, w, channels
+
+    def label(self, paths: Sequence[str]) -> str:
+        """How the feature of these frames is called in messages."""
+        return label_of_last(self.used(paths))
+
+
+class FrameRule(ContextRule):
+    """A feature belongs to one image, seen alone: every frame of a sample has its own."""
+
+    name = "frame"
+    seen = "each image alone"
+    noun = "image"
+    features_per_block = 64
+
+    def used(self, frames: Sequence[T]) -> Sequence[T]:
+        return frames[-1:]
+
+    def wanted_lists(self, frames: Indexes, offsets: Indexes) -> tuple[Indexes, Indexes]:
+        import numpy as np  # here: the command line asks for the names of contexts, and should start quickly
+
+        return frames, np.arange(len(frames) + 1)
+
+    def encode(
+        self, encoder: ListEncoder[Batch], lists: Sequence[Sequence[int]], pixels: Mapping[int, Any]
+    ) -> Iterator[Batch]:
+        return encoder.frames([pixels[frames[-1]] for frames in lists])
+
+
+class CausalRule(ContextRule):
+    """A feature belongs to a list of frames: the last one's, having seen itself and all earlier ones."""
+
+    name = "causal"
+    seen = "the last frame of each list, having seen all earlier ones"
+    features_per_block = 32
+    shares_prefixes = True
+
+    def used(self, frames: Sequence[T]) -> Sequence[T]:
+        return frames
+
+    def wanted_lists(self, frames: Indexes, offsets: Indexes) -> tuple[Indexes, Indexes]:
+        return frames, offsets
+
+    def encode(
+        self, encoder: ListEncoder[Batch], lists: Sequence[Sequence[int]], pixels: Mapping[int, Any]
+    ) -> Iterator[Batch]:
+        return encoder.lists(lists, pixels)
+
+
+CONTEXTS: Mapping[str, ContextRule] = {rule.name: rule for rule in (FrameRule(), CausalRule())}
+"""By name; the first is what precompute does where nothing is said."""
+
+
+def label_of_last(paths: Sequence[str]) -> str:
+    """The last of some frames, and how many came before it."""
+    return f"{paths[-1]} (after {len(paths) - 1} earlier frames)" if len(paths) > 1 else paths[-1]
