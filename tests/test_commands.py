@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from small_data import SIZE, write_dataset, write_image
 from vggt_cache import FeatureCache
 from vggt_cache.cli import main
+from vggt_cache.precompute.settings import PrecomputeSettings
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,48 @@ def test_standalone_verify_refuses_settings_of_another_cache(made, capsys):
     )
     assert code == 1
     assert "[ERROR] --image_size 644 was given, but the cache was made with 56" in err
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "made_with"),
+    [
+        ("--image_size", 518, "56"),
+        ("--image-size", 518, "56"),
+        ("--layer", -1, "2"),
+        ("--resize_mode", "pad", "crop"),
+    ],
+)
+@pytest.mark.parametrize("command", ["precompute", "verify", "verify every record"])
+def test_a_flag_that_is_given_counts_even_where_it_is_the_default(
+    made, capsys, command, flag, value, made_with
+):
+    data = ["--data_root", made / "data"]
+    given = {
+        "precompute": ["precompute", "--verify", "--cache_dir", made / "cache", *data],
+        "verify": ["verify", made / "cache", *data],
+        "verify every record": ["verify", made / "cache"],
+    }[command]
+    code, _, err = run(capsys, *given, "--context", "frame", flag, value)
+    assert code == 1
+    name = flag.replace("-", "_").replace("__", "--")
+    assert f"[ERROR] {name} {value} was given, but the cache was made with {made_with}" in err
+
+
+@pytest.mark.parametrize(
+    "given", [["--layer", -2], ["--compute_dtype", "auto"], ["--alpha", "white"], ["--image_size", 56]]
+)
+def test_a_flag_that_agrees_with_the_cache_is_welcome(made, capsys, given):
+    assert run(capsys, "verify", made / "cache", "--context", "frame", *given)[0] == 0
+
+
+def test_help_gives_each_default_once_and_it_is_the_settings(capsys):
+    with pytest.raises(SystemExit):
+        main(["precompute", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    defaults = re.findall(r"\(default: (\S+)\)", said)
+    expected = [f.default for f in dataclasses.fields(PrecomputeSettings)]
+    expected = [d for d in expected if d is not dataclasses.MISSING and d is not None and d is not False]
+    assert defaults == ["on" if default is True else str(default) for default in expected]
 
 
 def test_verify_lists_what_is_missing(own, capsys):

@@ -13,9 +13,14 @@ from typing import Any, NoReturn
 
 from vggt_cache import __version__
 from vggt_cache.codec import CODECS
+from vggt_cache.context import CONTEXTS
 from vggt_cache.errors import SettingsError, VggtCacheError
-from vggt_cache.identity import ALPHA_MODES, COMPUTE_DTYPES, CONTEXTS, FEATURE_DTYPES, RESIZE_MODES
+from vggt_cache.flags import add_flags, default_text
+from vggt_cache.precompute.settings import PrecomputeSettings
 from vggt_cache.precompute.stop import StoppedError
+
+_OF_A_CACHE = ("image_size", "resize_mode", "alpha", "layer", "feature_dtype", "compute_dtype")
+"""Settings that are part of a cache's specification, beside its context."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,13 +55,14 @@ class _Parser(argparse.ArgumentParser):
     """Flags are never abbreviated, and a wrong one is refused in one sentence."""
 
     def __init__(self, **options: Any) -> None:
-        options.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
         super().__init__(**options, allow_abbrev=False)
 
-    def flag(self, name: str, **options: Any) -> None:
-        """`--some_name`, which may also be written `--some-name`."""
-        spellings = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
-        self.add_argument(*spellings, **options)
+    def flag(self, name: str, *short: str, help: str, default: Any = None, **options: Any) -> argparse.Action:
+        """`--some_name`, which may also be written `--some-name`; `short` is a third spelling."""
+        spellings = dict.fromkeys([*short, f"--{name}", f"--{name.replace('_', '-')}"])
+        if default is not None:
+            options["default"] = default
+        return self.add_argument(*spellings, help=help + default_text(default), **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"[ERROR] {message}; {self.prog} --help lists the flags\n")
@@ -89,62 +95,7 @@ def _add_precompute(commands: Any) -> None:
         "Compute the features of all frames that the data names, once each, and store them. With --verify and "
         "without --vggt_model_path: only verify.",
     )
-    parser.flag("vggt_model_path", help="VGGT checkpoint: a directory, or a hub id such as facebook/VGGT-1B")
-    parser.flag(
-        "data_root", required=True, help="folder with annotations (*.jsonl, *.json) or episode folders"
-    )
-    parser.flag("cache_dir", required=True, help="where the features are kept")
-    parser.flag(
-        "model_path", help="Qwen2.5-VL directory; its patch and pixel settings are checked against the grid"
-    )
-    parser.flag(
-        "context", choices=CONTEXTS, help="frame: each image alone (default); causal: JanusVLN's frame lists"
-    )
-    parser.flag(
-        "image_size", type=int, default=518, help="width in pixels, a multiple of 14; JanusVLN uses 644"
-    )
-    parser.flag(
-        "resize_mode", choices=RESIZE_MODES, default="crop", help="VGGT's two ways to treat the height"
-    )
-    parser.flag(
-        "alpha", choices=ALPHA_MODES, default="white", help="RGBA images: blend over white, or drop alpha"
-    )
-    parser.flag("layer", type=int, default=-2, help="which output is stored; negative counts from the end")
-    parser.flag("feature_dtype", choices=FEATURE_DTYPES, default="bfloat16", help="dtype on disk")
-    parser.flag(
-        "codec",
-        choices=CODECS,
-        default="none",
-        help="lossless: bfloat16 packed, a third smaller, the same bits",
-    )
-    parser.flag(
-        "compute_dtype",
-        choices=("auto", *COMPUTE_DTYPES),
-        default="auto",
-        help="auto: bfloat16 on a GPU, float32 on a CPU",
-    )
-    parser.flag("device", default="auto", help="cpu, cuda or cuda:N; auto takes a GPU where there is one")
-    parser.flag(
-        "batch_size", type=int, default=8, help="frames encoded together; halved when memory runs out"
-    )
-    parser.flag("num_workers", type=int, default=4, help="processes that decode images")
-    parser.flag(
-        "max_samples", type=int, default=-1, help="only the first N images (causal: features); -1: all"
-    )
-    parser.flag(
-        "skip_existing",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="do not compute what is stored already",
-    )
-    parser.flag(
-        "verify", action="store_true", help="check afterwards that every feature is present and intact"
-    )
-    parser.flag(
-        "recompute", type=int, default=0, metavar="K", help="compute K random features again and compare"
-    )
-    parser.flag("dry_run", action="store_true", help="say what would be computed, what it takes, and stop")
-    parser.flag("force", action="store_true", help="start even if the disk looks too small")
+    add_flags(parser.flag, PrecomputeSettings)
 
 
 def _add_verify(commands: Any) -> None:
@@ -154,6 +105,7 @@ def _add_verify(commands: Any) -> None:
     parser.add_argument("cache_dir", metavar="DIR", help="cache directory")
     parser.flag("data_root", help="check that every feature this data needs is present and intact")
     _add_choice_of_spec(parser)
+    add_flags(parser.flag, PrecomputeSettings, only=_OF_A_CACHE, defaults=False)
     parser.flag("num_workers", type=int, default=8, help="threads that read")
 
 
@@ -167,7 +119,7 @@ def _add_view(commands: Any) -> None:
     parser = _command(commands, "view", _view, "Draw frames beside their features, colours by a joint PCA.")
     parser.add_argument("cache_dir", metavar="DIR", help="cache directory")
     parser.flag("data_root", required=True, help="the data whose frames are shown")
-    parser.add_argument("-o", "--output", default="features.png", help="PNG to write")
+    parser.flag("output", "-o", default="features.png", help="PNG to write")
     parser.flag("count", type=int, default=8, help="how many features, spread over the data")
     _add_choice_of_spec(parser)
 
@@ -246,52 +198,42 @@ def _add_choice_of_spec(parser: _Parser) -> None:
 
 
 def _precompute(arguments: argparse.Namespace) -> int:
-    given = {name: value for name, value in vars(arguments).items() if name != "command"}
-    if given["vggt_model_path"] is None:
-        if not arguments.verify or arguments.recompute or arguments.dry_run:
-            raise SettingsError(
-                "--vggt_model_path is missing, so there is no encoder to compute with: give a directory with "
-                "config.json and model.safetensors, or the hub id facebook/VGGT-1B"
-            )
-        return _verify_against_data(arguments, fingerprint=None, asked=_asked_of_spec(arguments))
-    from vggt_cache.precompute.run import precompute
-    from vggt_cache.precompute.settings import PrecomputeSettings
+    given = _given(arguments)
+    if "vggt_model_path" in given:
+        from vggt_cache.precompute.run import precompute
 
-    return precompute(PrecomputeSettings(**{**given, "context": arguments.context or "frame"}))
+        return precompute(PrecomputeSettings(**given))
+    if "verify" not in given or {"recompute", "dry_run"} & given.keys():
+        raise SettingsError(
+            "--vggt_model_path is missing, so there is no encoder to compute with: give a directory with "
+            "config.json and model.safetensors, or the hub id facebook/VGGT-1B"
+        )
+    return _verify_what_is_given({"num_workers": PrecomputeSettings.num_workers, **given})
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    if arguments.data_root:
-        return _verify_against_data(arguments, fingerprint=arguments.fingerprint)
-    from vggt_cache.inspection import verify_store
-
-    return verify_store(
-        arguments.cache_dir, arguments.context, arguments.fingerprint, threads=arguments.num_workers
-    )
+    return _verify_what_is_given(_given(arguments))
 
 
-def _asked_of_spec(arguments: argparse.Namespace) -> dict[str, object]:
-    """The settings that are part of a cache's specification, as far as they were given."""
-    defaults: dict[str, object] = {"image_size": 518, "resize_mode": "crop", "alpha": "white", "layer": -2}
-    defaults |= {"feature_dtype": "bfloat16", "compute_dtype": "auto"}
-    return {
-        name: given for name, default in defaults.items() if (given := getattr(arguments, name)) != default
-    }
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The flags of a command; of those that were made from settings, the ones that the user gave."""
+    return {name: value for name, value in vars(arguments).items() if name != "command"}
 
 
-def _verify_against_data(
-    arguments: argparse.Namespace, fingerprint: str | None, asked: dict[str, object] | None = None
-) -> int:
-    from vggt_cache.inspection import verify_against_data
+def _verify_what_is_given(given: dict[str, Any]) -> int:
+    from vggt_cache.inspection import verify_against_data, verify_store
 
+    which = {name: given.get(name) for name in ("context", "fingerprint")}
+    threads = max(1, given["num_workers"])
+    if given.get("data_root") is None:
+        return verify_store(given["cache_dir"], **which, threads=threads, asked=given)
     return verify_against_data(
-        arguments.cache_dir,
-        arguments.data_root,
-        context=arguments.context,
-        fingerprint=fingerprint,
-        max_samples=getattr(arguments, "max_samples", -1),
-        threads=max(1, arguments.num_workers),
-        asked=asked,
+        given["cache_dir"],
+        given["data_root"],
+        **which,
+        max_samples=given.get("max_samples", PrecomputeSettings.max_samples),
+        threads=threads,
+        asked=given,
     )
 
 
@@ -343,8 +285,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _monitor(arguments: argparse.Namespace) -> int:
     from vggt_cache.monitor import MonitorSettings, monitor
 
-    given = {name: value for name, value in vars(arguments).items() if name != "command"}
-    return monitor(MonitorSettings(**{**given, "logs": tuple(arguments.logs)}))
+    return monitor(MonitorSettings(**{**_given(arguments), "logs": tuple(arguments.logs)}))
 
 
 def _demo(arguments: argparse.Namespace) -> int:

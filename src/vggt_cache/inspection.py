@@ -79,16 +79,24 @@ def describe_spec(spec: FeatureSpec) -> str:
     )
 
 
-def verify_store(cache_dir: str, context: str | None, fingerprint: str | None, *, threads: int) -> int:
-    """Check every record of a store against its checksum."""
+def verify_store(
+    cache_dir: str,
+    *,
+    context: str | None,
+    fingerprint: str | None,
+    threads: int,
+    asked: Mapping[str, object],
+) -> int:
+    """Check every record of a store against its checksum. `asked` as for `verify_against_data`."""
     reporter = Reporter()
     with (
         FeatureCache.open(cache_dir, context=context, fingerprint=fingerprint, use_index=False) as cache,
         tqdm(total=len(cache), desc="Verifying", unit="feature", mininterval=1.0) as bar,
     ):
+        _refuse_other_settings(cache.spec, asked)
         result = verify_records(
             cache,
-            threads=max(1, threads),
+            threads=threads,
             on_invalid=lambda label, reason: reporter.warn(f"invalid: {label}: {reason}"),
             on_progress=bar.update,
         )
@@ -104,16 +112,16 @@ def verify_against_data(
     fingerprint: str | None,
     max_samples: int,
     threads: int,
-    asked: Mapping[str, object] | None = None,
+    asked: Mapping[str, object],
 ) -> int:
     """Check that every feature that the data needs is present and intact. Needs no model.
 
-    `asked`: settings of precompute that the user gave; the cache must have been made with them.
+    `asked`: what the user gave; the cache must have been made with those of them that are settings of precompute.
     """
     reporter = Reporter()
     failures = FailureLog(cache_dir, reporter, write=False)
     with FeatureCache.open(cache_dir, context=context, fingerprint=fingerprint) as cache:
-        _refuse_other_settings(cache.spec, asked or {})
+        _refuse_other_settings(cache.spec, asked)
         plan = scan_data(data_root, cache.spec.context, max_samples, reporter, failures)
         with tqdm(total=len(plan), desc="Verifying", unit="feature", mininterval=1.0) as bar:
             result = verify_data(
@@ -134,17 +142,11 @@ def verify_against_data(
 
 
 def _refuse_other_settings(spec: FeatureSpec, asked: Mapping[str, object]) -> None:
-    made_with = {**vars(spec.preprocessing), **vars(spec.encoder), **vars(spec)}
-    for name, value in asked.items():
-        # A negative layer counts from the end; the specification has it counted from 0.
-        made = (
-            {made_with[name], made_with[name] - spec.encoder.depth} if name == "layer" else {made_with[name]}
+    for name, made_with in spec.contradictions(asked).items():
+        raise SpecMismatchError(
+            f"--{name} {asked[name]} was given, but the cache was made with {made_with}: leave the flag out to "
+            "verify this cache, or name the directory of the other one"
         )
-        if value not in made:
-            raise SpecMismatchError(
-                f"--{name} {value} was given, but the cache was made with {made_with[name]}: leave the flag out to "
-                "verify this cache, or name the directory of the other one"
-            )
 
 
 def draw_view(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vggt_cache.codec import NONE, codec_for, shard_codec
+from vggt_cache.codec import CODECS, NONE, codec_for, shard_codec
+from vggt_cache.context import CONTEXTS
 from vggt_cache.environment import rank_of
 from vggt_cache.errors import SettingsError
+from vggt_cache.flags import check_choices, flag
 from vggt_cache.identity import (
+    ALPHA_MODES,
     COMPUTE_DTYPES,
-    CONTEXTS,
     FEATURE_DTYPES,
+    RESIZE_MODES,
     EncoderSpec,
     FeatureSpec,
     Preprocessing,
@@ -21,49 +24,47 @@ from vggt_cache.identity import (
 class PrecomputeSettings:
     """The flags of `precompute`, under their own names."""
 
-    data_root: str
-    cache_dir: str
-    vggt_model_path: str
-    model_path: str | None = None
-    """A Qwen2.5-VL directory; where given, its patch and pixel settings are checked against the grid."""
-    context: str = "frame"
-    image_size: int = 518
-    resize_mode: str = "crop"
-    alpha: str = "white"
-    layer: int = -2
-    """Which pair's output is stored; negative counts from the end."""
-    feature_dtype: str = "bfloat16"
-    codec: str = NONE
-    """How new shards are packed: `none` or `lossless`. Not part of the specification."""
-    compute_dtype: str = "auto"
-    """`auto`: bfloat16 on a GPU, float32 on a CPU."""
-    device: str = "auto"
-    batch_size: int = 8
-    num_workers: int = 4
-    max_samples: int = -1
-    """The first N images (in `causal` context: features); -1 means all."""
-    skip_existing: bool = True
-    verify: bool = False
-    recompute: int = 0
-    """How many features, chosen at random, are computed again and compared."""
-    dry_run: bool = False
-    force: bool = False
-    """Start even if the disk looks too small."""
+    vggt_model_path: str = flag(
+        help="VGGT checkpoint: a directory, or a hub id such as facebook/VGGT-1B", required=False
+    )
+    data_root: str = flag(help="folder with annotations (*.jsonl, *.json) or episode folders")
+    cache_dir: str = flag(help="where the features are kept")
+    model_path: str | None = flag(
+        None, help="Qwen2.5-VL directory; its patch and pixel settings are checked against the grid"
+    )
+    context: str = flag(
+        next(iter(CONTEXTS)),
+        help="; ".join(f"{name}: {rule.seen}" for name, rule in CONTEXTS.items()),
+        choices=CONTEXTS,
+    )
+    image_size: int = flag(518, help="width in pixels, a multiple of 14; JanusVLN uses 644")
+    resize_mode: str = flag("crop", help="VGGT's two ways to treat the height", choices=RESIZE_MODES)
+    alpha: str = flag("white", help="RGBA images: blend over white, or drop alpha", choices=ALPHA_MODES)
+    layer: int = flag(-2, help="which pair's output is stored; negative counts from the end")
+    feature_dtype: str = flag(
+        "bfloat16", help="dtype on disk; int8: quantised from bfloat16", choices=FEATURE_DTYPES
+    )
+    codec: str = flag(
+        NONE, help="lossless: new shards packed, a third smaller, the same bits", choices=CODECS
+    )
+    compute_dtype: str = flag(
+        "auto", help="auto: bfloat16 on a GPU, float32 on a CPU", choices=("auto", *COMPUTE_DTYPES)
+    )
+    device: str = flag("auto", help="cpu, cuda or cuda:N; auto takes a GPU where there is one")
+    batch_size: int = flag(8, help="frames encoded together; halved when memory runs out")
+    num_workers: int = flag(4, help="processes that decode images; 0: in this one")
+    max_samples: int = flag(-1, help="only the first N images (causal: features); -1: all")
+    skip_existing: bool = flag(True, help="do not compute what is stored already")
+    verify: bool = flag(False, help="check afterwards that every feature is present and intact")
+    recompute: int = flag(0, metavar="K", help="compute K random features again and compare")
+    dry_run: bool = flag(False, help="say what would be computed, what it takes, and stop")
+    force: bool = flag(False, help="start even if the disk looks too small")
 
     def __post_init__(self) -> None:
-        if self.context not in CONTEXTS:
-            raise SettingsError(f"--context {self.context!r} is none of {', '.join(CONTEXTS)}")
-        if self.feature_dtype not in FEATURE_DTYPES:
-            raise SettingsError(
-                f"--feature_dtype {self.feature_dtype!r} is none of {', '.join(FEATURE_DTYPES)}"
-            )
+        check_choices(self)
         codec = codec_for(shard_codec(self.feature_dtype, self.codec))
         if codec is not None:
             codec.prepare()
-        if self.compute_dtype not in ("auto", *COMPUTE_DTYPES):
-            raise SettingsError(
-                f"--compute_dtype {self.compute_dtype!r} is none of auto, {', '.join(COMPUTE_DTYPES)}"
-            )
         if self.batch_size < 1:
             raise SettingsError(f"--batch_size {self.batch_size} is not a number of frames: give 1 or more")
         if self.num_workers < 0:
