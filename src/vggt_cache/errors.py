@@ -42,6 +42,37 @@ class OutOfMemoryError(VggtCacheError):
     """The device cannot hold even a batch of one."""
 
 
+# ---------------------------------------------------------------- small files: claims, digests, texts
+
+
+class SmallFileError(VggtCacheError):
+    """A small file cannot be read or written. `reason` is the sentence without the path in front."""
+
+    def __init__(self, path: object, reason: str) -> None:
+        super().__init__(f"{path} {reason}")
+        self.reason = reason
+
+
+class FileAbsentError(SmallFileError):
+    """There is none."""
+
+
+class FileKindError(SmallFileError):
+    """A link, folder, pipe, socket or device stands where a plain file, or a folder of our own, is expected."""
+
+
+class FileTooLargeError(SmallFileError):
+    """It has more bytes than any such file has."""
+
+
+class FileTextError(SmallFileError):
+    """Its bytes are no UTF-8 text."""
+
+
+class FileAccessError(SmallFileError):
+    """The operating system refuses: permission, a full disk, a mount that is read-only or gone."""
+
+
 # ---------------------------------------------------------------- the store
 
 

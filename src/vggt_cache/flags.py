@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, field, fields
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from vggt_cache.errors import SettingsError
 
@@ -22,7 +22,10 @@ def flag(
     metavar: str | None = None,
     required: bool = True,
 ) -> Any:
-    """A dataclass field that is also a flag. `required`: on the command line too, where there is no default."""
+    """A dataclass field that is also a flag, of its default's type, and a text where there is none.
+
+    `required`: on the command line too, where there is no default.
+    """
     about = {"help": help, "choices": tuple(choices), "metavar": metavar, "required": required}
     return field(default=default, metadata=about)
 
@@ -35,14 +38,13 @@ def add_flags(
     defaults: bool = True,
 ) -> None:
     """Give each field, or those in `only`, to `add(name, **options)`. `defaults`: whether the help shows them."""
-    types = get_type_hints(settings)
     for entry in fields(settings):
         if only is not None and entry.name not in only:
             continue
         text = entry.metadata["help"].replace("%", "%%")
         if defaults and entry.default is not MISSING:
             text += default_text(entry.default)
-        options = {"help": text, **_options(types[entry.name], entry.default)}
+        options = {"help": text, **_options(entry.default)}
         options |= {name: entry.metadata[name] for name in ("choices", "metavar") if entry.metadata[name]}
         if entry.default is MISSING and entry.metadata["required"]:
             options["required"] = True
@@ -56,10 +58,10 @@ def default_text(default: object) -> str:
     )
 
 
-def _options(kind: Any, default: Any) -> dict[str, Any]:
-    if kind is bool:
+def _options(default: Any) -> dict[str, Any]:
+    if isinstance(default, bool):
         return {"action": argparse.BooleanOptionalAction if default else "store_true"}
-    return {"type": next((one for one in get_args(kind) if one is not type(None)), kind)}
+    return {"type": str if default in (MISSING, None) else type(default)}
 
 
 def check_choices(settings: Any) -> None:

@@ -1,12 +1,15 @@
 """Work is claimed, not assigned: who computes which block, agreed through the file system alone.
 
-A claim on block `b` is a file `b.<generation>` made by an exclusive create; its content is the owner's
-token. An owner proves that it lives by touching `<token>.alive`. The holder of a block is the owner named
-in its highest generation. When that owner is dead, whoever creates the next generation is the new holder;
-two that try at once cannot both succeed, and nobody ever deletes a claim that might be somebody else's.
+A claim on block `b` is a file `b.<generation>` made by an exclusive create; its content is the owner's token. An owner
+shows that it lives by touching `<token>.alive` now and then, as long as its work progresses. The holder of a block is
+the owner named in its highest generation. When that owner is dead, whoever creates the next generation is the new
+holder; two that try at once cannot both succeed.
 
-Claims only save work. Were all of them lost, features would be computed twice and the result be the same.
-Ages are differences between two mtimes of the same file system, so that clocks of machines do not matter.
+Whoever waits watches that file: an owner whose mark has not changed for a while, on the watcher's own clock, is dead.
+So neither the clocks of machines nor that of the file system matter, and a clock that was set does no harm.
+
+Claims only save work. Were all of them lost, features would be computed twice and the result be the same. So failing
+to give one back is ignored; where none can be made, no shard could be written either, and the run ends in a sentence.
 """
 
 from __future__ import annotations
@@ -17,28 +20,51 @@ import os
 import re
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from vggt_cache.environment import seconds_of
+from vggt_cache.errors import CacheAccessError, FileAbsentError, SmallFileError
+from vggt_cache.small_files import FileState, SmallFolder
 
 DEFAULT_TTL_S = 60.0
+"""An owner whose mark has not moved for so long is succeeded."""
+PATIENCE = 10
+"""An owner that has made no progress for so many times the same stops moving its mark: its decoders may hang."""
 _CLAIM_NAME = re.compile(r"([0-9a-f]{32})\.(\d{1,9})")
+_TOKEN = re.compile(rb"[0-9a-f]{32}")
+_MAX_BYTES = 4096
 
 
 class Claims:
     """This process's claims in one directory. Use as a context manager: leaving it gives all claims back."""
 
-    def __init__(self, directory: Path, *, ttl_s: float | None = None) -> None:
-        self._dir = directory
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        ttl_s: float | None = None,
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Raises SettingsError, and CacheAccessError where nothing can be written."""
+        self._folder = SmallFolder(directory)
         self._ttl_s = ttl_s or seconds_of("VGGT_CACHE_CLAIM_TTL_S", DEFAULT_TTL_S)
+        self._clock_s = clock_s
         self._token = os.urandom(16).hex()
-        self._alive = directory / f"{self._token}.alive"
-        self._held: set[str] = set()
+        self._mark = f"{self._token}.alive"
+        self._held: dict[str, int] = {}
+        """By block the generation that is ours."""
+        self._seen: dict[str, tuple[FileState | None, float]] = {}
+        """By file its last state, and since when it has been so, on our clock."""
+        self._progress_s = clock_s()
         self._lock = threading.Lock()
         self._stopped = threading.Event()
-        directory.mkdir(parents=True, exist_ok=True)
-        self._alive.write_text(json.dumps(_this_process()))
-        self._heart = threading.Thread(target=self._beat, name="claim-heartbeat", daemon=True)
+        try:
+            self._folder.make()
+            self._folder.create(self._mark, json.dumps(_this_process()).encode())
+        except SmallFileError as error:
+            raise _no_claims(error) from error
+        self._heart = threading.Thread(target=self._beat_on, name="claim-heartbeat", daemon=True)
         self._heart.start()
 
     def __enter__(self) -> Claims:
@@ -48,52 +74,76 @@ class Claims:
         self.close()
 
     def try_claim(self, block_id: str) -> bool:
-        """Become the holder of a block if nobody alive holds it."""
-        generation = self._highest_generation(block_id)
-        if generation is not None and self._owner_lives(self._dir / f"{block_id}.{generation}"):
-            return False
-        following = 0 if generation is None else generation + 1
-        if not self._create(f"{block_id}.{following}"):
-            return False
+        """Become the holder of a block if nobody alive holds it. Raises CacheAccessError."""
+        try:
+            generation = self._highest_generation(block_id)
+            if generation is not None and self._owner_lives(f"{block_id}.{generation}"):
+                return False
+            following = 0 if generation is None else generation + 1
+            if not self._folder.create(f"{block_id}.{following}", self._token.encode()):
+                return False
+        except SmallFileError as error:
+            raise _no_claims(error) from error
         with self._lock:
-            self._held.add(block_id)
+            self._held[block_id] = following
+        self.progressed()
         return True
 
     def release(self, block_id: str) -> None:
-        """Give a block back. The highest generation goes last: until then the block counts as held."""
+        """Give a block back, unless it has a successor's claim by now, which stays. Never raises.
+
+        The own claim goes last: until then the block counts as held.
+        """
         with self._lock:
-            self._held.discard(block_id)
-        for generation in sorted(self._generations().get(block_id, [])):
-            (self._dir / f"{block_id}.{generation}").unlink(missing_ok=True)
+            generation = self._held.pop(block_id, None)
+        if generation is None:
+            return
+        self.progressed()
+        try:
+            if self._folder.read(f"{block_id}.{generation}", _MAX_BYTES) == self._token.encode():
+                dead = [found for found in self._generations().get(block_id, []) if found < generation]
+                for number in (*dead, generation):
+                    self._folder.remove(f"{block_id}.{number}")
+        except SmallFileError:
+            return
 
     def held_by_others(self) -> int:
         """How many blocks somebody else alive is working on."""
-        newest = {
-            block: max(found) for block, found in self._generations().items() if block not in self._held
-        }
-        return sum(self._owner_lives(self._dir / f"{block}.{number}") for block, number in newest.items())
+        try:
+            newest = {block: max(found) for block, found in self._generations().items()}
+        except SmallFileError:
+            return 0
+        claims = (f"{block}.{number}" for block, number in newest.items() if block not in self._held)
+        return sum(self._owner_lives(claim) for claim in claims)
+
+    def progressed(self) -> None:
+        """A frame was decoded, a batch encoded, a shard committed: this process does not hang."""
+        self._progress_s = self._clock_s()
+
+    def beat(self) -> None:
+        """Move the mark, unless nothing has progressed for long."""
+        if self._clock_s() - self._progress_s >= PATIENCE * self._ttl_s:
+            return
+        try:
+            self._folder.touch(self._mark)
+        except SmallFileError:
+            return  # a mount that stalls for a while comes back; a lost claim costs work only
 
     def close(self) -> None:
         for block_id in list(self._held):
             self.release(block_id)
         self._stopped.set()
         self._heart.join()
-        self._alive.unlink(missing_ok=True)
-
-    # ------------------------------------------------------------ the files
-
-    def _create(self, name: str) -> bool:
         try:
-            handle = os.open(self._dir / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        except FileExistsError:
-            return False
-        with os.fdopen(handle, "w") as file:
-            file.write(self._token)
-        return True
+            self._folder.remove(self._mark)
+        except SmallFileError:
+            return
+
+    # ------------------------------------------------------------ others
 
     def _generations(self) -> dict[str, list[int]]:
         found: dict[str, list[int]] = {}
-        for name in os.listdir(self._dir):
+        for name in self._folder.names():
             if match := _CLAIM_NAME.fullmatch(name):
                 found.setdefault(match[1], []).append(int(match[2]))
         return found
@@ -101,52 +151,74 @@ class Claims:
     def _highest_generation(self, block_id: str) -> int | None:
         return max(self._generations().get(block_id, []), default=None)
 
-    def _owner_lives(self, claim: Path) -> bool:
+    def _owner_lives(self, claim: str) -> bool:
         try:
-            token = claim.read_text()
-            age_s = self._now_s() - claim.stat().st_mtime
-        except OSError:
+            token = self._folder.read(claim, _MAX_BYTES)
+        except FileAbsentError:
             return False  # released between listing and reading
-        if token == self._token:
+        except SmallFileError:
+            token = b""  # not a claim at all: it counts as one for as long as a dead owner's does
+        if not _TOKEN.fullmatch(token):
+            return self._moves(claim)  # created, its content not written (or not visible) yet
+        if token == self._token.encode():
             return True
-        if not re.fullmatch(r"[0-9a-f]{32}", token):
-            return age_s < self._ttl_s  # created, its content not written (or not visible) yet
-        alive = self._dir / f"{token}.alive"
+        mark = f"{token.decode()}.alive"
+        return self._moves(mark) and not self._is_known_dead(mark)
+
+    def _moves(self, name: str) -> bool:
+        """Whether a file was seen to change, or seen for the first time, within the last seconds of our clock."""
+        state, now_s = self._folder.state(name), self._clock_s()
+        before, since_s = self._seen.get(name, (None, now_s))
+        if name not in self._seen or before != state:
+            self._seen[name] = state, now_s
+            return True
+        return now_s - since_s < self._ttl_s
+
+    def _is_known_dead(self, mark: str) -> bool:
         try:
-            process = json.loads(alive.read_text())
-            age_s = self._now_s() - alive.stat().st_mtime
-        except (OSError, ValueError):
-            return age_s < self._ttl_s
-        return age_s < self._ttl_s and not _is_known_dead(process)
+            return _has_ended(json.loads(self._folder.read(mark, _MAX_BYTES)))
+        except (SmallFileError, ValueError, RecursionError):
+            return False
 
-    # ------------------------------------------------------------ signs of life
-
-    def _now_s(self) -> float:
-        """The file system's own time, read from the file that this process touches."""
-        try:
-            os.utime(self._alive)
-            return self._alive.stat().st_mtime
-        except OSError:
-            return time.time()  # somebody swept the folder: ages are a guess, and a guess costs work only
-
-    def _beat(self) -> None:
+    def _beat_on(self) -> None:
         while not self._stopped.wait(self._ttl_s / 6):
-            try:
-                os.utime(self._alive)
-            except OSError:
-                continue  # a mount that stalls for a while comes back; a lost claim costs work only
+            self.beat()
+
+
+def _no_claims(error: SmallFileError) -> CacheAccessError:
+    return CacheAccessError(
+        f"no work can be claimed, and so none be done: {error}; if the cache is somebody else's, ask for write "
+        "permission or precompute into a directory of your own"
+    )
+
+
+# ---------------------------------------------------------------- processes of this machine
 
 
 def _this_process() -> dict[str, object]:
     return {"machine": _machine(), "pid": os.getpid(), "started": _start_time(os.getpid())}
 
 
-def _is_known_dead(process: object) -> bool:
-    """Whether a process of this very machine (same boot, same pid namespace) has ended."""
+def _has_ended(process: object) -> bool:
+    """Whether a process is known to have ended: one of this very machine (same boot, same pid namespace)."""
     if not isinstance(process, dict) or process.get("machine") != _machine() or not _machine():
         return False
     pid = process.get("pid")
-    return isinstance(pid, int) and _start_time(pid) != process.get("started")
+    if type(pid) is not int or not 0 < pid < 1 << 31:
+        return False
+    started = _start_time(pid)
+    return process.get("started") != started if started is not None else not _exists(pid)
+
+
+def _exists(pid: int) -> bool:
+    """Asked of the kernel: /proc may hide the processes of other users (hidepid)."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _machine() -> str:
@@ -158,9 +230,12 @@ def _machine() -> str:
 
 
 def _start_time(pid: int) -> str | None:
-    """The start time of a running process in clock ticks, which tells it from a later one of the same pid."""
+    """When a process started, in clock ticks, which tells it from a later one of the same pid; "" for a zombie.
+
+    None where /proc does not show it.
+    """
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
-    return None if after_name[0] in "ZX" else after_name[19]
+    return "" if after_name[0] in "ZX" else after_name[19]

@@ -15,15 +15,19 @@ import os
 import struct
 import time
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from vggt_cache.errors import SmallFileError
+from vggt_cache.small_files import SmallFolder
+
 _MAGIC = b"VGFCdig1"
 _HEADER = struct.Struct("<8sQQ")
 _ROW = np.dtype([("hi", "<u8"), ("lo", "<u8"), ("digest", "u1", 32)])
+_MAX_FILE_BYTES = 128 * 2**20
+"""A process goes on in another file then."""
 _COARSE_CLOCK_NS = 2_000_000_000
 _FINE_CLOCK_NS = 50_000_000
 
@@ -52,8 +56,8 @@ class DigestTable:
     """All rows that the processes of this cache directory have written."""
 
     def __init__(self, cache_dir: str) -> None:
-        self._dir = Path(cache_dir) / "digests"
-        self._own_name = f"{time.time_ns() // 1_000_000:012x}-{os.urandom(8).hex()}.rows"
+        self._folder = SmallFolder(os.path.join(cache_dir, "digests"))
+        self._own_name, self._own_bytes = _new_name(), 0
         self._read_to: dict[str, int] = {}
         self._rows = np.empty(0, _ROW)
         self.reload()
@@ -89,45 +93,48 @@ class DigestTable:
         chunk = (
             _HEADER.pack(_MAGIC, len(payload) // _ROW.itemsize, xxhash.xxh3_64_intdigest(payload)) + payload
         )
+        if self._own_bytes + len(chunk) > _MAX_FILE_BYTES:
+            self._own_name, self._own_bytes = _new_name(), 0
         try:
-            self._dir.mkdir(parents=True, exist_ok=True)
-            with open(self._dir / self._own_name, "ab") as file:
-                file.write(chunk)
-        except OSError:
-            return
+            self._folder.append(self._own_name, chunk)
+            self._own_bytes += len(chunk)
+        except SmallFileError:
+            self._own_name, self._own_bytes = _new_name(), 0  # a torn chunk would hide those after it
 
     def _names(self) -> list[str]:
         try:
-            return sorted(name for name in os.listdir(self._dir) if name.endswith(".rows"))
-        except OSError:
+            return sorted(name for name in self._folder.names() if name.endswith(".rows"))
+        except SmallFileError:
             return []
 
     def _new_chunks(self, name: str) -> list[npt.NDArray[np.void]]:
-        chunks = []
+        begin = self._read_to.get(name, 0)
         try:
-            with open(self._dir / name, "rb") as file:
-                file.seek(self._read_to.get(name, 0))
-                while (rows := _read_chunk(file.read(_HEADER.size), file)) is not None:
-                    chunks.append(rows)
-                    self._read_to[name] = file.tell()
-        except OSError:
-            pass
+            data = self._folder.read(name, _MAX_FILE_BYTES, begin)
+        except SmallFileError:
+            return []
+        chunks, at = [], 0
+        while (rows := _chunk_at(data, at)) is not None:
+            chunks.append(rows)
+            at += _HEADER.size + rows.nbytes
+        self._read_to[name] = begin + at
         return chunks
 
 
-def _read_chunk(header: bytes, file: object) -> npt.NDArray[np.void] | None:
-    if len(header) != _HEADER.size:
+def _new_name() -> str:
+    return f"{time.time_ns() // 1_000_000:012x}-{os.urandom(8).hex()}.rows"
+
+
+def _chunk_at(data: bytes, at: int) -> npt.NDArray[np.void] | None:
+    """The rows of the chunk that begins at `at`; None where no whole one does."""
+    begin = at + _HEADER.size
+    if begin > len(data):
         return None
-    magic, count, checksum = _HEADER.unpack(header)
-    if magic != _MAGIC or count > 1 << 32:
+    magic, count, checksum = _HEADER.unpack_from(data, at)
+    payload = memoryview(data)[begin : begin + count * _ROW.itemsize]
+    if magic != _MAGIC or len(payload) != count * _ROW.itemsize:
         return None
-    remaining = os.fstat(file.fileno()).st_size - file.tell()  # type: ignore[attr-defined]
-    if count * _ROW.itemsize > remaining:
-        return None
-    payload: bytes = file.read(count * _ROW.itemsize)  # type: ignore[attr-defined]
-    if len(payload) != count * _ROW.itemsize or xxhash.xxh3_64_intdigest(payload) != checksum:
-        return None
-    return np.frombuffer(payload, _ROW)
+    return np.frombuffer(payload, _ROW) if xxhash.xxh3_64_intdigest(payload) == checksum else None
 
 
 def signature_array(signatures: Iterable[bytes]) -> npt.NDArray[np.uint64]:

@@ -10,9 +10,13 @@ import json
 import time
 from pathlib import Path
 
+from vggt_cache.errors import SmallFileError
 from vggt_cache.precompute.report import Reporter
+from vggt_cache.small_files import SmallFolder
 
 FILE_NAME = "failures.jsonl"
+_MAX_BYTES = 64 * 2**20
+"""Of the list of earlier runs; a longer one is not looked at, and entries may stand there twice."""
 _MAX_SHOWN = 100
 
 
@@ -21,6 +25,7 @@ class FailureLog:
 
     def __init__(self, cache_dir: str, reporter: Reporter, *, write: bool = True) -> None:
         self.path = Path(cache_dir) / FILE_NAME
+        self._folder = SmallFolder(cache_dir, may_be_link=True)
         self._reporter = reporter
         self._write = write
         self._listed = self._read_listed() if write else set()
@@ -50,25 +55,21 @@ class FailureLog:
     def _append(self, path: str, reason: str) -> None:
         line = json.dumps({"path": path, "reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        except OSError as error:
+            self._folder.append(FILE_NAME, line.encode() + b"\n")
+        except SmallFileError as error:
             self._write = False
-            self._reporter.warn(
-                f"{self.path} cannot be written ({error.strerror}): failures are only shown here"
-            )
+            self._reporter.warn(f"{error}; failures are only shown here")
 
     def _read_listed(self) -> set[tuple[str, str]]:
         listed = set()
         try:
-            with open(self.path, encoding="utf-8", errors="replace") as file:
-                for line in file:
-                    try:
-                        entry = json.loads(line)
-                        listed.add((entry["path"], entry["reason"]))
-                    except (ValueError, TypeError, KeyError):
-                        continue  # a line torn by a crash says nothing
-        except OSError:
-            pass
+            lines = self._folder.read(FILE_NAME, _MAX_BYTES).splitlines()
+        except SmallFileError:
+            lines = []
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                listed.add((entry["path"], entry["reason"]))
+            except (ValueError, TypeError, KeyError, RecursionError):
+                continue  # a line torn by a crash says nothing
         return listed

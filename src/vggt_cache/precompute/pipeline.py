@@ -183,6 +183,7 @@ class Pipeline:
         for part, encoded in self._encode(lists, {frame: one.pixels for frame, one in decoded.items()}):
             labels = [self._plan.label(work[at][1]) for at in part]
             self._writer.put([work[at][0] for at in part], labels, encoded)
+            self._claims.progressed()
             if self._stop.requested:
                 break
         self._writer.finish_block(BlockDone(block_id=opened.block.block_id, rows=self._rows(decoded)))
@@ -194,6 +195,7 @@ class Pipeline:
             if self._stop.requested:
                 break
             one = self._decoder.result(pending)
+            self._claims.progressed()
             if one.error:
                 self._failures.add(pending.path, one.error)
                 continue

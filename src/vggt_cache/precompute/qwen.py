@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vggt_cache.errors import SettingsError
+from vggt_cache.errors import SettingsError, SmallFileError
 from vggt_cache.identity import PATCH_SIZE
+from vggt_cache.small_files import read_text
+
+_MAX_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,12 +67,12 @@ class QwenLimits:
 
 def _read_json(path: Path, directory: str) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+        content = json.loads(read_text(str(path), _MAX_BYTES))
+    except SmallFileError as error:
         raise SettingsError(
-            f"--model_path {directory}: {path.name} cannot be read ({error.strerror}); give the directory of a "
+            f"--model_path {directory}: {path.name} cannot be read, as it {error.reason}; give the directory of a "
             "Qwen2.5-VL model, or leave --model_path out"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SettingsError(f"--model_path {directory}: {path.name} is not valid JSON ({error})") from error
     return content if isinstance(content, dict) else {}

@@ -18,10 +18,11 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-from vggt_cache.errors import DataError
+from vggt_cache.errors import DataError, SmallFileError
 from vggt_cache.samples.history import padded_history_indexes
 from vggt_cache.samples.sample import Problem, Sample
 from vggt_cache.samples.sources import EPISODE_FILE
+from vggt_cache.small_files import read_text
 
 _STEP_IMAGE = re.compile(r"(step_([0-9]{1,9})_(.+))\.(?:png|jpe?g|webp)", re.IGNORECASE | re.ASCII)
 _ANY_STEP_IMAGE = re.compile(r"step_.*\.(?:png|jpe?g|webp)", re.IGNORECASE | re.ASCII)
@@ -183,16 +184,11 @@ def _text(record: dict[str, Any], field: str, path: str) -> str | None:
 
 def _read_object(path: str) -> dict[str, Any]:
     try:
-        with open(path, "rb") as file:
-            data = file.read(_MAX_TEXT_BYTES + 1)
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror or error}): check that it is there"
-        ) from error
-    try:
-        record = json.loads(data.decode("utf-8-sig")) if len(data) <= _MAX_TEXT_BYTES else None
+        record = json.loads(read_text(path, _MAX_TEXT_BYTES))
+    except SmallFileError as error:
+        raise DataError(str(error)) from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON ({error}): correct it") from error
     if not isinstance(record, dict):
-        raise DataError(f"{path} holds no JSON object, or over {_MAX_TEXT_BYTES} bytes: correct it")
+        raise DataError(f"{path} holds no JSON object: correct it")
     return record

@@ -23,7 +23,7 @@ from vggt_cache.samples.sample import (
     frame_names,
     layout_of,
 )
-from vggt_cache.samples.sources import Sources
+from vggt_cache.samples.sources import Sources, open_samples
 
 
 def iter_samples(sources: Sources, *, on_problem: Callable[[Problem], None]) -> Iterator[Sample]:
@@ -48,7 +48,7 @@ def iter_file(
     bases = _Bases(folder, path)
     number = 0
     try:
-        with open(path, "rb") as file:
+        with open_samples(path) as file:
             entries = iter_json_lines(file) if _has_lines(path) else iter_json_list(file)
             for entry in entries:
                 number = entry.number

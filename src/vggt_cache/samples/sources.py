@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import stat
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from io import BufferedReader
 from itertools import islice
 
-from vggt_cache.errors import DataError
+from vggt_cache.errors import DataError, FileKindError
 from vggt_cache.samples.annotations import Entry, iter_json_lines, iter_json_list
 from vggt_cache.samples.paths import tidy
 from vggt_cache.samples.sample import SAMPLE_FIELDS, Problem
+from vggt_cache.small_files import open_plain
 
 EPISODE_FILE = "milestones_result.json"
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -225,10 +228,18 @@ def _unreadable(path: str, error: OSError) -> Problem:
 # ---------------------------------------------------------------- what a file holds
 
 
+def open_samples(path: str) -> BufferedReader:
+    """An annotation file; links are followed, pipes and devices are not waited for. Raises OSError."""
+    try:
+        return open(open_plain(path), "rb")
+    except FileKindError as error:
+        raise OSError(errno.EINVAL, "not a plain file", path) from error
+
+
 def _holds_samples(path: str) -> bool:
     """Whether the beginning of a file looks like samples. One that is only damaged does: its reader will say so."""
     lines = path.lower().endswith(".jsonl")
-    with open(path, "rb") as file:
+    with open_samples(path) as file:
         head = file.read(_PEEK_BYTES)
     records = [entry.record for entry in _first_entries(head, lines) if entry.record is not None]
     if records:
