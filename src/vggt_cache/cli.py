@@ -16,6 +16,7 @@ from vggt_cache.codec import CODECS
 from vggt_cache.context import CONTEXTS
 from vggt_cache.errors import SettingsError, VggtCacheError
 from vggt_cache.flags import add_flags, default_text
+from vggt_cache.output import print_any_name
 from vggt_cache.precompute.settings import PrecomputeSettings
 from vggt_cache.precompute.stop import StoppedError
 
@@ -25,6 +26,7 @@ _OF_A_CACHE = ("image_size", "resize_mode", "alpha", "layer", "feature_dtype", "
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 well, 1 fault found, 2 bad settings, 3 some inputs unusable)."""
+    print_any_name()
     arguments = build_parser().parse_args(argv)
     try:
         return int(arguments.command(arguments))

@@ -6,8 +6,10 @@ import sys
 
 from janusvln.demo.compare import compare
 from vggt_cache.errors import VggtCacheError
+from vggt_cache.output import print_any_name
 
 if __name__ == "__main__":
+    print_any_name()
     try:
         compare(sys.argv[1] if len(sys.argv) > 1 else "demo")
     except VggtCacheError as error:

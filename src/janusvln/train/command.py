@@ -20,10 +20,12 @@ from janusvln.train.engine import join_engine, prepare_engine
 from janusvln.train.ranks import Ranks
 from janusvln.train.run import TrainingRun
 from vggt_cache.errors import VggtCacheError
+from vggt_cache.output import print_any_name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code. A known error is one sentence, on every rank that can still say it."""
+    print_any_name()
     given = sys.argv[1:] if argv is None else list(argv)
     ranks = Ranks(None, int(os.environ.get("RANK", "0") or 0), 1)
     try:

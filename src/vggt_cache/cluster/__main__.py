@@ -12,12 +12,14 @@ from vggt_cache.cluster import network
 from vggt_cache.cluster.preflight import Launch, inspect
 from vggt_cache.cluster.rendezvous import Rendezvous, interfaces
 from vggt_cache.errors import SettingsError, VggtCacheError
+from vggt_cache.output import print_any_name
 
 T = TypeVar("T")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (0 well, 1 the nodes disagree, 2 a setting or path is wrong)."""
+    print_any_name()
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.command(arguments))
