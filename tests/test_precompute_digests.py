@@ -7,17 +7,17 @@ import hashlib
 import numpy as np
 import pytest
 
-from vggt_cache.precompute.digests import DigestTable, settled, signature, signature_array
+from vggt_cache.precompute.digests import DigestTable, settled, state_hash, state_hash_array
 
 STAT = (1000, 10**18 + 5, 10**18 + 7, 42)
 
 
 def _row(number: int) -> tuple[bytes, bytes]:
-    return signature(f"frame{number}.png", STAT), hashlib.sha256(str(number).encode()).digest()
+    return state_hash(f"frame{number}.png", STAT), hashlib.sha256(str(number).encode()).digest()
 
 
 def _known(table: DigestTable, rows: list[tuple[bytes, bytes]]) -> list[bool]:
-    known, digests = table.lookup(signature_array(sign for sign, _ in rows))
+    known, digests = table.lookup(state_hash_array(state for state, _ in rows))
     for is_known, found, (_, digest) in zip(known, digests, rows, strict=True):
         assert not is_known or found.tobytes() == digest
     return known.tolist()
@@ -41,7 +41,7 @@ def test_any_change_of_a_file_makes_its_row_unknown(tmp_path, change):
     table.reload()
     changed = list(STAT)
     changed[change] += 1
-    known, _ = table.lookup(signature_array([signature("frame1.png", tuple(changed))]))
+    known, _ = table.lookup(state_hash_array([state_hash("frame1.png", tuple(changed))]))
     assert not known.any()
 
 

@@ -109,7 +109,7 @@ def test_names_that_lead_to_one_file_are_one_frame(tmp_path):
     frames = [[table.frame_of(reference) for reference in ids] for ids in (first, second, third)]
     assert frames == [[0, 1, 0], [0, 0, 2], [0]]
     assert list(table.paths) == [str(target), str(other), str(tmp_path / "ep" / "missing.png")]
-    assert [table.signature(frame) for frame in range(3)] == [_state(target), _state(other), None]
+    assert [table.state(frame) for frame in range(3)] == [_state(target), _state(other), None]
     assert list(table.frame_ids()) == [table.frame_of(reference) for reference in range(5)]
 
 
@@ -191,7 +191,7 @@ def test_states_that_do_not_fit_count_as_unknown(tmp_path, monkeypatch):
     table = FrameTable()
     table.add(_sample(["0", "1"], tmp_path))
     table.resolve()
-    assert [table.signature(0), table.signature(1)] == [None, states[1]]
+    assert [table.state(0), table.state(1)] == [None, states[1]]
 
 
 def test_a_resolved_table_takes_no_more_samples(tmp_path):

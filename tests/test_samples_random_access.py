@@ -23,9 +23,9 @@ from vggt_cache.samples import (
     annotations,
     find_sources,
     iter_samples,
-    listed_sources,
+    sources_of_files,
 )
-from vggt_cache.samples.words import word_count
+from vggt_cache.samples.sample import text_length
 
 GOOD = {"images": ["a.png"], "conversations": [{"from": "human", "value": "é 雪 go"}]}
 
@@ -173,7 +173,7 @@ def test_lengths_are_words_and_252_for_each_frame(tmp_path: Path) -> None:
     st.none() | st.integers() | st.text(max_size=3), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
         st.sampled_from(["value", "content"]), inner), max_leaves=5)))  # fmt: skip
 def test_any_record_has_a_length(record: dict[str, object]) -> None:
-    assert word_count(record) >= 0
+    assert text_length(record) >= 0
 
 
 # ---------------------------------------------------------------- other processes
@@ -267,13 +267,13 @@ def test_listed_files_look_in_their_folder_then_beside_the_file(tmp_path: Path) 
     others.mkdir()
     beside = str(tmp_path / "notes")
 
-    one = by_number(listed_sources(f"{second}, {first}", str(images)))[0]
+    one = by_number(sources_of_files(f"{second}, {first}", str(images)))[0]
     assert [sample.bases for sample in one] == [
         (str(images), beside), (str(images / "r2r"), beside), (str(images), beside)
     ]  # fmt: skip
-    each = by_number(listed_sources(f"{first},{second}", f"{images},{others}"))[0]
+    each = by_number(sources_of_files(f"{first},{second}", f"{images},{others}"))[0]
     assert [sample.bases[0] for sample in each] == [str(images), str(images / "r2r"), str(others)]
-    none = by_number(listed_sources(str(first)))[0]
+    none = by_number(sources_of_files(str(first)))[0]
     assert [sample.bases for sample in none] == [(beside,), (str(tmp_path / "notes" / "r2r"), beside)]
 
 
@@ -281,7 +281,7 @@ def test_listed_files_may_be_relative_paths(tmp_path: Path, monkeypatch: pytest.
     write_lines(tmp_path / "a.jsonl", [GOOD])
     (tmp_path / "images").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert by_number(listed_sources("./a.jsonl", "images"))[0][0].bases == (
+    assert by_number(sources_of_files("./a.jsonl", "images"))[0][0].bases == (
         str(tmp_path / "images"),
         str(tmp_path),
     )
@@ -307,5 +307,5 @@ def test_listed_files_that_cannot_be_used_are_refused_by_their_flag(
     (tmp_path / "images").mkdir()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError) as refusal:
-        listed_sources(files, folders)
+        sources_of_files(files, folders)
     assert sentence in str(refusal.value)

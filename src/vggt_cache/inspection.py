@@ -18,9 +18,9 @@ from vggt_cache.frames import decode_frame, read_frame
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.picture import draw_features
 from vggt_cache.precompute.failures import FailureLog
+from vggt_cache.precompute.plan import plan_and_tell
 from vggt_cache.precompute.report import Reporter, bytes_text, count_of
 from vggt_cache.precompute.run import EXIT_INVALID, EXIT_OK
-from vggt_cache.precompute.scan import scan_data
 from vggt_cache.precompute.verify import verify_data, verify_records
 from vggt_cache.store import FeatureCache, convert, describe, prune
 from vggt_cache.store.filesystem import OPERATING_SYSTEM
@@ -40,7 +40,7 @@ def show_info(cache_dir: str, *, as_json: bool) -> int:
     total = bytes_text(sum(store.disk_bytes for store in found.stores))
     print(f"{found.cache_dir}: {count_of(len(found.stores), 'specification')}, {total}")
     for store in found.stores:
-        print(f"\n{describe_spec(store.spec)}")
+        print(f"\n{_spec_line(store.spec)}")
         print(f"  fingerprint  {store.spec.fingerprint}")
         print(f"  entries      {store.entries} in {count_of(store.shards, 'shard')}")
         print(f"  codec        {_codec_text(store)}")
@@ -69,7 +69,7 @@ def _info_as_dict(found: CacheDescription) -> dict[str, Any]:
     return {**dataclasses.asdict(found), "stores": stores}
 
 
-def describe_spec(spec: FeatureSpec) -> str:
+def _spec_line(spec: FeatureSpec) -> str:
     """A specification in one line."""
     encoder, preprocessing = spec.encoder, spec.preprocessing
     return (
@@ -97,7 +97,7 @@ def verify_store(
         result = verify_records(
             cache,
             threads=threads,
-            on_invalid=lambda label, reason: reporter.warn(f"invalid: {label}: {reason}"),
+            on_invalid=reporter.invalid,
             on_progress=bar.update,
         )
     reporter.info(str(result))
@@ -122,13 +122,13 @@ def verify_against_data(
     failures = FailureLog(cache_dir, reporter, write=False)
     with FeatureCache.open(cache_dir, context=context, fingerprint=fingerprint) as cache:
         _refuse_other_settings(cache.spec, asked)
-        plan = scan_data(data_root, cache.spec.context, max_samples, reporter, failures)
+        plan = plan_and_tell(data_root, cache.spec.context, max_samples, reporter, failures)
         with tqdm(total=len(plan), desc="Verifying", unit="feature", mininterval=1.0) as bar:
             result = verify_data(
                 cache,
                 plan,
                 threads=threads,
-                on_invalid=lambda label, reason: reporter.warn(f"invalid: {label}: {reason}"),
+                on_invalid=reporter.invalid,
                 on_progress=bar.update,
             )
     reporter.info(f"Cache directory: {os.path.abspath(cache_dir)}")
@@ -157,7 +157,7 @@ def draw_view(
         raise SettingsError(f"--count {count} draws nothing: give 1 or more")
     reporter = Reporter()
     with FeatureCache.open(cache_dir, context=context, fingerprint=fingerprint) as cache:
-        plan = scan_data(
+        plan = plan_and_tell(
             data_root, cache.spec.context, -1, reporter, FailureLog(cache_dir, reporter, write=False)
         )
         rows: dict[bytes, tuple[Pixels, Feature, str]] = {}

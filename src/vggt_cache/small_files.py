@@ -27,8 +27,21 @@ _READ = os.O_RDONLY | _QUIETLY
 _ABSENT = (errno.ENOENT, errno.ESTALE)
 _OTHER_KIND = (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENOTDIR, errno.ENODEV, errno.EEXIST)
 
-FileState = tuple[int, int]
-"""mtime in ns, inode"""
+FileState = tuple[int, int, int, int]
+"""size in bytes, mtime in ns, ctime in ns, inode"""
+
+
+def state_of(status: os.stat_result) -> FileState:
+    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def file_state(path: str) -> FileState | None:
+    """The state of a file that a user named; None where there is none, or its clock is out of all bounds."""
+    try:
+        state = state_of(os.stat(path))
+    except (OSError, ValueError):
+        return None
+    return state if max(map(abs, state[1:3])) < 1 << 63 else None
 
 
 def read_bytes(path: str, limit: int) -> bytes:
@@ -88,10 +101,9 @@ class SmallFolder:
         """What changes when the file is touched; None where there is none. Opened: a network file system looks anew."""
         try:
             with self._opened(name) as folder, self._file(name, _READ, folder) as descriptor:
-                status = os.fstat(descriptor)
+                return state_of(os.fstat(descriptor))
         except SmallFileError:
             return None
-        return status.st_mtime_ns, status.st_ino
 
     def touch(self, name: str) -> None:
         with self._opened(name) as folder:

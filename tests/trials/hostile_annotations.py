@@ -110,4 +110,4 @@ def _check_frames(samples: list[Sample]) -> None:
         for number in numbers:
             frame = table.frame_of(number)
             assert os.path.isabs(table.paths[frame])
-            table.signature(frame)
+            table.state(frame)

@@ -177,7 +177,7 @@ def _disturbed(images: Images, rate: float) -> Iterator[None]:
 
     with (
         mock.patch.object(decode, "read_frame", read),
-        mock.patch.object(decode, "file_stat", _after(may_disturb, decode.file_stat)),
+        mock.patch.object(decode, "file_state", _after(may_disturb, decode.file_state)),
         mock.patch.object(pipeline, "feature_key", _after(may_disturb, pipeline.feature_key)),
     ):
         yield

@@ -9,9 +9,9 @@ import torch
 
 from janusvln.features.request import FeatureRequest
 from vggt_cache.identity import FeatureSpec
-from vggt_cache.precompute.decode import file_stat
-from vggt_cache.precompute.digests import DigestTable, settled, signature
+from vggt_cache.precompute.digests import DigestTable, settled, state_hash
 from vggt_cache.precompute.write import FeatureWriter, shard_bytes
+from vggt_cache.small_files import file_state
 from vggt_cache.store import ShardWriter, create_store
 
 
@@ -54,10 +54,10 @@ class CacheFiller:
     def _note(self, request: FeatureRequest) -> None:
         """Which images these were, so that planning and coverage need not open them again."""
         for path, digest in zip(request.paths, request.digests, strict=True):
-            stat = file_stat(path)
+            state = file_state(path)
             # An image that has not changed since before this run is the one that was read.
-            if stat is not None and settled(stat, self._began_ns):
-                self._rows[signature(path, stat)] = digest
+            if state is not None and settled(state, self._began_ns):
+                self._rows[state_hash(path, state)] = digest
 
     def _save_digests(self) -> None:
         rows, self._rows = self._rows, {}

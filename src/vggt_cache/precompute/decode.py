@@ -24,7 +24,7 @@ import numpy.typing as npt
 from vggt_cache.errors import FrameError
 from vggt_cache.frames import decode_frame, read_frame
 from vggt_cache.identity import PATCH_SIZE, Preprocessing, frame_digest
-from vggt_cache.precompute.digests import Stat
+from vggt_cache.small_files import FileState, file_state
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +34,7 @@ class DecodedFrame:
     digest: bytes = b""
     pixels: npt.NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 0, 3), np.uint8))
     """[H, W, 3]"""
-    stat: Stat | None = None
+    state: FileState | None = None
     """State of the file, the same before and after reading; None if it changed meanwhile."""
     read_at_ns: int = 0
     error: str = ""
@@ -49,10 +49,10 @@ class DecodedFrame:
 def decode_file(path: str, preprocessing: Preprocessing) -> DecodedFrame:
     """Read, digest and decode one image file. Never raises for a bad file."""
     try:
-        before, read_at_ns = file_stat(path), time.time_ns()
+        before, read_at_ns = file_state(path), time.time_ns()
         data = read_frame(path)
         pixels = decode_frame(data, preprocessing)
-        after = file_stat(path)
+        after = file_state(path)
     except FrameError as error:
         return DecodedFrame(error=reason_without_path(error, path))
     except MemoryError:
@@ -60,7 +60,7 @@ def decode_file(path: str, preprocessing: Preprocessing) -> DecodedFrame:
     return DecodedFrame(
         digest=frame_digest(data),
         pixels=pixels,
-        stat=before if before == after else None,
+        state=before if before == after else None,
         read_at_ns=read_at_ns,
     )
 
@@ -69,17 +69,6 @@ def reason_without_path(error: FrameError, path: str) -> str:
     """The sentence of `error` for a place where the path stands before it already."""
     text = str(error)
     return f"it{text.removeprefix(path)}" if text.startswith(f"{path} ") else text
-
-
-def file_stat(path: str) -> Stat | None:
-    """size, mtime, ctime and inode of a file; None where there is none, or its clock is out of all bounds."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    if max(abs(status.st_mtime_ns), abs(status.st_ctime_ns)) >= 1 << 63:
-        return None
-    return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
 class DecodePool:

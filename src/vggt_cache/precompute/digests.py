@@ -5,7 +5,7 @@ feature's key is always computed from the bytes that are decoded, and `get` and 
 anew. A wrong row could at worst make precompute skip or repeat a frame, never serve a wrong feature.
 
 A file `digests/<ms>-<random>.rows` belongs to one process, which appends chunks:
-    magic 8 bytes | row count u64 | xxh3-64 of the rows u64 | rows, 48 bytes each: signature 16, digest 32
+    magic 8 bytes | row count u64 | xxh3-64 of the rows u64 | rows, 48 bytes each: state hash 16, digest 32
 A chunk torn by a crash fails its checksum; it and what follows it in that file are ignored.
 """
 
@@ -21,7 +21,7 @@ import numpy.typing as npt
 import xxhash
 
 from vggt_cache.errors import SmallFileError
-from vggt_cache.small_files import SmallFolder
+from vggt_cache.small_files import FileState, SmallFolder
 
 _MAGIC = b"VGFCdig1"
 _HEADER = struct.Struct("<8sQQ")
@@ -31,23 +31,20 @@ _MAX_FILE_BYTES = 128 * 2**20
 _COARSE_CLOCK_NS = 2_000_000_000
 _FINE_CLOCK_NS = 50_000_000
 
-Stat = tuple[int, int, int, int]
-"""size in bytes, mtime in ns, ctime in ns, inode"""
 
-
-def signature(name: str, stat: Stat) -> bytes:
+def state_hash(name: str, state: FileState) -> bytes:
     """16 bytes that stand for one state of one file."""
     return xxhash.xxh3_128_digest(
-        name.encode("utf-8", "surrogateescape") + b"\0" + struct.pack("<qqqQ", *stat)
+        name.encode("utf-8", "surrogateescape") + b"\0" + struct.pack("<qqqQ", *state)
     )
 
 
-def settled(stat: Stat, read_at_ns: int) -> bool:
+def settled(state: FileState, read_at_ns: int) -> bool:
     """Whether the file could not have changed again within the same tick of its file system's clock.
 
     File systems that keep whole seconds are recognised by their time stamps.
     """
-    _, mtime_ns, ctime_ns, _ = stat
+    _, mtime_ns, ctime_ns, _ = state
     whole_seconds = mtime_ns % 1_000_000_000 == 0 and ctime_ns % 1_000_000_000 == 0
     return read_at_ns - max(mtime_ns, ctime_ns) > (_COARSE_CLOCK_NS if whole_seconds else _FINE_CLOCK_NS)
 
@@ -72,22 +69,20 @@ class DigestTable:
             rows = np.concatenate([self._rows, *fresh])
             self._rows = rows[np.argsort(rows["hi"], kind="stable")]
 
-    def lookup(
-        self, signatures: npt.NDArray[np.uint64]
-    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint8]]:
-        """For `signatures` [n, 2] (hi, lo): which are known [n], and their digests [n, 32]."""
-        known = np.zeros(len(signatures), np.bool_)
-        digests = np.zeros((len(signatures), 32), np.uint8)
-        if len(self._rows) and len(signatures):
-            at = np.searchsorted(self._rows["hi"], signatures[:, 0]).clip(max=len(self._rows) - 1)
+    def lookup(self, hashes: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint8]]:
+        """For `hashes` [n, 2] (hi, lo): which are known [n], and their digests [n, 32]."""
+        known = np.zeros(len(hashes), np.bool_)
+        digests = np.zeros((len(hashes), 32), np.uint8)
+        if len(self._rows) and len(hashes):
+            at = np.searchsorted(self._rows["hi"], hashes[:, 0]).clip(max=len(self._rows) - 1)
             rows = self._rows[at]
-            known = (rows["hi"] == signatures[:, 0]) & (rows["lo"] == signatures[:, 1])
+            known = (rows["hi"] == hashes[:, 0]) & (rows["lo"] == hashes[:, 1])
             digests[known] = rows["digest"][known]
         return known, digests
 
     def append(self, rows: Iterable[tuple[bytes, bytes]]) -> None:
-        """Write (signature, digest) rows as one chunk. Failing to write costs a later run some reading, no more."""
-        payload = b"".join(sign + digest for sign, digest in rows)
+        """Write (state hash, digest) rows as one chunk. Failing to write costs a later run some reading, no more."""
+        payload = b"".join(state + digest for state, digest in rows)
         if not payload:
             return
         chunk = (
@@ -137,6 +132,6 @@ def _chunk_at(data: bytes, at: int) -> npt.NDArray[np.void] | None:
     return np.frombuffer(payload, _ROW) if xxhash.xxh3_64_intdigest(payload) == checksum else None
 
 
-def signature_array(signatures: Iterable[bytes]) -> npt.NDArray[np.uint64]:
-    """Signatures as [n, 2] (hi, lo), the form that `lookup` takes."""
-    return np.frombuffer(b"".join(signatures), "<u8").reshape(-1, 2)
+def state_hash_array(hashes: Iterable[bytes]) -> npt.NDArray[np.uint64]:
+    """State hashes as [n, 2] (hi, lo), the form that `lookup` takes."""
+    return np.frombuffer(b"".join(hashes), "<u8").reshape(-1, 2)

@@ -17,8 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from vggt_cache.context import CONTEXTS
+from vggt_cache.errors import DataError
 from vggt_cache.identity import DIGEST_BYTES, FeatureSpec, feature_key
-from vggt_cache.precompute.digests import DigestTable, signature, signature_array
+from vggt_cache.precompute.digests import DigestTable, state_hash, state_hash_array
+from vggt_cache.precompute.failures import FailureLog
+from vggt_cache.precompute.report import Reporter, count_of
 from vggt_cache.samples import FrameTable, Problem, Sources, find_sources, iter_samples
 
 Indexes = npt.NDArray[np.int64]
@@ -114,12 +117,12 @@ class Plan:
                 blocks.append(Block(block_id=hasher.hexdigest(), features=wanted))
         return blocks
 
-    def signatures(self) -> npt.NDArray[np.uint64]:
-        """For each frame, the signature of its file's present state [frames, 2]; zeros where it is missing."""
-        stats = (self.frames.signature(frame) for frame in range(len(self.frames.paths)))
-        return signature_array(
-            signature(path, stat) if stat else b"\0" * 16
-            for path, stat in zip(self.frames.paths, stats, strict=True)
+    def state_hashes(self) -> npt.NDArray[np.uint64]:
+        """For each frame, the hash of its file's present state [frames, 2]; zeros where it is missing."""
+        states = (self.frames.state(frame) for frame in range(len(self.frames.paths)))
+        return state_hash_array(
+            state_hash(path, state) if state else b"\0" * 16
+            for path, state in zip(self.frames.paths, states, strict=True)
         )
 
     def _feature_groups(self) -> Iterator[Indexes]:
@@ -146,12 +149,12 @@ class KnownKeys:
     """Keys of those features whose frames' digests are known without opening an image."""
 
     def __init__(self, plan: Plan, spec: FeatureSpec, table: DigestTable) -> None:
-        self._plan = plan
-        self._spec = spec
+        self.plan = plan
+        self.spec = spec
         self._table = table
-        self._signatures = plan.signatures()
-        self._known = np.zeros(len(self._signatures), np.bool_)
-        self._digests = np.zeros((len(self._signatures), DIGEST_BYTES), np.uint8)
+        self._states = plan.state_hashes()
+        self._known = np.zeros(len(self._states), np.bool_)
+        self._digests = np.zeros((len(self._states), DIGEST_BYTES), np.uint8)
         self._refresh_digests()
 
     def reload(self) -> None:
@@ -168,14 +171,14 @@ class KnownKeys:
 
     def key(self, feature: int) -> bytes | None:
         """The feature's key, or None while a frame of it has not been read in its present state."""
-        frames = self._plan.frames_of(feature)
+        frames = self.plan.frames_of(feature)
         if not self._known[frames].all():
             return None
-        return feature_key(self._spec, [self._digests[frame].tobytes() for frame in frames])
+        return feature_key(self.spec, [self._digests[frame].tobytes() for frame in frames])
 
     def _refresh_digests(self) -> None:
-        known, digests = self._table.lookup(self._signatures)
-        fresh = known & self._signatures.any(axis=1) & ~self._known  # what was read here stands
+        known, digests = self._table.lookup(self._states)
+        fresh = known & self._states.any(axis=1) & ~self._known  # what was read here stands
         self._known |= fresh
         self._digests[fresh] = digests[fresh]
 
@@ -184,6 +187,29 @@ def make_plan(data_root: str, context: str, max_samples: int, on_problem: Callab
     """Find and read everything below `data_root`. Raises DataError."""
     plan = Plan(find_sources(data_root), context, max_samples)
     plan.read_samples(on_problem)
+    return plan
+
+
+def plan_and_tell(
+    data_root: str, context: str, max_samples: int, reporter: Reporter, failures: FailureLog
+) -> Plan:
+    """The same, telling what was found in the guide's words. Raises DataError, also where no frame is named."""
+    reporter.info(f"Scanning data root: {data_root}")
+    plan = make_plan(data_root, context, max_samples, lambda bad: failures.add(bad.where, bad.reason))
+    sources = plan.sources
+    reporter.info(f"Found {len(sources.jsonl_files)} JSONL files")
+    if sources.json_files:
+        reporter.info(f"Found {len(sources.json_files)} JSON files")
+    if sources.episode_dirs:
+        reporter.info(f"Found {len(sources.episode_dirs)} episode folders")
+    reporter.info(f"Total samples: {plan.sample_count}")
+    if plan.text_only_count:
+        reporter.info(f"{count_of(plan.text_only_count, 'sample')} without frames need no feature")
+    if not len(plan):
+        raise DataError(
+            f"no sample below {data_root} names a frame, so there is nothing to compute: check --data_root, and the "
+            "names of the fields (images, image, history_images and current_image)"
+        )
     return plan
 
 

@@ -28,6 +28,10 @@ class Reporter:
     def warn(self, text: str) -> None:
         self._line("WARN", text)
 
+    def invalid(self, label: str, reason: str) -> None:
+        """A feature that verification found fault with."""
+        self.warn(f"invalid: {label}: {reason}")
+
     def success(self, text: str) -> None:
         self._line("SUCCESS", text)
 

@@ -7,7 +7,7 @@ forms the keys from them, and checks every record against its checksum.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from vggt_cache.identity import feature_key, frame_digest
 from vggt_cache.precompute.decode import decode_file, reason_without_path
 from vggt_cache.precompute.encode import BatchEncoder
 from vggt_cache.precompute.plan import Plan
+from vggt_cache.samples.in_order import parts_of
 from vggt_cache.store import FeatureCache
 
 LARGEST_RELATIVE_ERROR = 0.05
@@ -81,7 +82,7 @@ def verify_records(
     """Check every record of a store against its checksum, whatever data it belongs to."""
     wanted = invalid = 0
     with ThreadPoolExecutor(max(1, threads)) as pool:
-        for keys in _parts(cache.keys(), 256):
+        for keys in parts_of(cache.keys(), 256):
             for key, reason in zip(
                 keys, pool.map(lambda key: _record_complaint(cache, key), keys), strict=True
             ):
@@ -155,14 +156,3 @@ def _stored_or_none(cache: FeatureCache, key: bytes) -> torch.Tensor | None:
         return cache.get_by_key(key)
     except CorruptRecordError:
         return None
-
-
-def _parts(keys: Iterable[bytes], size: int) -> Iterable[list[bytes]]:
-    part: list[bytes] = []
-    for key in keys:
-        part.append(key)
-        if len(part) == size:
-            yield part
-            part = []
-    if part:
-        yield part

@@ -1,22 +1,23 @@
 """Training data as users bring it: one reader, shared by precompute and training.
 
     find_sources(data_root) ──> Sources ──> iter_samples ──> Sample(ordered frame names, record)
-    listed_sources(files)          │                            │
+    sources_of_files(files)        │                            │
                              SampleIndex[i] ──> Sample   FrameTable ──> paths and states of the image files
 
 Precompute and training see the same ordered frame lists because both read them here. Nothing in this
 package opens an image. `docs/data.md` describes the layouts.
 """
 
+from vggt_cache.samples.by_number import SampleIndex
 from vggt_cache.samples.episodes import EpisodeText, read_episode_text
 from vggt_cache.samples.frame_table import FrameTable
 from vggt_cache.samples.history import history_indexes
-from vggt_cache.samples.index import SampleIndex
-from vggt_cache.samples.listed import listed_sources
-from vggt_cache.samples.paths import FileState, locate_frame
+from vggt_cache.samples.named_files import sources_of_files
+from vggt_cache.samples.paths import locate_frame
 from vggt_cache.samples.reader import iter_samples
 from vggt_cache.samples.sample import Problem, Sample
 from vggt_cache.samples.sources import Sources, find_sources
+from vggt_cache.small_files import FileState
 
 __all__ = [
     "EpisodeText",
@@ -29,7 +30,7 @@ __all__ = [
     "find_sources",
     "history_indexes",
     "iter_samples",
-    "listed_sources",
     "locate_frame",
     "read_episode_text",
+    "sources_of_files",
 ]

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
-from typing import TypeVar, overload
+from typing import overload
 
-from vggt_cache.samples.ahead import map_ahead
-from vggt_cache.samples.paths import FileState, locate_frame
+from vggt_cache.samples.in_order import map_in_order, parts_of
+from vggt_cache.samples.paths import locate_frame
 from vggt_cache.samples.sample import Sample
+from vggt_cache.small_files import FileState
 
 Reference = tuple[tuple[str, ...], str]
 Located = tuple[str, FileState | None]
@@ -24,8 +24,6 @@ _NAMES_PER_CALL = 256
 _CALLS_AHEAD = 4
 _STATE = struct.Struct("<qqqQ")
 _MISSING = _STATE.pack(-1, 0, 0, 0)
-
-_T = TypeVar("_T")
 
 
 class FrameTable:
@@ -70,8 +68,8 @@ class FrameTable:
         paths = PathList()
         frame_at: dict[str, dict[str, int]] = {}
         with ThreadPoolExecutor(max(1, threads)) as pool:
-            parts = _parts(self._take_references(), _NAMES_PER_CALL)
-            for located in map_ahead(pool, _locate_all, parts, max(1, threads) * _CALLS_AHEAD):
+            parts = parts_of(self._take_references(), _NAMES_PER_CALL)
+            for located in map_in_order(pool, _locate_all, parts, max(1, threads) * _CALLS_AHEAD):
                 for path, state in located:
                     folder, _, name = path.rpartition("/")
                     frame = frame_at.setdefault(folder, {}).setdefault(name, len(paths))
@@ -90,7 +88,7 @@ class FrameTable:
         """`frame_of` for all references, as a flat array of int64."""
         return self._frame_of
 
-    def signature(self, frame: int) -> FileState | None:
+    def state(self, frame: int) -> FileState | None:
         """(size, mtime_ns, ctime_ns, inode) of a frame's file at the time of `resolve`; None where it was missing."""
         size, mtime_ns, ctime_ns, inode = _STATE.unpack_from(self._states, frame * _STATE.size)
         return None if size < 0 else (size, mtime_ns, ctime_ns, inode)
@@ -159,9 +157,3 @@ def _packed(state: FileState | None) -> bytes:
         return _MISSING if state is None else _STATE.pack(*state)
     except struct.error:
         return _MISSING
-
-
-def _parts(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
-    iterator = iter(items)
-    while part := list(islice(iterator, size)):
-        yield part

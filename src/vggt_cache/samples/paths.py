@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-FileState = tuple[int, int, int, int]
-"""size in bytes, mtime in ns, ctime in ns, inode"""
+from vggt_cache.small_files import FileState, state_of
 
 
 def locate_frame(bases: Sequence[str], name: str) -> tuple[str, FileState | None]:
@@ -41,6 +40,5 @@ def tidy(path: str) -> str:
 
 
 def _found(path: str) -> tuple[str, FileState]:
-    status = os.stat(path)
-    state = status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+    state = state_of(os.stat(path))  # before the name is made tidy, which may look at links
     return tidy(path), state

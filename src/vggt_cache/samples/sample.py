@@ -86,6 +86,28 @@ def checked_name(name: object, field: str) -> str:
     return name
 
 
+# ---------------------------------------------------------------- how long it is
+
+WORDS_PER_FRAME = 252
+"""What one frame counts when samples are grouped by length, as in the field's trainers."""
+
+_NO_TEXT = frozenset({"id", "data_path", "images", "image", "history_images", "current_image"})
+
+
+def text_length(record: Mapping[str, Any]) -> int:
+    """Words of the turns of a conversation; without one, words of the record's texts. Never raises."""
+    turns = record.get("conversations")
+    if isinstance(turns, list):
+        return sum(
+            _words_of(turn.get("value", turn.get("content"))) for turn in turns if isinstance(turn, dict)
+        )
+    return sum(_words_of(value) for field, value in record.items() if field not in _NO_TEXT)
+
+
+def _words_of(value: object) -> int:
+    return len(value.split()) if isinstance(value, str) else 0
+
+
 def _names(record: Mapping[str, Any], field: str) -> tuple[str, ...]:
     value = record.get(field)
     if value is None:

@@ -149,7 +149,7 @@ class _Walk:
         try:
             if not self._is_new(path):
                 return _Folder()
-            folder = _listed(path)
+            folder = _entries_of(path)
             if folder.is_episode:
                 self._episodes.append(path)
                 return _Folder()
@@ -181,7 +181,7 @@ class _Walk:
             self._problems.append(_unreadable(path, error))
 
 
-def _listed(path: str) -> _Folder:
+def _entries_of(path: str) -> _Folder:
     folder = _Folder()
     with os.scandir(path) as entries:
         for entry in entries:

@@ -16,12 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from vggt_cache.errors import DataError
-from vggt_cache.samples.ahead import map_ahead
 from vggt_cache.samples.episodes import list_steps, step_sample
+from vggt_cache.samples.in_order import map_in_order
 from vggt_cache.samples.reader import iter_file, parse_sample
-from vggt_cache.samples.sample import Problem, Sample, UnusableSampleError
+from vggt_cache.samples.sample import WORDS_PER_FRAME, Problem, Sample, UnusableSampleError, text_length
 from vggt_cache.samples.sources import Sources
-from vggt_cache.samples.words import WORDS_PER_FRAME, word_count
 
 _LISTING_THREADS = 16
 
@@ -93,14 +92,14 @@ class _Rows:
     def add_file(self, source: int, path: str, folder: str, on_problem: Callable[[Problem], None]) -> None:
         self.states.append(_state(path))
         for entry, sample in iter_file(path, folder, on_problem):
-            words = word_count(sample.record)
+            words = text_length(sample.record)
             self._add(source, entry.number, entry.offset, entry.length, len(sample.frames), words)
 
     def add_episodes(
         self, first: int, folders: tuple[str, ...], on_problem: Callable[[Problem], None]
     ) -> None:
         with ThreadPoolExecutor(_LISTING_THREADS) as pool:
-            listed = map_ahead(pool, list_steps, folders, 4 * _LISTING_THREADS)
+            listed = map_in_order(pool, list_steps, folders, 4 * _LISTING_THREADS)
             for source, (folder, (names, problems)) in enumerate(zip(folders, listed, strict=True), first):
                 for problem in problems:
                     on_problem(problem)

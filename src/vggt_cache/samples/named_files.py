@@ -10,7 +10,7 @@ from vggt_cache.samples.paths import tidy
 from vggt_cache.samples.sources import Sources, find_sources
 
 
-def listed_sources(annotation_path: str, data_path: str = "") -> Sources:
+def sources_of_files(annotation_path: str, data_path: str = "") -> Sources:
     """The samples of the files in `annotation_path`, whose frames are below the folders in `data_path`.
 
     Both may hold several paths, with commas between; one folder serves all files. Without a folder, names
