@@ -7,7 +7,7 @@ its value is the default.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, field, fields
 from typing import Any
 
@@ -72,3 +72,17 @@ def check_choices(settings: Any) -> None:
             raise SettingsError(
                 f"--{entry.name} {value!r} is none of {', '.join(choices)}: choose one of these"
             )
+
+
+def choices_of(settings: type, name: str) -> tuple[str, ...]:
+    """What a field may be; nothing where it may be anything of its type."""
+    choices: tuple[str, ...] = _about(settings, name)["choices"]
+    return choices
+
+
+def help_of(settings: type, name: str) -> str:
+    return str(_about(settings, name)["help"])
+
+
+def _about(settings: type, name: str) -> Mapping[str, Any]:
+    return next(entry.metadata for entry in fields(settings) if entry.name == name)

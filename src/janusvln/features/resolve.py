@@ -18,6 +18,17 @@ from vggt_cache.precompute.settings import choose_compute_dtype
 from vggt_cache.store import FeatureCache, create_store, list_stores
 from vggt_cache.store.selection import describe_spec
 
+AS_PUBLISHED: dict[str, Any] = {
+    "context": "causal",
+    "image_size": 644,
+    "resize_mode": "crop",
+    "alpha": "white",
+    "layer": -2,
+    "feature_dtype": "bfloat16",
+    "compute_dtype": "auto",
+}
+"""What JanusVLN was published with: taken where there is no cache and no flag says otherwise."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class WantedFeatures:
@@ -43,18 +54,17 @@ class WantedFeatures:
             found.append(f"--vggt_cache_fingerprint {self.fingerprint} (the cache: {spec.fingerprint[:16]})")
         return found
 
-    def spec_of(self, checkpoint: Checkpoint, device: str) -> FeatureSpec:
-        """A new specification; what the flags leave open is as JanusVLN was published: causal, 644 wide."""
-        compute_dtype = self.compute_dtype or choose_compute_dtype("auto", device)
+    def spec_of(self, location: str, device: str) -> FeatureSpec:
+        """A new specification; what the flags leave open is as published. Reads VGGT's weights, for their digest."""
+        named = AS_PUBLISHED | {name: value for name, value in asdict(self).items() if value is not None}
+        checkpoint = Checkpoint.open(location, layer=named["layer"])
         return FeatureSpec(
-            encoder=checkpoint.spec(compute_dtype),
+            encoder=checkpoint.spec(choose_compute_dtype(named["compute_dtype"], device)),
             preprocessing=Preprocessing(
-                image_size=self.image_size or 644,
-                resize_mode=self.resize_mode or "crop",
-                alpha=self.alpha or "white",
+                image_size=named["image_size"], resize_mode=named["resize_mode"], alpha=named["alpha"]
             ),
-            context=self.context or "causal",
-            feature_dtype=self.feature_dtype or "bfloat16",
+            context=named["context"],
+            feature_dtype=named["feature_dtype"],
         )
 
 
@@ -88,9 +98,7 @@ def live_spec(wanted: WantedFeatures, location: str | None, device: str) -> Feat
             "neither VGGT_CACHE_DIR (or --vggt_cache_dir) nor --vggt_model_path is given, so there are no features to "
             "train on: give a cache, or VGGT's path to compute them live"
         )
-    return wanted.spec_of(
-        Checkpoint.open(location, layer=-2 if wanted.layer is None else wanted.layer), device
-    )
+    return wanted.spec_of(location, device)
 
 
 def summary(spec: FeatureSpec) -> dict[str, object]:

@@ -14,10 +14,11 @@ from typing import Any
 import transformers
 from transformers import HfArgumentParser
 
-from janusvln.features.resolve import WantedFeatures
+from janusvln.features.resolve import AS_PUBLISHED, WantedFeatures
 from janusvln.features.source import MISS_POLICIES
 from vggt_cache.errors import SettingsError
-from vggt_cache.identity import ALPHA_MODES, COMPUTE_DTYPES, CONTEXTS, FEATURE_DTYPES, RESIZE_MODES
+from vggt_cache.flags import choices_of, help_of
+from vggt_cache.precompute.settings import PrecomputeSettings
 
 
 def _flag(default: Any, text: str) -> Any:
@@ -93,6 +94,11 @@ class DataArguments:
                 raise SettingsError(f"--{name} {getattr(self, name)} is negative: give 0 or more")
 
 
+def _as_in_the_cache(name: str) -> Any:
+    text = f"{help_of(PrecomputeSettings, name)} (default: the cache's; without one {AS_PUBLISHED[name]})"
+    return _flag(None, text.replace("%", "%%"))
+
+
 @dataclass
 class FeatureArguments:
     """Where VGGT's features come from. What is left open is as the cache has it."""
@@ -102,26 +108,20 @@ class FeatureArguments:
     vggt_model_path: str | None = _flag(None, "VGGT, needed only where a feature is not in the cache")
     vggt_cache_fingerprint: str | None = _flag(None, "which cache, where several share the directory")
     vggt_cache_threads: int = _flag(2, "threads of each rank that read features")
-    context: str | None = _flag(None, f"{' or '.join(CONTEXTS)} (default: the cache's; without one causal)")
-    image_size: int | None = _flag(None, "width in pixels (default: the cache's; without one 644)")
-    resize_mode: str | None = _flag(None, "crop or pad (default: the cache's; without one crop)")
-    alpha: str | None = _flag(None, "white or drop (default: the cache's; without one white)")
-    layer: int | None = _flag(None, "VGGT's output (default: the cache's; without one -2)")
-    feature_dtype: str | None = _flag(None, "dtype of features (default: the cache's; without one bfloat16)")
-    compute_dtype: str | None = _flag(None, "of VGGT (default: the cache's; without one by device)")
+    context: str | None = _as_in_the_cache("context")
+    image_size: int | None = _as_in_the_cache("image_size")
+    resize_mode: str | None = _as_in_the_cache("resize_mode")
+    alpha: str | None = _as_in_the_cache("alpha")
+    layer: int | None = _as_in_the_cache("layer")
+    feature_dtype: str | None = _as_in_the_cache("feature_dtype")
+    compute_dtype: str | None = _as_in_the_cache("compute_dtype")
 
     def __post_init__(self) -> None:
         self.vggt_cache_dir = self.vggt_cache_dir or os.environ.get("VGGT_CACHE_DIR") or None
-        choices: dict[str, Sequence[str]] = {
-            "vggt_cache_miss": MISS_POLICIES,
-            "context": tuple(CONTEXTS),
-            "resize_mode": RESIZE_MODES,
-            "alpha": ALPHA_MODES,
-            "feature_dtype": FEATURE_DTYPES,
-            "compute_dtype": COMPUTE_DTYPES,
-        }
+        choices = {name: choices_of(PrecomputeSettings, name) for name in AS_PUBLISHED}
+        choices["vggt_cache_miss"] = MISS_POLICIES
         for name, allowed in choices.items():
-            if getattr(self, name) not in (None, *allowed):
+            if allowed and getattr(self, name) not in (None, *allowed):
                 raise SettingsError(f"--{name} {getattr(self, name)} is none of {', '.join(allowed)}")
         if self.vggt_cache_miss != "encode" and not self.vggt_cache_dir:
             raise SettingsError(
