@@ -130,6 +130,24 @@ def test_a_second_process_that_dies_is_a_finding_and_no_exception(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("who", ["first", "second"])
+def test_a_claim_that_cannot_be_made_is_a_fault_and_not_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: Partner, who: str
+) -> None:
+    if who == "first":
+        monkeypatch.setattr(Claims, "try_claim", refuse_in_a_sentence)
+        folder = tmp_path
+    else:
+        (tmp_path / "folder").write_text("")  # in whose place the second process wants to make its own
+        folder = tmp_path / "folder"
+    (found,) = doctor._attempt("exclusive create", together.exclusive_create, folder, other)
+    assert (found.status, "no work can be claimed" in found.value) == ("fail", True)
+
+
+def refuse_in_a_sentence(*_: object) -> bool:
+    raise CacheAccessError("no work can be claimed: the mount is read-only")
+
+
 def test_an_interrupt_leaves_no_folder_and_no_process_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -119,7 +119,7 @@ def _attempt(name: str, trial: Callable[..., Finding | Iterable[Finding]], *argu
     try:
         found = trial(*arguments)
         findings.extend([found] if isinstance(found, Finding) else found)
-    except (OSError, ValueError, CommitError) as error:
+    except (OSError, ValueError, CacheAccessError, CommitError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         meaning = "The operating system refused an operation that a cache needs: see the reason."
         findings.append(Finding(name, "fail", reason, meaning))

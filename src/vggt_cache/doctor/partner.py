@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from vggt_cache.errors import CacheAccessError
 from vggt_cache.precompute.claims import Claims
 
 POLL_S = 0.0005
@@ -64,6 +65,8 @@ def _serve(pipe: Connection) -> None:
                     pipe.send(answer)
             except OSError as error:
                 pipe.send(error)
+            except CacheAccessError as error:
+                pipe.send(OSError(str(error)))
 
 
 def compete(folder: Path, blocks: list[str]) -> Iterator[Any]:
