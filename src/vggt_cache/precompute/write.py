@@ -47,7 +47,7 @@ class BlockDone:
 
     block_id: str
     rows: Sequence[tuple[bytes, bytes]]
-    """(signature, digest) of the files that were read for it"""
+    """(state hash, digest) of the files that were read for it"""
 
 
 class FeatureWriter:
