@@ -1,9 +1,10 @@
 """Opening a cache of millions of records, finding one of them, and making the index anew when it is lost.
 
-Theory. Rows in the index are sorted by key and read where they lie, so opening should cost what the head
-holds (names of the shards, a table of buckets) and a lookup one small read, whatever the number of records.
-The names in the head are compared with those in the folder, so listing and sorting the folder is a limit of
-opening. Beside each lookup stand, on the same keys in the same order:
+Theory. The index is read whole and checked once, so opening should cost what it takes to copy its 56 bytes a
+record out of the page cache into fresh memory, to hash them and to find where the buckets of keys begin; a
+lookup then touches memory only, whatever the number of records. The names in the head are compared with those in
+the folder, so listing and sorting the folder is a limit of opening too. Beside each lookup stand, on the same keys
+in the same order:
 
     searchsorted   numpy's binary search in the sorted first halves of the keys, mapped from a file: nothing
                    checked, nothing told but the place
@@ -12,7 +13,7 @@ opening. Beside each lookup stand, on the same keys in the same order:
     headers        beside the rebuild: every header through open, read and json.loads, nothing looked at
 
 What is real and what is not. Nobody wants to write 10 million features for this. The index's bytes are made
-by the product's own `build_index`, and of the records all but a few thousand exist as rows only: random keys,
+by the product's own `IndexFile`, and of the records all but a few thousand exist as rows only: random keys,
 checksums that belong to nothing, in shards of 256 that are empty files with valid names. A reader opens no
 shard before it reads a record of it, so opening, listing and lookups (`key in cache`) do all that they would
 do in a full store. Whole `get`s are of real records of 4 KiB, written through the ShardWriter into a few
@@ -50,11 +51,11 @@ import torch
 import record
 from vggt_cache.identity import EncoderSpec, FeatureSpec, Preprocessing
 from vggt_cache.store import FeatureCache, FileSystem, ShardWriter, create_store
-from vggt_cache.store.format import build_header, payload_bytes, reserved_header_bytes
-from vggt_cache.store.index import build_index
-from vggt_cache.store.reader import ShardReader
-from vggt_cache.store.rows import ROW_DTYPE, Record, join_rows
-from vggt_cache.store.scan import scan_store
+from vggt_cache.store.format import build_header, reserved_header_bytes
+from vggt_cache.store.index import IndexFile
+from vggt_cache.store.inventory import take_inventory
+from vggt_cache.store.record import ROW_DTYPE, Record, RecordTable, join_rows, payload_bytes, sort_rows
+from vggt_cache.store.shards import ShardFolder
 
 RECORDS_PER_SHARD = 256
 """What precompute's shards hold at most."""
@@ -103,9 +104,9 @@ def make_store(folder: Path, count: int) -> None:
     """A store of `count` records, most of which are rows only, and files of keys to ask for."""
     store_dir = create_store(folder / "cache", SPEC)
     _write_real_shards(store_dir, min(REAL_SHARDS, max(1, count // (4 * RECORDS_PER_SHARD))))
-    reader = ShardReader(str(store_dir), SPEC, fs=FileSystem())
-    real = scan_store(reader)
-    reader.close()
+    shard_folder = ShardFolder(str(store_dir), SPEC, fs=FileSystem())
+    real = take_inventory(shard_folder)
+    shard_folder.close()
     rows = _simulated_rows(count - len(real.rows))
     shards = int(rows["shard"][-1]) + 1
     # Their time is that of 1970, so that they stand in front of the real ones.
@@ -113,11 +114,11 @@ def make_store(folder: Path, count: int) -> None:
     for name in names:
         (store_dir / "shards" / name).touch()
     real.rows["shard"] += shards
-    head, data = build_index(join_rows([rows, real.rows]), names + real.names, SPEC.fingerprint)
-    (store_dir / "index").mkdir()
-    (store_dir / "index" / "rows").write_bytes(head + data)
+    names += [shard.name for shard in real.shards]
+    table = RecordTable(names, sort_rows(join_rows([rows, real.rows])))
+    IndexFile(str(store_dir), SPEC.fingerprint, FileSystem()).save(table)
 
-    keys = np.frombuffer(data, ROW_DTYPE)[["high", "low"]]
+    keys = table.rows[["high", "low"]]
     np.ascontiguousarray(keys["high"]).astype("<u8").tofile(folder / MAPPED)
     _packed(keys).tofile(folder / KEYS)
     _packed(np.random.default_rng(1).choice(rows, LOOKUPS)).tofile(folder / SAMPLE)

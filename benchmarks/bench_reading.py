@@ -40,7 +40,7 @@ import record
 from janusvln.features.read_ahead import ReadAhead
 from vggt_cache.identity import EncoderSpec, FeatureSpec, Preprocessing
 from vggt_cache.store import FeatureCache, ShardWriter, create_store
-from vggt_cache.store.records import PIECE_BYTES
+from vggt_cache.store.shards import PIECE_BYTES
 
 BESIDE_BYTES = 1024 * 1024
 """Handed to the second thread at a time."""

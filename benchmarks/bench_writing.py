@@ -46,7 +46,7 @@ from vggt_cache.doctor.place import mount_of
 from vggt_cache.identity import EncoderSpec, FeatureSpec, Preprocessing
 from vggt_cache.store import FileSystem, ShardWriter, create_store
 from vggt_cache.store.filesystem import OPERATING_SYSTEM
-from vggt_cache.store.format import record_checksum
+from vggt_cache.store.record import record_checksum
 from vggt_cache.store.tensors import bytes_of
 
 GRID = {518: (28, 37), 644: (35, 46)}

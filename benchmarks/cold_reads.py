@@ -19,7 +19,7 @@ from janusvln.features.read_ahead import THREADS, ReadAhead
 from slow_disk import bytes_from_disks, drop_pages, join, read_ahead_bytes
 from slow_mount import Wire
 from vggt_cache.store import FeatureCache
-from vggt_cache.store.records import PIECE_BYTES
+from vggt_cache.store.shards import PIECE_BYTES
 
 PIECES = {"small": 256 * 1024, "product": PIECE_BYTES}
 """Bytes of a record that are read and hashed at a time."""

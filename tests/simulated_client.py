@@ -1,4 +1,4 @@
-"""One machine's view of a simulated disk, as the store's `FileSystem`: late, interrupted, refused, killed."""
+"""One machine's view of a simulated disk, as the store's `FileSystem`: late, refused, killed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Faults:
     rate: float = 0.0
     """Share of the operations that fail with an error."""
     stingy: bool = False
-    """Whether reads and writes may move fewer bytes than asked, and be interrupted."""
+    """Whether reads and writes may move fewer bytes than asked."""
     late: bool = False
     """Whether names that other clients make are seen late, as on a network file system."""
     kill_at: int | None = None
@@ -92,12 +92,6 @@ class Client(FileSystem):
             raise Killed
 
     def _fail_or_lie(self, operation: str) -> bool:
-        if (
-            self.faults.stingy
-            and self._random.random() < 0.05
-            and operation not in ("fsync", "fsync_directory")
-        ):
-            raise InterruptedError(errno.EINTR, "interrupted")
         if self._random.random() >= self.faults.rate:
             return False
         if operation in MAY_LIE and self._random.random() < 0.5:
@@ -193,10 +187,6 @@ class Client(FileSystem):
         self._change(directory, (name, node))
         return self._new_fd(node, written=True)
 
-    def scratch_file(self) -> int:
-        self._begin("scratch_file")
-        return self._new_fd(self.disk.new_node(stat.S_IFREG | 0o600))
-
     def list_names(self, dir_fd: int) -> list[str]:
         self._begin("list_names")
         directory = self._node(dir_fd)
@@ -244,10 +234,6 @@ class Client(FileSystem):
             raise self._error(operation)
 
     # ------------------------------------------------------------ bytes
-
-    def pread(self, fd: int, length: int, offset: int) -> bytes:
-        self._begin("pread")
-        return bytes(self._node(fd).data[offset : offset + self._fewer(length)])
 
     def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         self._begin("preadv")

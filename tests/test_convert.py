@@ -26,7 +26,7 @@ from vggt_cache.cli import main
 from vggt_cache.codec.lossless import Lossless
 from vggt_cache.errors import CacheAccessError, CommitError, SettingsError
 from vggt_cache.store import Converted, FeatureCache, convert, describe, prune
-from vggt_cache.store.parse import parse_header
+from vggt_cache.store.header import parse_header
 
 pytestmark = DAMAGE_WARNING
 

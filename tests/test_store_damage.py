@@ -27,8 +27,8 @@ from store_kit import (
 )
 from vggt_cache.errors import CorruptRecordError, ShardFormatError, StoreError
 from vggt_cache.store import FeatureCache, FileSystem
-from vggt_cache.store.parse import parse_header
-from vggt_cache.store.records import PIECE_BYTES
+from vggt_cache.store.header import parse_header
+from vggt_cache.store.shards import PIECE_BYTES
 
 pytestmark = DAMAGE_WARNING
 NUMBERS = (1, 2, 3)

@@ -78,7 +78,7 @@ def test_a_thread_that_comes_too_late_to_close_anything_tries_again(cache_dir: P
             except OSError:
                 if self.late:
                     self.late = False
-                    pool = cache._view._reader._pool
+                    pool = cache.open_shards
                     assert pool.release_idle(pool.releases)
                 raise
 

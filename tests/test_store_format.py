@@ -28,12 +28,10 @@ from vggt_cache.store.format import (
     MAX_RECORDS,
     MAX_SIDE,
     build_header,
-    payload_bytes,
-    record_checksum,
     reserved_header_bytes,
 )
-from vggt_cache.store.parse import ForeignShardError, parse_header
-from vggt_cache.store.rows import Record
+from vggt_cache.store.header import ForeignShardError, parse_header
+from vggt_cache.store.record import Record, payload_bytes, record_checksum
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "format.md"
 

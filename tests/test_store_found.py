@@ -19,9 +19,8 @@ from simulated_client import Client, Faults, Killed
 from simulated_disk import Disk, failure
 from store_kit import SPEC, Call, TracedFileSystem, make_feature, make_key, write_shard
 from vggt_cache.errors import CacheAccessError, CommitError, SpecMismatchError
-from vggt_cache.store import FeatureCache, ShardWriter, create_store, describe, prune
-from vggt_cache.store.conversion import convert
-from vggt_cache.store.parse import parse_spec
+from vggt_cache.store import FeatureCache, ShardWriter, convert, create_store, describe, prune
+from vggt_cache.store.header import parse_spec
 
 STORE = f"/cache/{SPEC.short_name}"
 

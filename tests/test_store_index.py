@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,10 +27,9 @@ from store_kit import (
     temp_files,
     write_shard,
 )
-from vggt_cache.store import FeatureCache
-from vggt_cache.store import derive as derive_module
-from vggt_cache.store.index import Index, IndexDamagedError, MemorySource, build_index
-from vggt_cache.store.rows import ROW_DTYPE, Rows, unpack_rows
+from vggt_cache.store import FeatureCache, FileSystem
+from vggt_cache.store.index import IndexFile, index_bytes
+from vggt_cache.store.record import ROW_DTYPE, RecordTable, Rows, join_rows, sort_rows, unpack_rows
 
 NAMES = [f"{n:012x}-{n:016x}.safetensors" for n in range(7)]
 
@@ -44,8 +44,31 @@ def make_rows(count: int, *, shards: int = 7, seed: int = 0) -> Rows:
     return rows
 
 
-def make_index(rows: Rows, names: list[str] = NAMES) -> Index:
-    return Index(MemorySource(b"".join(build_index(rows, names, SPEC.fingerprint))), SPEC.fingerprint)
+def make_table(rows: Rows, names: list[str] = NAMES) -> RecordTable:
+    return RecordTable(names, sort_rows(rows))
+
+
+def make_index(table: RecordTable) -> bytes:
+    return b"".join(index_bytes(table, SPEC.fingerprint))
+
+
+class Saved:
+    """A place for an index of any bytes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "index" / "rows"
+        self.path.parent.mkdir()
+        self.file = IndexFile(str(folder), SPEC.fingerprint, FileSystem())
+
+    def load(self, data: bytes) -> RecordTable | None:
+        self.path.write_bytes(data)
+        return self.file.load()
+
+
+def index_of(cache_dir: Path) -> RecordTable:
+    table = IndexFile(str(cache_dir / SPEC.short_name), SPEC.fingerprint, FileSystem()).load()
+    assert table is not None
+    return table
 
 
 def without_headers(cache_dir: Path) -> FeatureCache:
@@ -61,27 +84,53 @@ def without_headers(cache_dir: Path) -> FeatureCache:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 31, 32, 33, 64, 1000, 20_000])
-def test_every_key_is_found_where_it_is_and_no_other_is(count: int) -> None:
+def test_every_key_is_found_where_it_is_and_no_other_is(count: int, tmp_path: Path) -> None:
     rows = make_rows(count)
-    index = make_index(rows)
-    assert (index.row_count, index.key_count, index.shard_count) == (count, count, 7)
+    table = Saved(tmp_path).load(make_index(make_table(rows)))
+    assert table is not None
+    assert (len(table.rows), table.key_count, table.shards) == (count, count, tuple(NAMES))
     sample = random.Random(1).sample(range(count), min(count, 500))
     wanted = list(unpack_rows(rows[sample]))
-    assert all(index.find(record.key) == [(shard, record)] for shard, record in wanted)
-    assert not any(index.find(random.randbytes(16)) for _ in range(200))
-    assert [key for key, _ in index.keys_after()] == sorted(record.key for _, record in unpack_rows(rows))
-    assert index.check_all()
-    assert np.array_equal(np.sort(index.rows()), np.sort(rows))
+    assert all(table.find(record.key) == [(NAMES[shard], record)] for shard, record in wanted)
+    assert not any(table.find(random.randbytes(16)) for _ in range(200))
+    assert list(table.keys()) == sorted(record.key for _, record in unpack_rows(rows))
+    assert np.array_equal(np.sort(table.rows), np.sort(rows))
+
+
+@pytest.mark.parametrize("high", [0, 1, 2**64 - 1])
+def test_keys_that_begin_alike_are_found_too(high: int) -> None:
+    """All in one bucket, at either end of the table."""
+    rows = make_rows(300)
+    rows["high"][:200] = high
+    table = make_table(rows)
+    assert all(table.find(record.key) == [(NAMES[shard], record)] for shard, record in unpack_rows(rows))
+    assert list(table.keys()) == sorted(record.key for _, record in unpack_rows(rows))
+
+
+def test_tables_join_with_each_shard_taken_from_the_first_that_has_it() -> None:
+    rows = make_rows(700)
+    whole = make_table(rows)
+    parts = []
+    for names in (NAMES[4:6], NAMES[:5], NAMES):
+        mine = rows[np.isin(rows["shard"], [NAMES.index(name) for name in names])].copy()
+        mine["shard"] -= NAMES.index(names[0])
+        parts.append((names, mine))
+    joined = RecordTable.merged(NAMES, parts)
+    assert joined.shards == whole.shards
+    assert np.array_equal(joined.rows, whole.rows)
+    without = RecordTable.merged(NAMES[1:], parts)
+    assert without.shards == tuple(NAMES[1:])
+    assert list(without.keys()) == [r.key for s, r in unpack_rows(whole.rows) if s != 0]
 
 
 def test_a_key_is_not_found_inside_of_other_bytes_of_a_row() -> None:
     rows = make_rows(40)
     rows["checksum"][7] = np.frombuffer(b"0123456789abcdef", "V16")[0]
-    index = make_index(rows)
+    table = make_table(rows)
     bucket_mate = next(unpack_rows(rows[7:8]))[1].key[:8]
-    assert index.find(b"0123456789abcdef") == []
+    assert table.find(b"0123456789abcdef") == []
     rows["checksum"][7] = np.frombuffer(bucket_mate + b"tailtail", "V16")[0]
-    assert make_index(rows).find(bucket_mate + b"tailtail") == []
+    assert make_table(rows).find(bucket_mate + b"tailtail") == []
 
 
 def test_of_equal_keys_the_one_in_the_latest_shard_comes_first() -> None:
@@ -90,65 +139,54 @@ def test_of_equal_keys_the_one_in_the_latest_shard_comes_first() -> None:
         rows[field][100:107] = rows[field][0]
     rows["shard"][100:107] = [3, 0, 6, 1, 5, 2, 4]
     rows["shard"][0] = 0
-    index = make_index(rows)
+    table = make_table(rows)
     key = next(unpack_rows(rows[:1]))[1].key
-    assert [shard for shard, _ in index.find(key)][:6] == [6, 5, 4, 3, 2, 1]
-    assert index.key_count == 500 - 7
+    assert [shard for shard, _ in table.find(key)][:6] == [NAMES[n] for n in (6, 5, 4, 3, 2, 1)]
+    assert table.key_count == 500 - 7
+    assert len(list(table.keys())) == 500 - 7
 
 
-def test_an_index_of_another_store_is_not_opened() -> None:
-    data = b"".join(build_index(make_rows(3), NAMES, SPEC.fingerprint))
-    with pytest.raises(IndexDamagedError, match="another store"):
-        Index(MemorySource(data), "0" * 64)
-
-
-def test_iteration_can_be_taken_up_behind_any_key() -> None:
-    index = make_index(make_rows(300))
-    keys = [key for key, _ in index.keys_after()]
-    for position in range(0, 300, 37):
-        assert [key for key, _ in index.keys_after(keys[position])] == keys[position + 1 :]
+def test_an_index_of_another_store_is_not_opened(tmp_path: Path) -> None:
+    saved = Saved(tmp_path)
+    assert saved.load(make_index(make_table(make_rows(3)))) is not None
+    assert saved.load(b"".join(index_bytes(make_table(make_rows(3)), "0" * 64))) is None
 
 
 @pytest.mark.parametrize("count", [0, 3, 200])
-def test_no_flipped_bit_and_no_cut_in_an_index_gives_a_wrong_answer(count: int) -> None:
-    rows = make_rows(count)
-    data = b"".join(build_index(rows, NAMES, SPEC.fingerprint))
-    wanted = {record.key: [(shard, record)] for shard, record in unpack_rows(rows)}
-    absent = [random.Random(n).randbytes(16) for n in range(5)]
-    chooser = random.Random(count)
-
-    def check(changed: bytes) -> int:
-        try:
-            index = Index(MemorySource(changed), SPEC.fingerprint)
-        except IndexDamagedError:
-            return 1
-        detected = 0
-        for key in [*wanted, *absent]:
-            try:
-                assert index.find(key) == wanted.get(key, [])
-            except IndexDamagedError:
-                detected += 1
-        return detected
-
+def test_no_flipped_bit_and_no_cut_in_an_index_gives_a_wrong_answer(count: int, tmp_path: Path) -> None:
+    """A damaged one is not opened."""
+    saved, chooser = Saved(tmp_path), random.Random(count)
+    data = make_index(make_table(make_rows(count)))
     positions = range(len(data)) if count < 200 else sorted(chooser.sample(range(len(data)), 400))
     for position in positions:
         changed = bytearray(data)
         changed[position] ^= 1 << chooser.randrange(8)
-        assert check(bytes(changed)) > 0
+        assert saved.load(bytes(changed)) is None
     for length in positions:
-        assert check(data[:length]) > 0
-    assert check(data + b"x") > 0
-    assert check(data) == 0
+        assert saved.load(data[:length]) is None
+    assert saved.load(data + b"x") is None
+    assert saved.load(data) is not None
 
 
-def test_an_index_with_sound_checksums_that_names_no_shard_of_its_own_is_damaged() -> None:
+def test_an_index_with_a_sound_checksum_that_names_no_shard_of_its_own_is_damaged(tmp_path: Path) -> None:
     rows = make_rows(100)
     rows["shard"][50] = 7
-    index = make_index(rows)
-    key = next(unpack_rows(rows[50:51]))[1].key
-    for question in (lambda: index.find(key), lambda: list(index.keys_after()), lambda: index.rows()):
-        with pytest.raises(IndexDamagedError):
-            question()
+    saved = Saved(tmp_path)
+    assert saved.load(make_index(make_table(rows))) is None
+    rows["shard"][50] = 6
+    assert saved.load(make_index(make_table(rows))) is not None
+    for names in (NAMES[::-1], [NAMES[0]] * 7, [*NAMES[:6], "x" * 41]):
+        assert saved.load(make_index(make_table(rows, names))) is None
+
+
+def test_an_index_that_claims_to_be_huge_costs_no_memory(tmp_path: Path) -> None:
+    saved = Saved(tmp_path)
+    saved.load(make_index(make_table(make_rows(3))))
+    with open(saved.path, "r+b") as file:
+        file.seek(16)
+        file.write((2**50).to_bytes(8, "little"))
+        file.truncate(2**40)
+    assert saved.file.load() is None
 
 
 # ---------------------------------------------------------------- in a store
@@ -235,32 +273,18 @@ def test_an_index_that_is_damaged_under_an_open_cache_changes_no_answer(tmp_path
     assert rows.read_bytes() == undamaged
 
 
-def test_an_index_that_was_replaced_on_another_machine_is_opened_again(tmp_path: Path) -> None:
-    """A network file system then answers ESTALE. No header is read for that, and the next refresh uses the index."""
-    stale: set[int] = set()
-
-    class ForgetsReplacedFiles(TracedFileSystem):
-        def pread(self, fd: int, length: int, offset: int) -> bytes:
-            if os.fstat(fd).st_ino in stale:
-                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
-            return super().pread(fd, length, offset)
-
-    for number in (1, 2):
-        write_shard(tmp_path, [number])
-    index = save_index(tmp_path)
-    fs = ForgetsReplacedFiles()
+def test_an_index_is_read_when_a_cache_is_opened_and_never_again(tmp_path: Path) -> None:
+    """So it may be replaced, cut or removed under an open cache, here or on another machine."""
+    fill(tmp_path)
+    rows = save_index(tmp_path)
+    fs = TracedFileSystem()
     with FeatureCache.open(tmp_path, fs=fs) as cache:
-        for number in (3, 4):
-            stale.add(index.stat().st_ino)
-            with open(index, "rb"):  # or the new file might get the old one's number
-                write_shard(tmp_path, [number])
-                save_index(tmp_path)
-            opened = fs.operations.count("open_file")
-            assert make_key(1) in cache
-            assert make_key(number) not in cache
-            assert fs.operations.count("open_file") == opened + 1
-            cache.refresh()
-            assert holds(cache, [1, 2, 3, 4][:number])
+        delete(rows)
+        before = len(fs.operations)
+        assert len(cache) == len(list(cache)) == 40
+        assert all(make_key(number) in cache for number in range(40))
+        assert len(fs.operations) == before
+        assert holds(cache, range(40))
 
 
 def test_an_index_from_another_store_is_ignored(tmp_path: Path) -> None:
@@ -289,7 +313,7 @@ def test_an_index_whose_rows_are_wrong_though_its_checksums_fit_is_found_out(tmp
     rows_file = save_index(tmp_path)
     with FeatureCache.open(tmp_path) as cache:
         names = list(cache.shard_names())
-        good = cache._view.snapshot.rows_in(names)
+    good = index_of(tmp_path).rows
     wrong = good.copy()
     wrong["offset"] += 48
     swapped = good.copy()
@@ -299,7 +323,7 @@ def test_an_index_whose_rows_are_wrong_though_its_checksums_fit_is_found_out(tmp
     reshaped = good.copy()
     reshaped["h"], reshaped["w"] = 3, 2
     for rows in (wrong, swapped, elsewhere, reshaped):
-        rows_file.write_bytes(b"".join(build_index(rows, names, SPEC.fingerprint)))
+        rows_file.write_bytes(make_index(make_table(rows, names)))
         with FeatureCache.open(tmp_path) as cache:
             assert holds(cache, range(40))
 
@@ -309,7 +333,7 @@ def test_shards_that_the_index_does_not_cover_are_read_from_their_headers(tmp_pa
     save_index(tmp_path)
     write_shard(tmp_path, range(8, 20))
     with FeatureCache.open(tmp_path) as cache:
-        assert cache._view.snapshot.base is not None
+        assert cache.unindexed_shards == cache.shard_names()[1:]
         assert holds(cache, range(20))
         assert cache.shard_of(make_key(9)) == cache.shard_names()[1]
         assert cache.shard_of(make_key(7)) == cache.shard_names()[0]
@@ -326,8 +350,7 @@ def test_a_shard_that_the_index_covers_and_that_is_gone_takes_its_features_with_
         assert cache.save_index()
     with without_headers(tmp_path) as cache:
         assert holds(cache, [*range(10), *range(18, 25)])
-        assert cache._view.snapshot.base is not None
-        assert gone not in cache._view.snapshot.base.index.names()
+    assert gone not in index_of(tmp_path).shards
 
 
 def test_a_rebuilt_index_is_the_same_bytes(tmp_path: Path) -> None:
@@ -376,27 +399,26 @@ def test_saving_an_index_syncs_the_names_of_the_shards_that_it_lists(tmp_path: P
     assert steps == ["fsync_directory", "pwrite", "pwrite", "fsync", "rename", "fsync_directory"]
 
 
-def test_without_an_index_memory_is_not_spent_on_a_large_store(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fill(tmp_path)
-    monkeypatch.setattr(derive_module, "MAX_IN_MEMORY_BYTES", 100)
-    with no_descriptor_leaks(), FeatureCache.open(tmp_path) as cache:
-        supplement = cache._view.snapshot.supplement
-        assert supplement is not None
-        assert not isinstance(supplement.index._source, MemorySource)
-        assert holds(cache, range(40))
-        write_shard(tmp_path, range(40, 45))
-        cache.refresh()
-        assert holds(cache, range(45))
-        del supplement
-    monkeypatch.setattr(os, "dup", _no_room)
-    with FeatureCache.open(tmp_path) as cache:
-        assert holds(cache, range(45))
-
-
-def _no_room(fd: int) -> int:
-    raise OSError(errno.ENOSPC, "no room for a temporary file")
+def test_a_cache_takes_64_bytes_a_feature_and_no_more(tmp_path: Path) -> None:
+    """Of a table as it is loaded, and as it is after shards have joined it."""
+    count, shards = 200_000, 800
+    names = [f"{n:012x}-{n:016x}.safetensors" for n in range(shards)]
+    saved, table = Saved(tmp_path), make_table(make_rows(count, shards=shards), names)
+    data = make_index(table)
+    saved.path.write_bytes(data)
+    tracemalloc.start()
+    try:
+        loaded = saved.file.load()
+        assert loaded is not None
+        assert tracemalloc.get_traced_memory()[0] <= 64 * count
+        fresh = join_rows([loaded.rows[:5]])
+        fresh["shard"] = 0
+        joined = RecordTable.merged([*names, "f" * 41], [(loaded.shards, loaded.rows), (["f" * 41], fresh)])
+        del loaded, fresh
+        assert len(joined.rows) == count + 5
+        assert tracemalloc.get_traced_memory()[0] <= 64 * (count + 5)
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_listing_that_lags_behind_hides_nothing_that_is_known(tmp_path: Path) -> None:

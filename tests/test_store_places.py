@@ -36,8 +36,9 @@ from vggt_cache.errors import (
     SettingsError,
     SpecMismatchError,
 )
-from vggt_cache.store import FeatureCache, create_store, describe, list_stores
-from vggt_cache.store.index import build_index
+from vggt_cache.store import FeatureCache, FileSystem, create_store, describe, list_stores
+from vggt_cache.store.index import IndexFile, index_bytes
+from vggt_cache.store.record import RecordTable
 
 CAUSAL = make_spec(context="causal")
 
@@ -164,11 +165,13 @@ def test_an_index_that_names_a_file_outside_of_the_store_leads_nowhere(tmp_path:
     cache_dir = fill(tmp_path / "cache", indexed=True)
     outside = shard_path(cache_dir, write_shard(cache_dir, [20]))
     with FeatureCache.open(cache_dir) as cache:
-        rows = cache._view.snapshot.rows_in(list(cache.shard_names()))
+        assert cache.save_index()
         names = [*cache.shard_names()[:2], "../../../" + "0" * 20 + ".safetensors"]
     outside.rename(shards_dir(cache_dir) / names[-1])
     index = cache_dir / SPEC.short_name / "index" / "rows"
-    index.write_bytes(b"".join(build_index(rows, names, SPEC.fingerprint)))
+    table = IndexFile(str(cache_dir / SPEC.short_name), SPEC.fingerprint, FileSystem()).load()
+    assert table is not None
+    index.write_bytes(b"".join(index_bytes(RecordTable(names, table.rows), SPEC.fingerprint)))
     with FeatureCache.open(cache_dir) as cache:
         assert holds(cache, range(9))
 

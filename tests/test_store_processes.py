@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -195,7 +195,7 @@ def test_of_two_racing_writers_of_one_key_both_commit_and_all_readers_agree_on_t
     expected = winners()
     for key, (shard, value) in enumerate(expected):
         with FeatureCache.open(tmp_path) as cache:
-            holders = [name for name, _ in cache._view.find(make_key(key))]
+            holders = [name for name, _ in cache.copies_of(make_key(key))]
         assert shard == max(holders)
         assert len(holders) == 2
         assert value in (1.0, 2.0)
@@ -303,14 +303,16 @@ def test_a_process_forked_while_threads_read_can_read(tmp_path: Path) -> None:
 def test_a_lock_that_is_held_at_the_fork_does_not_stop_the_child(tmp_path: Path) -> None:
     fill(tmp_path, 2)
     with FeatureCache.open(tmp_path) as cache:
-        pool = cache._view._reader._pool
 
         def read(fd: int) -> None:
             signal.alarm(10)
             assert holds(cache, range(6))
             cache.refresh()
 
-        with pool._lock, cache._stats_lock, cache._view._lock, child(read) as (process, _):
+        with ExitStack() as held:
+            for lock in cache.locks:
+                held.enter_context(lock)
+            process, _ = held.enter_context(child(read))
             assert finish(process) == 0
 
 
@@ -335,8 +337,7 @@ def test_threads_read_right_features_although_shards_are_opened_and_closed_all_t
 ) -> None:
     fill(tmp_path, 20)
     with FeatureCache.open(tmp_path) as cache:
-        pool = cache._view._reader._pool
-        pool._limit = 2
+        cache.open_shards.limit = 2
         wrong: list[int] = []
 
         def read(seed: int) -> None:

@@ -18,8 +18,6 @@ from trials.checks import check
 from trials.simulated import interleaved, power_loss
 from trials.world import World
 from vggt_cache.store import FeatureCache
-from vggt_cache.store.index import IndexDamagedError
-from vggt_cache.store.view import StoreView
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -95,21 +93,6 @@ def test_one_seed_is_one_run() -> None:
         first, second = interleaved(seed), interleaved(seed)
         assert first.disk.tick == second.disk.tick > 100
         assert contents(first.disk) == contents(second.disk)
-
-
-def test_a_lost_index_takes_along_only_what_a_damaged_shard_held(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader whose index fails in the middle for good, with a shard whose header was cut: a miss is no violation."""
-
-    def gone(view: StoreView, snapshot: object) -> None:
-        raise IndexDamagedError("the index is gone for good")
-
-    monkeypatch.setattr(StoreView, "_reopen_index", gone)
-    machine = StoreMachine()
-    machine.work_with_faults(clients="rw", rate=0.2, seed=142)
-    machine.damage_a_shard(how="cut", seed=532)
-    machine.work_with_faults(clients="wwr", rate=0.01, seed=512)
-    machine.damage_a_shard(how="cut", seed=65)
-    machine.work_with_faults(clients="r", rate=0.05, seed=16557462)
 
 
 def contents(disk: Disk) -> list[bytes]:

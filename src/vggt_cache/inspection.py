@@ -23,9 +23,9 @@ from vggt_cache.precompute.report import Reporter, bytes_text, count_of
 from vggt_cache.precompute.run import EXIT_INVALID, EXIT_OK
 from vggt_cache.precompute.verify import verify_data, verify_records
 from vggt_cache.store import FeatureCache, convert, describe, prune
+from vggt_cache.store.directory import select_store
 from vggt_cache.store.filesystem import OPERATING_SYSTEM
-from vggt_cache.store.maintenance import CacheDescription, StoreDescription
-from vggt_cache.store.selection import select_store
+from vggt_cache.store.inventory import CacheDescription, StoreDescription
 
 Pixels = npt.NDArray[np.uint8]
 Feature = npt.NDArray[np.float32]

@@ -10,14 +10,12 @@ from random import Random
 
 import atheris
 
-with atheris.instrument_imports(
-    include=["vggt_cache.store.parse", "vggt_cache.store.geometry", "vggt_cache.identity"]
-):
-    import vggt_cache.store.parse
+with atheris.instrument_imports(include=["vggt_cache.store.header", "vggt_cache.identity"]):
+    import vggt_cache.store.header
 
 from trials.damage import check_header, hostile_header
 
-LENGTH_BYTES = vggt_cache.store.parse.LENGTH_BYTES
+LENGTH_BYTES = vggt_cache.store.header.LENGTH_BYTES
 
 
 def one_input(data: bytes) -> None:

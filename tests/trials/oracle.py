@@ -67,14 +67,40 @@ def read_shard(data: bytes, original: bytes) -> Records | None:
     start, entries, checksums = found
     if any(not _HEX.fullmatch(checksums.get(name, "")) for name in entries):
         return None
-    result: Records = {}
+    return {
+        KEYS[bytes.fromhex(name)]: _payload(data, start, name, entry, checksums[name])
+        for name, entry in entries.items()
+    }
+
+
+def _payload(data: bytes, start: int, name: str, entry: dict[str, Any], checksum: str) -> bytes | None:
+    first, last = (start + offset for offset in entry["data_offsets"])
+    tail = bytes.fromhex(name) + entry["dtype"].encode()
+    tail += b"".join(side.to_bytes(4, "little") for side in entry["shape"])
+    sound = xxhash.xxh3_128_hexdigest(data[first:last] + tail) == checksum
+    return data[first:last] if sound else None
+
+
+@cache
+def rescued(data: bytes, original: bytes) -> Records:
+    """What a broken header still tells: records whose entry stands in it as in `original`, with one checksum."""
+    before = _split(original)
+    assert before is not None
+    start, entries, _ = before
+    remains, left, checksums = data[:start], {}, {}
     for name, entry in entries.items():
-        first, last = (start + offset for offset in entry["data_offsets"])
-        tail = bytes.fromhex(name) + entry["dtype"].encode()
-        tail += b"".join(side.to_bytes(4, "little") for side in entry["shape"])
-        sound = xxhash.xxh3_128_hexdigest(data[first:last] + tail) == checksums[name]
-        result[KEYS[bytes.fromhex(name)]] = data[first:last] if sound else None
-    return result
+        text = f'"{name}":{json.dumps(entry, separators=(",", ":"))}'.encode()
+        digests = re.findall(f'"{name}":"([0-9a-f]{{32}})"'.encode(), remains)
+        if remains.count(text) == len(digests) == 1:
+            left[name], checksums[name] = entry, digests[0].decode()
+    last = max((entry["data_offsets"][1] for entry in left.values()), default=0)
+    for begin in (8 + int.from_bytes(data[:8], "little"), len(data) - last):
+        there = {name: entry for name, entry in left.items() if begin + entry["data_offsets"][1] <= len(data)}
+        found = {name: _payload(data, begin, name, entry, checksums[name]) for name, entry in there.items()}
+        in_order = sorted(found, key=lambda name: entries[name]["data_offsets"])
+        if any(found[name] is not None for name in in_order[:4]):
+            return {KEYS[bytes.fromhex(name)]: value for name, value in found.items()}
+    return {}
 
 
 def is_known(number: int, feature: torch.Tensor) -> bool:
@@ -134,6 +160,13 @@ class Oracle:
         found = {name: self.contents(name) for name in self.names()}
         return {name: read_shard(data, self.original.get(name, data)) for name, data in found.items()}
 
+    def held(self) -> dict[str, Records]:
+        """The same, with what can be rescued where the header is broken."""
+        return {
+            name: rescued(self.contents(name), self.original[name]) if found is None else found
+            for name, found in self.records().items()
+        }
+
     def intact(self, names: Iterable[str]) -> set[int]:
         """Numbers in those of these shards that nobody damaged."""
         records = self.records()
@@ -158,7 +191,9 @@ class Oracle:
         """A shard that was acknowledged is not there: only `prune` may do that, and only with what is not needed."""
         assert self.pruned, f"shard {gone} was acknowledged and is lost"
         data = self.damaged.get(gone, self.original[gone])
-        before = read_shard(data, self.original[gone]) or {}
+        before = read_shard(data, self.original[gone])
+        if before is None:
+            before = rescued(data, self.original[gone])
         for number in sorted(self.acknowledged.pop(gone)):
             if before.get(number) is None:
                 continue  # damaged before it was removed
@@ -170,10 +205,9 @@ class Oracle:
 
     def served(self) -> tuple[dict[int, tuple[str, bytes | None]], list[str]]:
         """For each number the shard that serves it and the answer (None: damaged); and the broken shards."""
-        records = self.records()
         answers = {
             number: (name, value)
-            for name, found in sorted(records.items())
-            for number, value in (found or {}).items()
+            for name, found in sorted(self.held().items())
+            for number, value in found.items()
         }
-        return answers, sorted(name for name, found in records.items() if found is None)
+        return answers, sorted(name for name, found in self.records().items() if found is None)

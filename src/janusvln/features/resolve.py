@@ -16,7 +16,7 @@ from vggt_cache.errors import AmbiguousCacheError, CacheNotFoundError, NotACache
 from vggt_cache.identity import FeatureSpec, Preprocessing
 from vggt_cache.precompute.settings import choose_compute_dtype
 from vggt_cache.store import FeatureCache, create_store, list_stores
-from vggt_cache.store.selection import describe_spec
+from vggt_cache.store.directory import describe_spec
 
 AS_PUBLISHED: dict[str, Any] = {
     "context": "causal",

@@ -48,7 +48,7 @@ from vggt_cache.errors import DataError, SettingsError
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.samples import Problem, Sources
 from vggt_cache.store import FeatureCache
-from vggt_cache.store.selection import describe_spec
+from vggt_cache.store.directory import describe_spec
 
 COVERAGE_PATIENCE_S = 5.0
 """How long the start waits for coverage; of a larger data set it is told when it is known."""

@@ -20,7 +20,22 @@ CODECS = ("none", "lossless")
 """What a user may choose; `int8` comes with its feature_dtype."""
 NONE, LOSSLESS, INT8 = "none", "lossless", "int8"
 
-__all__ = ["CODECS", "INT8", "LOSSLESS", "NONE", "codec_for", "coded_form", "shard_codec"]
+DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+"""safetensors' names. `int8` has none: such records are packed always."""
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 2}
+"""Bytes of a value as it is given out."""
+
+__all__ = [
+    "CODECS",
+    "DTYPE_NAMES",
+    "INT8",
+    "ITEM_BYTES",
+    "LOSSLESS",
+    "NONE",
+    "codec_for",
+    "coded_form",
+    "shard_codec",
+]
 
 
 def shard_codec(feature_dtype: str, chosen: str = NONE) -> str:
@@ -44,8 +59,8 @@ def coded_form(feature_dtype: str) -> str:
     return {"bfloat16": LOSSLESS, INT8: INT8}.get(feature_dtype, NONE)
 
 
-def codec_for(name: str) -> Codec | None:
-    """The codec of this name; None for `none`."""
+def codec_for(name: str, feature_dtype: str = "bfloat16") -> Codec:
+    """The codec of this name, for features of this dtype."""
     if name == LOSSLESS:
         from vggt_cache.codec.lossless import Lossless
 
@@ -54,4 +69,6 @@ def codec_for(name: str) -> Codec | None:
         from vggt_cache.codec.int8 import Int8
 
         return Int8()
-    return None
+    from vggt_cache.codec.plain import Plain
+
+    return Plain(ITEM_BYTES[feature_dtype])

@@ -12,7 +12,7 @@ Cells = TypeVar("Cells", int, npt.NDArray[np.int64])
 
 
 class Codec(Protocol):
-    """From the bytes of a bfloat16 feature [h, w, C] to those in the file, and back. Keeps nothing of a call.
+    """From the bytes of a feature [h, w, C] to those in the file, and back. Keeps nothing of a call.
 
     Methods may be called from several threads at once.
     """
@@ -30,7 +30,7 @@ class Codec(Protocol):
         """The bytes to write. Raises SettingsError for values that it cannot keep."""
 
     def decode(self, stored: memoryview, feature: memoryview, cells: int, channels: int) -> None:
-        """Fill `feature`, of 2 * cells * channels bytes, from bytes whose checksum was found right.
+        """Fill `feature`, all of its bytes, from bytes whose checksum was found right.
 
         Both may be of any alignment. Raises ValueError for bytes that `encode` does not give; `feature` is
         then of any content. Allocates no more than a few pieces, whatever the bytes say.

@@ -19,7 +19,7 @@ from vggt_cache.precompute.decode import DecodedFrame, decode_file
 from vggt_cache.precompute.encode import BatchEncoder
 from vggt_cache.precompute.plan import Plan
 from vggt_cache.precompute.report import bytes_text, seconds_text
-from vggt_cache.store.format import payload_bytes
+from vggt_cache.store.record import payload_bytes
 
 _SAMPLED_FRAMES = 8
 _MEASURED_LISTS = 16

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vggt_cache.store.cache import CacheStats, FeatureCache
-    from vggt_cache.store.conversion import Converted, convert
+    from vggt_cache.store.directory import create_store, list_stores
     from vggt_cache.store.filesystem import FileSystem
-    from vggt_cache.store.layout import create_store, list_stores
-    from vggt_cache.store.maintenance import describe
-    from vggt_cache.store.pruning import prune
+    from vggt_cache.store.inventory import describe
+    from vggt_cache.store.upkeep import Converted, convert, prune
     from vggt_cache.store.writer import ShardWriter
 
 __all__ = [
@@ -32,15 +31,15 @@ __all__ = [
 
 _HOME = {
     "CacheStats": "cache",
-    "Converted": "conversion",
+    "Converted": "upkeep",
     "FeatureCache": "cache",
     "FileSystem": "filesystem",
     "ShardWriter": "writer",
-    "convert": "conversion",
-    "create_store": "layout",
-    "describe": "maintenance",
-    "list_stores": "layout",
-    "prune": "pruning",
+    "convert": "upkeep",
+    "create_store": "directory",
+    "describe": "inventory",
+    "list_stores": "directory",
+    "prune": "upkeep",
 }
 
 

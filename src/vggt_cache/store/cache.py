@@ -6,27 +6,30 @@ import os
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from vggt_cache.errors import SettingsError
+from vggt_cache.codec import INT8
+from vggt_cache.errors import CacheAccessError, CorruptRecordError, SettingsError, ShardFormatError
 from vggt_cache.identity import KEY_BYTES, FeatureSpec, feature_key, frame_digest
-from vggt_cache.store.encoded import read_encoded
+from vggt_cache.store.directory import select_store
 from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem
-from vggt_cache.store.forks import renew_after_fork
-from vggt_cache.store.rows import Record
-from vggt_cache.store.selection import select_store
-from vggt_cache.store.tensors import bytes_of, check_target, empty_feature
-from vggt_cache.store.view import StoreView
+from vggt_cache.store.record import Record
+from vggt_cache.store.shards import OpenShard, OpenShards, ShardFolder, ShardVanishedError
+from vggt_cache.store.snapshot import NOTHING, Snapshot, SnapshotTaker
+from vggt_cache.store.tensors import bytes_for, bytes_of, check_target, empty_feature
 
 if TYPE_CHECKING:
     from vggt_cache.codec.quantise import EncodedFeature
 
-Frame = str | os.PathLike[str] | bytes
+T = TypeVar("T")
+Frame = str | os.PathLike[str] | bytes | bytearray | memoryview
+"""The path of an image file, or the bytes of one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +51,34 @@ class FeatureCache:
     """
 
     def __init__(
-        self, cache_dir: str, spec: FeatureSpec, view: StoreView, *, root: str | None, fs: FileSystem
+        self,
+        cache_dir: str,
+        spec: FeatureSpec,
+        *,
+        root: str | None,
+        fs: FileSystem,
+        names: Sequence[str] | None = None,
+        use_index: bool = True,
     ) -> None:
-        """Use `open`."""
+        """Use `open`. `names`: exactly these shards, instead of those that are there now."""
         self.spec = spec
         self.cache_dir = cache_dir
-        self._view = view
         self._root = root
-        self._fs = fs
+        self._use_index = use_index
         self._counts = asdict(CacheStats())
-        self._stats_lock = threading.Lock()
-        renew_after_fork(self)
+        self._make_locks()
+        store_dir = os.path.join(cache_dir, spec.short_name)
+        self._shards = ShardFolder(store_dir, spec, fs=fs)
+        self._taker = SnapshotTaker(store_dir, spec, self._shards)
+        self._snapshot = NOTHING
+        _ALIVE.add(self)
+        try:
+            self._snapshot = (
+                self._taker.take(use_index=use_index) if names is None else self._taker.exactly(names)
+            )
+        except BaseException:
+            self._shards.close()
+            raise
 
     @classmethod
     def open(
@@ -79,18 +99,19 @@ class FeatureCache:
         `use_index=False` reads the header of every shard instead of the index, as `verify` does.
 
         Raises CacheNotFoundError, NotACacheError, AmbiguousCacheError, SpecMismatchError, CacheAccessError, or
-        SettingsError. Shards whose header is damaged are left out, with one warning; see `damaged_shards`.
+        SettingsError. Of shards whose header is damaged only what can be proved is used, with one warning; see
+        `damaged_shards`.
         """
         path = os.path.abspath(cache_dir)
         chosen = select_store(path, spec=spec, fingerprint=fingerprint, context=context, fs=fs)
-        view = StoreView(path, chosen, fs=fs, use_index=use_index)
-        cache = cls(path, chosen, view, root=None if root is None else os.path.abspath(root), fs=fs)
+        where = None if root is None else os.path.abspath(root)
+        cache = cls(path, chosen, root=where, fs=fs, use_index=use_index)
         cache._warn_of_damage(())
         return cache
 
     # ------------------------------------------------------------ features
 
-    def get(self, frames: Sequence[Frame], *, out: torch.Tensor | None = None) -> torch.Tensor | None:
+    def get(self, frames: Iterable[Frame], *, out: torch.Tensor | None = None) -> torch.Tensor | None:
         """The feature [h, w, C] of an ordered list of frames; None when it is not in the cache.
 
         `frames`: paths of image files, or the files' bytes. Context `frame`: the feature of the last frame, of
@@ -103,13 +124,9 @@ class FeatureCache:
         """
         return self.get_by_key(self.key_of(frames), out=out)
 
-    def key_of(self, frames: Sequence[Frame]) -> bytes:
+    def key_of(self, frames: Iterable[Frame]) -> bytes:
         """The 16-byte key under which the feature of these frames is stored. Raises FrameError, SettingsError."""
-        if isinstance(frames, (str, bytes, os.PathLike)) or not frames:
-            raise SettingsError(
-                f"frames is {str(frames)[:60]!r}, and a list of frames is needed, such as ['000.png', '003.png']"
-            )
-        used = self.spec.context_rule.used(frames)
+        used = self.spec.context_rule.used(_listed(frames))
         return feature_key(self.spec, [frame_digest(self._bytes_of_frame(frame)) for frame in used])
 
     def get_by_key(self, key: bytes, *, out: torch.Tensor | None = None) -> torch.Tensor | None:
@@ -127,7 +144,11 @@ class FeatureCache:
         keep its features in int8; other errors as for `get_by_key`.
         """
         started_s = time.perf_counter()
-        found = read_encoded(self._view, self.spec, _checked(key), out)
+        if self.spec.feature_dtype != INT8:
+            raise SettingsError(
+                f"this cache keeps its features in {self.spec.feature_dtype}, not in {INT8}: use get_by_key"
+            )
+        found = self._first_copy(_checked(key), lambda shard, record: self._encoded_of(shard, record, out))
         self._count(None if found is None else found.record, time.perf_counter() - started_s)
         return found
 
@@ -138,38 +159,52 @@ class FeatureCache:
     # ------------------------------------------------------------ keys
 
     def __len__(self) -> int:
-        return self._view.key_count()
+        return self._now().table.key_count
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, bytes) and len(key) == KEY_BYTES and bool(self._view.find(key))
+        return isinstance(key, bytes) and len(key) == KEY_BYTES and bool(self._now().table.find(key))
 
     def keys(self) -> Iterator[bytes]:
         """Every key once, in order, from the snapshot at the time of the call. Takes little memory."""
-        return self._view.keys()
+        return self._now().table.keys()
 
     def __iter__(self) -> Iterator[bytes]:
-        return self._view.keys()
+        return self.keys()
+
+    def copies_of(self, key: bytes) -> list[tuple[str, Record]]:
+        """Shard and record of every copy of a key, the one that is served first."""
+        return self._now().table.find(_checked(key))
 
     def shard_of(self, key: bytes) -> str | None:
-        """Name of the shard from which this key is read; None when the cache has not the key."""
-        found = self._view.find(_checked(key))
+        """Name of the shard from which this key is read; None when it is not in the cache."""
+        found = self.copies_of(key)
         return found[0][0] if found else None
 
     def shard_names(self) -> tuple[str, ...]:
         """Names of the shards of the snapshot, oldest first."""
-        return self._view.snapshot.names
+        return self._snapshot.names
 
     # ------------------------------------------------------------ the snapshot
 
     @property
     def snapshot(self) -> str:
         """32 hex digits, equal for equal sets of shards: ranks compare it to know that they see the same cache."""
-        return self._view.snapshot.digest(self.spec)
+        return self._snapshot.digest(self.spec)
 
     @property
     def damaged_shards(self) -> tuple[tuple[str, str], ...]:
-        """Shards that were left out because their header cannot be read: name, and why."""
-        return self._view.snapshot.damaged
+        """Shards whose header cannot be used: name, and why. What is intact of them is served all the same."""
+        return self._snapshot.damaged
+
+    @property
+    def unindexed_shards(self) -> tuple[str, ...]:
+        """Shards whose header was read when the snapshot was taken, because no saved index covered them."""
+        return self._snapshot.unindexed
+
+    @property
+    def open_shards(self) -> OpenShards:
+        """The shards that are kept open."""
+        return self._shards.pool
 
     @property
     def stats(self) -> CacheStats:
@@ -181,12 +216,17 @@ class FeatureCache:
 
         Raises CacheAccessError where one of them is not there.
         """
-        return _reopen(self.cache_dir, self.spec, "\n".join(names), self._root, self._fs)
+        return _reopen(self.cache_dir, self.spec, "\n".join(names), self._root, self._shards.fs)
 
     def refresh(self) -> None:
         """Take in shards that were committed since. Features are lost only if their shards were removed."""
-        known = self.damaged_shards
-        self._view.refresh()
+        self._shards.require_open()
+        with self._lock:
+            known = self.damaged_shards
+            self._shards.reopen()
+            after = self._taker.take(self._snapshot, use_index=self._use_index)
+            if after.names != self._snapshot.names:
+                self._snapshot = after
         self._warn_of_damage(known)
 
     def save_index(self) -> bool:
@@ -194,11 +234,12 @@ class FeatureCache:
 
         False, with a warning, where the directory cannot be written; nothing depends on it.
         """
-        return self._view.save_index()
+        with self._lock:
+            return self._taker.save(self._now())
 
     def close(self) -> None:
-        """Close all files. Any later use raises CacheAccessError."""
-        self._view.close()
+        """Close all files; reads that are under way end as they would. Any later use raises CacheAccessError."""
+        self._shards.close()
 
     def __enter__(self) -> FeatureCache:
         return self
@@ -209,39 +250,107 @@ class FeatureCache:
         self.close()
 
     def __del__(self) -> None:
-        if "_view" in self.__dict__:
-            self._view.close()
+        if "_shards" in self.__dict__:
+            self._shards.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What another process needs to open the same snapshot."""
-        return _reopen, (self.cache_dir, self.spec, "\n".join(self.shard_names()), self._root, self._fs)
+        return _reopen, (
+            self.cache_dir,
+            self.spec,
+            "\n".join(self.shard_names()),
+            self._root,
+            self._shards.fs,
+        )
 
     def __repr__(self) -> str:
         return f"FeatureCache({self.cache_dir!r}, {self.spec.short_name}, {len(self.shard_names())} shards)"
 
-    def start_anew_in_child(self) -> None:
-        """Called in a forked process, where another thread may have held the lock."""
+    # ------------------------------------------------------------ threads and forks
+
+    def _make_locks(self) -> None:
+        self._lock = threading.Lock()
+        """Held while the snapshot is replaced, or its index saved."""
         self._stats_lock = threading.Lock()
+
+    @property
+    def locks(self) -> tuple[threading.Lock, ...]:
+        """All locks that a thread may hold while another one forks."""
+        return self._lock, self._stats_lock, self._shards.pool.lock
+
+    def start_anew_in_child(self) -> None:
+        """Called in a forked process, where a thread that does not exist may have held the locks."""
+        self._make_locks()
+        self._shards.start_anew_in_child()
 
     # ------------------------------------------------------------ steps
 
+    def _now(self) -> Snapshot:
+        self._shards.require_open()
+        return self._snapshot
+
     def _read(self, key: bytes, out: torch.Tensor | None) -> torch.Tensor | None:
-        feature = out
+        return self._first_copy(key, lambda shard, record: self._feature_of(shard, record, out))
 
-        def memory_for(record: Record) -> memoryview:
-            nonlocal feature
-            if out is None:
-                feature = empty_feature(self.spec, record.h, record.w)
-            else:
-                check_target(out, self.spec, record.h, record.w)
-            assert feature is not None
-            return bytes_of(feature)
+    def _first_copy(self, key: bytes, read: Callable[[OpenShard, Record], T]) -> T | None:
+        """What `read` makes of the served copy, or of an older one where that one's shard has vanished."""
+        vanished = None
+        snapshot = self._now()
+        for name, record in snapshot.table.find(key):
+            try:
+                with self._shards.opened(name) as shard:
+                    return read(shard, record)
+            except ShardVanishedError as error:
+                vanished = error  # an older copy of the same feature may still be there
+            except CorruptRecordError:
+                if not self._index_is_wrong(name, record):
+                    raise
+                self._leave_index(snapshot)
+                return self._first_copy(key, read)
+        if vanished is not None:
+            raise vanished
+        return None
 
-        return feature if self._view.read(key, memory_for) else None
+    def _feature_of(self, shard: OpenShard, record: Record, out: torch.Tensor | None) -> torch.Tensor:
+        shard.stored_bytes(record)  # a record that cannot be there gets no memory
+        if out is None:
+            out = empty_feature(self.spec, record.h, record.w)
+        else:
+            check_target(out, self.spec, record.h, record.w)
+        shard.read(record, bytes_of(out))
+        return out
+
+    def _encoded_of(self, shard: OpenShard, record: Record, out: torch.Tensor | None) -> EncodedFeature:
+        from vggt_cache.codec.quantise import EncodedFeature
+
+        memory = bytes_for(shard.stored_bytes(record), out)
+        shard.read_stored(record, bytes_of(memory))
+        return EncodedFeature(record=memory, h=record.h, w=record.w, channels=self.spec.encoder.channels)
+
+    def _index_is_wrong(self, shard: str, record: Record) -> bool:
+        """Whether the shard itself tells something else about a record than the index did."""
+        if not self._use_index:
+            return False
+        try:
+            return record not in self._shards.header(shard).records
+        except (ShardFormatError, CacheAccessError):
+            return False
+
+    def _leave_index(self, snapshot: Snapshot) -> None:
+        """The same shards, all read from their headers."""
+        with self._lock:
+            if self._snapshot is snapshot:
+                self._use_index = False
+                self._snapshot = self._taker.without_index(snapshot)
 
     def _bytes_of_frame(self, frame: Frame) -> bytes:
-        if isinstance(frame, bytes):
-            return frame
+        if isinstance(frame, (bytes, bytearray, memoryview)):
+            return bytes(frame)
+        if not isinstance(frame, (str, os.PathLike)):
+            raise SettingsError(
+                f"a frame is of type {type(frame).__name__}, and the path of an image file is needed, or the bytes of "
+                "one as they lie in the file (not its pixels)"
+            )
         from vggt_cache.frames import read_frame
 
         return read_frame(os.path.join(self._root or "", frame))
@@ -260,8 +369,9 @@ class FeatureCache:
         new = [item for item in self.damaged_shards if item not in known]
         if new:
             warnings.warn(
-                f"{self.cache_dir}: {len(new)} damaged shard(s) are left out, the first being: {new[0][1]}; run "
-                f"`vggt-cache prune {self.cache_dir} --damaged --yes`, then precompute again",
+                f"{self.cache_dir}: {len(new)} damaged shard(s), of which only what is provably intact is used, the "
+                f"first being: {new[0][1]}; run `vggt-cache prune {self.cache_dir} --damaged --yes`, then precompute "
+                "again",
                 stacklevel=3,
             )
 
@@ -274,7 +384,31 @@ def _checked(key: bytes) -> bytes:
     return key
 
 
+def _listed(frames: Iterable[Frame]) -> list[Frame]:
+    try:
+        listed = [] if isinstance(frames, (str, bytes, bytearray, memoryview, os.PathLike)) else list(frames)
+    except TypeError:
+        listed = []
+    if not listed:
+        raise SettingsError(
+            f"frames is {str(frames)[:60]!r}, and a list of frames is needed, such as ['000.png', '003.png']"
+        )
+    return listed
+
+
 def _reopen(cache_dir: str, spec: FeatureSpec, names: str, root: str | None, fs: FileSystem) -> FeatureCache:
     """The other end of sending a cache to another process."""
-    view = StoreView(cache_dir, spec, fs=fs, names=names.split("\n") if names else [])
-    return FeatureCache(cache_dir, spec, view, root=root, fs=fs)
+    return FeatureCache(cache_dir, spec, root=root, fs=fs, names=names.split("\n") if names else [])
+
+
+# ---------------------------------------------------------------- after a fork
+
+_ALIVE: weakref.WeakSet[FeatureCache] = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    for cache in list(_ALIVE):
+        cache.start_anew_in_child()
+
+
+os.register_at_fork(after_in_child=_in_child)

@@ -1,4 +1,4 @@
-"""The one seam between the store and the operating system.
+"""The one seam between the store and the operating system, and what the system's refusals mean to the user.
 
 Every operation that the store performs on files goes through a `FileSystem`, so that tests can put a faulty
 or simulated one in its place. Names are opened relative to a directory handle and are never followed when
@@ -11,11 +11,12 @@ import errno
 import fcntl
 import os
 import stat
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import ParamSpec, TypeVar
+
+from vggt_cache.errors import CacheAccessError, CommitError
 
 Buffer = bytes | bytearray | memoryview
 P = ParamSpec("P")
@@ -26,7 +27,11 @@ _NO_LINK = os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO must not block us, and is the
 
 
 class FileSystem:
-    """The operating system's calls, one method each. All raise OSError; none loops, retries or cleans up."""
+    """The operating system's calls, one method each. All raise OSError, but never because a signal interrupted them.
+
+    Python itself repeats what a signal interrupts, except calls about names, which file systems in user space and
+    on networks may interrupt too.
+    """
 
     def open_directory(self, path: str, *, dir_fd: int | None = None, follow: bool = True) -> int:
         flags = _READ | os.O_DIRECTORY | (0 if follow else os.O_NOFOLLOW)
@@ -39,16 +44,8 @@ class FileSystem:
         """A new file; its mode is what the user's umask leaves of rw-rw-rw-."""
         return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=dir_fd)
 
-    def scratch_file(self) -> int:
-        """A nameless file outside the store, gone when it is closed."""
-        with tempfile.TemporaryFile(prefix="vggt-cache-") as file:
-            return os.dup(file.fileno())
-
     def close(self, fd: int) -> None:
         os.close(fd)
-
-    def pread(self, fd: int, length: int, offset: int) -> bytes:
-        return os.pread(fd, length, offset)
 
     def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         return os.preadv(fd, buffers, offset)
@@ -96,27 +93,27 @@ class FileSystem:
         return os.fstat(fd)
 
     def stat(self, name: str, *, dir_fd: int) -> os.stat_result:
-        return os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
+        return _repeated(os.stat, name, dir_fd=dir_fd, follow_symlinks=False)
 
     def list_names(self, dir_fd: int) -> list[str]:
         # A directory handle has one read position, which forked processes share: each listing opens its own.
         own = os.open(".", _READ | os.O_DIRECTORY, dir_fd=dir_fd)
         try:
-            return os.listdir(own)
+            return _repeated(os.listdir, own)
         finally:
             os.close(own)
 
     def make_directory(self, path: str, *, dir_fd: int | None = None) -> None:
-        os.mkdir(path, 0o777, dir_fd=dir_fd)
+        _repeated(os.mkdir, path, 0o777, dir_fd=dir_fd)
 
     def link(self, source: str, target: str, *, dir_fd: int) -> None:
-        os.link(source, target, src_dir_fd=dir_fd, dst_dir_fd=dir_fd, follow_symlinks=False)
+        _repeated(os.link, source, target, src_dir_fd=dir_fd, dst_dir_fd=dir_fd, follow_symlinks=False)
 
     def rename(self, source: str, target: str, *, dir_fd: int) -> None:
-        os.rename(source, target, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        _repeated(os.rename, source, target, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
 
     def unlink(self, name: str, *, dir_fd: int) -> None:
-        os.unlink(name, dir_fd=dir_fd)
+        _repeated(os.unlink, name, dir_fd=dir_fd)
 
     def clock_s(self) -> float:
         """Seconds since 1970."""
@@ -126,7 +123,7 @@ class FileSystem:
 OPERATING_SYSTEM = FileSystem()
 
 
-def persist(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def _repeated(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """The call's result; the call is repeated for as long as a signal interrupts it."""
     while True:
         try:
@@ -139,7 +136,7 @@ def write_fully(fs: FileSystem, fd: int, data: Buffer, offset: int) -> None:
     """Write all of `data` at `offset`, however little the system takes at a time."""
     rest = memoryview(data).cast("B")
     while rest:
-        count = persist(fs.pwrite, fd, rest, offset)
+        count = fs.pwrite(fd, rest, offset)
         if count <= 0:
             raise OSError(errno.EIO, "the system accepts no more bytes")
         rest, offset = rest[count:], offset + count
@@ -149,7 +146,7 @@ def read_fully(fs: FileSystem, fd: int, target: memoryview, offset: int) -> int:
     """Fill `target` from `offset`; returns the bytes read, fewer than asked only at the end of the file."""
     done = 0
     while done < len(target):
-        count = persist(fs.preadv, fd, [target[done:]], offset + done)
+        count = fs.preadv(fd, [target[done:]], offset + done)
         if count == 0:
             break
         done += count
@@ -184,3 +181,65 @@ def _lies_on_a_disk(fd: int) -> bool:
 
 def is_regular(status: os.stat_result) -> bool:
     return stat.S_ISREG(status.st_mode)
+
+
+@contextmanager
+def opened_directory(fs: FileSystem, path: str, *, follow: bool = False) -> Iterator[int]:
+    """A handle of the directory for as long as the body runs. Raises OSError."""
+    dir_fd = fs.open_directory(path, follow=follow)
+    try:
+        yield dir_fd
+    finally:
+        release(fs, dir_fd)
+
+
+# ---------------------------------------------------------------- what a refusal means: one sentence, with the remedy
+
+_READ_REMEDY = {
+    errno.EACCES: "ask its owner for permission (ls -ld shows who that is)",
+    errno.EPERM: "ask its owner for permission (ls -ld shows who that is)",
+    errno.ENOENT: "it was there before: see whether it was moved or its file system unmounted",
+    errno.EROFS: "it is mounted read-only: use a directory that can be written",
+    errno.ELOOP: "a symbolic link in this path leads back to itself: correct the link",
+    errno.ESTALE: "the network file system has lost it: mount it again and start anew",
+    errno.EIO: "the disk or the network reports a fault: see dmesg, and copy the cache elsewhere if it can be read",
+    errno.EMFILE: "too many files are open in this process: raise the limit (ulimit -n)",
+    errno.ENFILE: "too many files are open on this machine",
+    errno.ENOTDIR: "a part of this path is not a directory: correct the path",
+}
+_WRITE_REMEDY = {
+    **_READ_REMEDY,
+    errno.ENOSPC: "the disk is full: free some space (df shows how much) and run the same command again",
+    errno.EDQUOT: "the disk quota is used up: free some space (quota shows how much) and run the same command again",
+    errno.EFBIG: "the file would be larger than allowed (ulimit -f): raise the limit and run the same command again",
+}
+
+
+def _cause(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else str(error)
+
+
+def access_error(path: str, error: OSError) -> CacheAccessError:
+    """`path` cannot be read."""
+    remedy = _READ_REMEDY.get(error.errno or 0, "check the file system it lies on")
+    return CacheAccessError(f"{path} cannot be used ({_cause(error)}): {remedy}")
+
+
+def commit_error(path: str, error: OSError) -> CommitError:
+    """A file in the directory `path` could not be written to the disk."""
+    remedy = _WRITE_REMEDY.get(
+        error.errno or 0, "see that the disk is in order, and run the same command again"
+    )
+    return CommitError(
+        f"a file in {path} could not be brought to the disk ({_cause(error)}), so it was not committed; "
+        f"what was committed before is untouched: {remedy}"
+    )
+
+
+@contextmanager
+def accessing(path: str) -> Iterator[None]:
+    """OSErrors of the body become CacheAccessError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise access_error(path, error) from error

@@ -1,18 +1,17 @@
 """A shard's bytes: a safetensors file whose header carries, per record, a checksum. See `docs/format.md`.
 
-What is written, and the limits of what is read; `parse.py` reads it.
+What is written, and the limits of what is read; `header.py` reads it.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 
-import xxhash
-
-from vggt_cache.codec import NONE
+from vggt_cache.codec import DTYPE_NAMES, NONE
 from vggt_cache.identity import FeatureSpec
-from vggt_cache.store.rows import Record
+from vggt_cache.store.record import Record, stored_length
 
 FORMAT_NAME = "vggt-feature-cache"
 FORMAT_VERSION = "1"
@@ -29,43 +28,12 @@ MAX_DATA_BYTES = 1 << 50
 MAX_STORED_BYTES = (1 << 32) - 1
 """Of one packed record, since the index has 32 bits for it."""
 
-DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-"""safetensors' names. `int8` has none: such records are packed always."""
 CODED_DTYPE = "U8"
-ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 2}
+"""Of packed records: bytes, to safetensors."""
+SHARD_NAME = re.compile(r"[0-9a-f]{12}-[0-9a-f]{16}\.safetensors")
 
 _ENTRY_BYTES = 204
 """The most that one record takes in a header: its entry with the largest numbers, and its checksum."""
-
-
-def payload_bytes(spec: FeatureSpec, h: int, w: int) -> int:
-    """Bytes of a feature [h, w, C] as it is given out."""
-    return h * w * spec.encoder.channels * ITEM_BYTES[spec.feature_dtype]
-
-
-def stored_length(spec: FeatureSpec, record: Record) -> int:
-    """Bytes of a record in its file."""
-    return record.stored_bytes or payload_bytes(spec, record.h, record.w)
-
-
-def record_checksum(
-    spec: FeatureSpec, key: bytes, h: int, w: int, stored: bytes | memoryview, codec: str = NONE
-) -> bytes:
-    """xxh3-128 (16 bytes, canonical order) over the bytes in the file, key, dtype name, and h, w, C as u32 LE.
-
-    Of a packed record the codec's name stands in the place of the dtype's.
-    """
-    return finish_checksum(xxhash.xxh3_128(stored), spec, key, h, w, codec)
-
-
-def finish_checksum(
-    hasher: xxhash.xxh3_128, spec: FeatureSpec, key: bytes, h: int, w: int, codec: str = NONE
-) -> bytes:
-    """The record's checksum from a hasher that has seen the bytes in the file."""
-    shape = b"".join(side.to_bytes(4, "little") for side in (h, w, spec.encoder.channels))
-    name = DTYPE_NAMES[spec.feature_dtype] if codec == NONE else codec
-    hasher.update(key + name.encode() + shape)
-    return hasher.digest()
 
 
 # ---------------------------------------------------------------- writing

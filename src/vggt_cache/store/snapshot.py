@@ -1,117 +1,175 @@
 """One view of a store: a set of shards, and where each key lies in them.
 
-Most rows come from the index on disk. Shards that it does not cover are read from their headers into a
-supplement of the same form. The answers do not depend on how much the index covers.
+Most records are known from the saved index; shards that it does not cover are read from their headers and join the
+same table. The answers do not depend on how much the index covers.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import xxhash
 
 from vggt_cache.identity import FeatureSpec
-from vggt_cache.store.index import Index
-from vggt_cache.store.rows import Record, Rows, join_rows
+from vggt_cache.store.index import IndexFile
+from vggt_cache.store.record import RecordTable, Rows, join_rows
+from vggt_cache.store.shards import ShardFolder, ShardVanishedError
 
-
-@dataclass(frozen=True, kw_only=True)
-class Level:
-    """An index, and which of the shards it covers belong to the snapshot."""
-
-    index: Index
-    alive: bytes | None = None
-    """One byte per shard number, 1 or 0; None where all belong."""
-
-    @classmethod
-    def over(cls, index: Index, names: Sequence[str]) -> Level:
-        """The part of `index` that is about the shards `names`, which are in order."""
-        if index.names_text == "\n".join(names):
-            return cls(index=index)
-        wanted = frozenset(names)
-        alive = bytes(name in wanted for name in index.names())
-        return cls(index=index, alive=None if all(alive) else alive)
-
-    def names(self) -> list[str]:
-        """Shards of the snapshot that this level covers."""
-        names = self.index.names()
-        if self.alive is None:
-            return names
-        return [name for name, alive in zip(names, self.alive, strict=True) if alive]
-
-    def find(self, key: bytes) -> list[tuple[str, Record]]:
-        found = self.index.find(key)
-        if self.alive is not None:
-            found = [(shard, record) for shard, record in found if self.alive[shard]]
-        return [(self.index.name(shard), record) for shard, record in found]
-
-    def keys(self, after: bytes) -> Iterator[bytes]:
-        for key, shard in self.index.keys_after(after):
-            if self.alive is None or self.alive[shard]:
-                yield key
-
-    def rows(self, numbers: dict[str, int]) -> Rows:
-        """Rows of the shards in `numbers`, with `shard` replaced by the number given there."""
-        mine = frozenset(self.names())
-        renumber = np.array(
-            [numbers.get(name, -1) if name in mine else -1 for name in self.index.names()], np.int64
-        )
-        rows = self.index.rows()
-        new_number = renumber[rows["shard"]]
-        kept: Rows = rows[new_number >= 0].copy()
-        kept["shard"] = new_number[new_number >= 0]
-        return kept
+MAX_LISTINGS = 4
+"""How often the folder is listed while shards go on to vanish."""
+_FEW_SHARDS = 64
+"""So many headers are read sooner than a whole index."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """Immutable. Methods that look at rows raise IndexDamagedError; then derive it anew without the index."""
+    """Immutable."""
 
     names: tuple[str, ...]
     """The shards, in order."""
-    base: Level | None = None
-    """What the index on disk told."""
-    supplement: Level | None = None
-    """What the headers of the other shards told."""
-    damaged: tuple[tuple[str, str], ...] = field(default=())
-    """Shards whose header cannot be read, and why. They hold nothing for us."""
-
-    @cached_property
-    def levels(self) -> tuple[Level, ...]:
-        return tuple(level for level in (self.base, self.supplement) if level is not None)
-
-    def find(self, key: bytes) -> list[tuple[str, Record]]:
-        """Shard and record of every copy of this key; the latest shard, which wins, first."""
-        if len(self.levels) == 1:
-            return self.levels[0].find(key)
-        found = [hit for level in self.levels for hit in level.find(key)]
-        return sorted(found, key=lambda hit: hit[0], reverse=True)
-
-    def keys(self, after: bytes = b"") -> Iterator[bytes]:
-        """Every key greater than `after` once, in order."""
-        last = after
-        for key in heapq.merge(*(level.keys(after) for level in self.levels)):
-            if key != last:
-                last = key
-                yield key
-
-    @cached_property
-    def key_count(self) -> int:
-        """Number of different keys."""
-        if len(self.levels) == 1 and self.levels[0].alive is None:
-            return int(self.levels[0].index.key_count)
-        return sum(1 for _ in self.keys())
-
-    def rows_in(self, names: Sequence[str]) -> Rows:
-        """All rows of the shards `names`, unsorted; `shard` counts in `names`. 56 bytes of memory each."""
-        numbers = {name: number for number, name in enumerate(names)}
-        parts = [level.rows(numbers) for level in self.levels]
-        return join_rows(parts)
+    table: RecordTable
+    """Their records."""
+    damaged: tuple[tuple[str, str], ...] = ()
+    """Shards whose header cannot be used, and why. The table has what could be rescued of them."""
+    unindexed: tuple[str, ...] = ()
+    """Shards whose header was read, because no saved index covered them."""
 
     def digest(self, spec: FeatureSpec) -> str:
         """32 hex digits that are the same for the same set of shards of the same store."""
         return xxhash.xxh3_128_hexdigest("\n".join((spec.fingerprint, *self.names)).encode())
+
+    def sound_shards(self) -> list[str]:
+        """Those of the table whose header is as it should be: an index may cover them."""
+        damaged = {name for name, _ in self.damaged}
+        return [name for name in self.table.shards if name not in damaged]
+
+
+NOTHING = Snapshot(names=(), table=RecordTable((), join_rows([])))
+
+
+class SnapshotTaker:
+    """Takes snapshots of one store, and saves its index. Not for several threads at once."""
+
+    def __init__(self, store_dir: str, spec: FeatureSpec, shards: ShardFolder) -> None:
+        self._store_dir = store_dir
+        self._shards = shards
+        self.index = IndexFile(store_dir, spec.fingerprint, shards.fs)
+
+    # ------------------------------------------------------------ taking
+
+    def take(self, before: Snapshot | None = None, *, use_index: bool = True) -> Snapshot:
+        """The store as it is now; `before`: what is known already. Raises CacheAccessError.
+
+        No listing is relied on to be complete: one that is made while `prune` removes a shard may show neither that
+        nor the newer one that holds the same, and on a network file system one may be behind. So a shard that the
+        index names, which `prune` sees to before it removes any, is looked for by its name; and when a shard proves
+        to be gone, its successor may have come after the listing, so then it is listed anew.
+        """
+        gone: set[str] = set()
+        for _ in range(MAX_LISTINGS):
+            names = self._shards.names()
+            # Only now: what was removed before the listing ended has its successor in here.
+            loaded = self.index.load() if use_index and before is None else None
+            known = set(self.index.shard_names() if loaded is None else loaded.shards)
+            known.update(before.names if before is not None else ())
+            missing = known.difference(names, gone)
+            found = {name for name in missing if self._shards.exists(name)}
+            snapshot = self._assemble(sorted({*names, *found}), loaded, before, use_index)
+            vanished = {*(missing - found), *names} - {*snapshot.names} - gone
+            if not vanished:
+                break
+            gone |= vanished
+        return snapshot
+
+    def exactly(self, names: Sequence[str]) -> Snapshot:
+        """The snapshot of just these shards, in order. Raises CacheAccessError, also if one of them is gone."""
+        snapshot = self._assemble(list(names), self.index.load(), None, True)
+        for name in set(names) - set(snapshot.names):
+            self._shards.contents(name)  # raises what is to be said of a shard that is gone
+        return snapshot
+
+    def without_index(self, snapshot: Snapshot) -> Snapshot:
+        """The same shards as in `snapshot`, all read from their headers; those that are gone are left out."""
+        return self._assemble(list(snapshot.names), None, None, False)
+
+    def _assemble(
+        self, names: list[str], loaded: RecordTable | None, before: Snapshot | None, use_index: bool
+    ) -> Snapshot:
+        """The snapshot of these shards, except those that are gone."""
+        base = before or NOTHING
+        if before is None and loaded is not None:
+            base = Snapshot(names=loaded.shards, table=loaded)
+        known = frozenset(base.names)
+        new = [name for name in names if name not in known]
+        parts = [(base.table.shards, base.table.rows)]
+        if before is not None and use_index and len(new) > _FEW_SHARDS:
+            later = self.index.load()
+            if later is not None:
+                parts.append((later.shards, later.rows))
+                new = sorted(set(new).difference(later.shards))
+        read, rows, damaged, gone = self._read_headers(new)
+        present = tuple(name for name in names if name not in gone)
+        table = base.table
+        if read or len(parts) > 1 or not set(table.shards).issubset(present):
+            table = RecordTable.merged(present, [*parts, (read, rows)])
+        damaged += [item for item in base.damaged if item[0] in present]
+        unindexed = {*new, *base.unindexed}.intersection(present)
+        return Snapshot(
+            names=present, table=table, damaged=tuple(sorted(damaged)), unindexed=tuple(sorted(unindexed))
+        )
+
+    def _read_headers(self, names: Iterable[str]) -> tuple[list[str], Rows, list[tuple[str, str]], set[str]]:
+        """Shards that have records, their rows (whose `shard` counts in these), damaged with reason, and gone."""
+        read: list[str] = []
+        parts: list[Rows] = []
+        damaged, gone = [], set()
+        for name in names:
+            try:
+                contents = self._shards.contents(name)
+            except ShardVanishedError:
+                gone.add(name)
+                continue
+            if contents.problem:
+                damaged.append((name, contents.problem))
+            if not contents.problem or len(contents.rows):
+                contents.rows["shard"] = len(read)
+                parts.append(contents.rows)
+                read.append(name)
+        return read, join_rows(parts), damaged, gone
+
+    # ------------------------------------------------------------ saving
+
+    def save(self, snapshot: Snapshot) -> bool:
+        """Save an index of `snapshot` for all readers to come; False, with a warning, where that cannot be.
+
+        An index only saves time, so failing to save it fails nothing else. Raises CacheAccessError.
+        """
+        try:
+            self.save_or_raise(snapshot)
+        except OSError as error:
+            warnings.warn(
+                f"the index in {self._store_dir} could not be saved ({error}): nothing is lost, but opening this "
+                "cache will read the header of every shard",
+                stacklevel=3,
+            )
+            return False
+        return True
+
+    def save_or_raise(self, snapshot: Snapshot) -> None:
+        """The same, where something depends on it. Raises OSError, CacheAccessError."""
+        saved = self.index.load()
+        wanted = snapshot.sound_shards()
+        # What another process has named there must not be forgotten: a reader's listing may lack it.
+        others = set(saved.shards).difference(snapshot.names) if saved is not None else set()
+        alive = {name for name in others if self._shards.exists(name)}
+        if saved is not None and alive == others and set(wanted) <= set(saved.shards):
+            return
+        parts = [(snapshot.table.shards, snapshot.table.rows)]
+        if saved is not None and alive:
+            parts.append((saved.shards, saved.rows))
+        whole = not alive and len(wanted) == len(snapshot.table.shards)
+        table = snapshot.table if whole else RecordTable.merged([*wanted, *alive], parts)
+        self._shards.sync_names()  # what the index lists must not be lost in a power failure
+        self.index.save(table)

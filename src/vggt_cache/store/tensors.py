@@ -16,8 +16,8 @@ TORCH_DTYPES = {
 
 
 def empty_feature(spec: FeatureSpec, h: int, w: int) -> torch.Tensor:
-    """Uninitialised memory for a feature [h, w, C] on the CPU."""
-    return torch.empty((h, w, spec.encoder.channels), dtype=TORCH_DTYPES[spec.feature_dtype])
+    """Uninitialised memory for a feature [h, w, C] on the CPU, whatever torch's default device is."""
+    return torch.empty((h, w, spec.encoder.channels), dtype=TORCH_DTYPES[spec.feature_dtype], device="cpu")
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -28,7 +28,7 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
 def readable_bytes(feature: torch.Tensor, spec: FeatureSpec) -> tuple[int, int, memoryview]:
     """h, w and the bytes, row-major, of a feature to be stored. Raises SettingsError for another form."""
     dtype, channels = TORCH_DTYPES[spec.feature_dtype], spec.encoder.channels
-    if feature.ndim != 3 or feature.shape[2] != channels or feature.dtype != dtype or feature.is_cuda:
+    if feature.ndim != 3 or feature.shape[2] != channels or feature.dtype != dtype or not feature.is_cpu:
         raise SettingsError(
             f"a tensor of shape {list(feature.shape)} and {feature.dtype} on {feature.device} is no feature of this "
             f"store: it keeps [h, w, {channels}] of {dtype}, taken from the CPU"
@@ -46,19 +46,13 @@ def check_target(out: torch.Tensor, spec: FeatureSpec, h: int, w: int) -> None:
         )
 
 
-class ReusedMemory:
-    """Bytes that are used again and again, grown as needed: fresh memory costs a page fault each 4 KiB.
-
-    They start at a multiple of 64 bytes, as torch's do. Some processors copy several times more slowly to a place that
-    lies 1 to 31 bytes further in its page than the source does in its own, and records lie at the start of pages,
-    while large memory of bytearray and numpy starts 16 or 32 bytes behind it.
-    """
-
-    def __init__(self) -> None:
-        self._bytes = memoryview(b"")
-
-    def of(self, length: int) -> memoryview:
-        """Memory of so many bytes, of any content, valid until the next call."""
-        if len(self._bytes) < length:
-            self._bytes = bytes_of(torch.empty(length, dtype=torch.uint8))
-        return self._bytes[:length]
+def bytes_for(length: int, out: torch.Tensor | None) -> torch.Tensor:
+    """uint8 [length] on the CPU: the first bytes of `out` where it is given. Raises SettingsError if it is unfit."""
+    if out is None:
+        return torch.empty(length, dtype=torch.uint8, device="cpu")
+    if out.dtype != torch.uint8 or out.ndim != 1 or not out.is_cpu or len(out) < length or out.stride(0) != 1:
+        raise SettingsError(
+            f"out has shape {list(out.shape)} and {out.dtype} on {out.device}, and the record needs a contiguous "
+            f"[{length}] of torch.uint8 on the CPU, or more: give such a tensor, or none"
+        )
+    return out[:length]

@@ -11,21 +11,18 @@ from typing import TYPE_CHECKING, TypeVar
 from vggt_cache.codec import NONE, codec_for, shard_codec
 from vggt_cache.errors import SettingsError, SpecMismatchError
 from vggt_cache.identity import KEY_BYTES, FeatureSpec
-from vggt_cache.store.faults import commit_error
-from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem, persist, release
+from vggt_cache.store.atomic_file import PendingFile
+from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem, commit_error, release
 from vggt_cache.store.format import (
     MAX_RECORDS,
     MAX_SIDE,
     MAX_STORED_BYTES,
+    SHARD_NAME,
     build_header,
-    payload_bytes,
-    record_checksum,
     reserved_header_bytes,
-    stored_length,
 )
-from vggt_cache.store.publish import PendingFile
-from vggt_cache.store.reader import SHARD_NAME, SHARDS_FOLDER
-from vggt_cache.store.rows import Record
+from vggt_cache.store.record import Record, payload_bytes, record_checksum, stored_length
+from vggt_cache.store.shards import SHARDS_FOLDER
 
 if TYPE_CHECKING:
     import torch
@@ -66,16 +63,15 @@ class ShardWriter:
         self._spec = spec
         self._max_records = max_records
         self._codec_name = shard_codec(spec.feature_dtype, codec)
-        self._codec = codec_for(self._codec_name)
-        if self._codec is not None:
-            self._codec.prepare()
+        self._codec = codec_for(self._codec_name, spec.feature_dtype)
+        self._codec.prepare()
         self._shards_dir = os.path.join(store_dir, SHARDS_FOLDER)
         self._data_start = self._end = reserved_header_bytes(spec, max_records, self._codec_name)
         self._records: dict[bytes, Record] = {}
         self.opened_s = fs.clock_s()
         """When this shard was begun, seconds since 1970."""
         try:
-            self._dir_fd = persist(fs.open_directory, self._shards_dir, follow=False)
+            self._dir_fd = fs.open_directory(self._shards_dir, follow=False)
         except OSError as error:
             raise commit_error(self._shards_dir, error) from error
         try:
@@ -117,23 +113,21 @@ class ShardWriter:
         self._check_record(key, h, w)
         if payload.nbytes != payload_bytes(self._spec, h, w):
             raise _no_feature(payload, h, w)
-        if self._codec is None:
-            self._write(Record(key, self._end, h, w, self._checksum(key, h, w, payload)), payload)
-        else:
-            self.append_stored(key, h, w, self._codec.encode(payload, h * w, self._spec.encoder.channels))
+        self.append_stored(key, h, w, self._codec.encode(payload, h * w, self._spec.encoder.channels))
 
     def append_stored(self, key: bytes, h: int, w: int, stored: memoryview) -> None:
         """The same from the bytes as they lie in a shard of the same codec."""
-        if self._codec is None:
-            self.append_payload(key, h, w, stored)
-            return
         self._require_open()
         self._check_record(key, h, w)
+        packed = self._codec_name != NONE
         least, most = self._codec.size_limits(h * w, self._spec.encoder.channels)
-        if not least <= stored.nbytes <= min(most, MAX_STORED_BYTES):
+        if not least <= stored.nbytes <= (min(most, MAX_STORED_BYTES) if packed else most):
             raise _no_feature(stored, h, w)
-        checksum = self._checksum(key, h, w, stored)
-        self._write(Record(key, self._end, h, w, checksum, stored.nbytes), stored)
+        checksum = record_checksum(self._spec, key, h, w, stored, self._codec_name)
+        record = Record(key, self._end, h, w, checksum, stored.nbytes if packed else 0)
+        self._attempt(lambda file: file.write(stored, record.offset))
+        self._records[key] = record
+        self._end += stored.nbytes
 
     def read_back(self, key: bytes) -> tuple[Record, bytes]:
         """A record of this shard and its bytes, read from the file. Raises CommitError where that cannot be done."""
@@ -172,14 +166,6 @@ class ShardWriter:
 
     # ------------------------------------------------------------ steps
 
-    def _checksum(self, key: bytes, h: int, w: int, stored: memoryview) -> bytes:
-        return record_checksum(self._spec, key, h, w, stored, self._codec_name)
-
-    def _write(self, record: Record, stored: memoryview) -> None:
-        self._attempt(lambda file: file.write(stored, record.offset))
-        self._records[record.key] = record
-        self._end += len(stored)
-
     def _attempt(self, step: Callable[[PendingFile], T]) -> T:
         """Do one step of writing; whatever goes wrong in it ends the shard."""
         try:
@@ -199,7 +185,7 @@ class ShardWriter:
         records = list(self._records.values())
         file.write(build_header(self._spec, records, self._data_start, self._codec_name), 0)
         file.seal(read_only=True)
-        name = next_shard_name(persist(self._fs.list_names, self._dir_fd), self._fs.clock_s())
+        name = next_shard_name(self._fs.list_names(self._dir_fd), self._fs.clock_s())
         file.publish_new(name)
         return name
 

@@ -1,4 +1,4 @@
-"""Where things lie in a cache directory, which stores it holds, and how a new one is made.
+"""A cache directory: where things lie in it, which stores it holds, which of them is meant, how a new one is made.
 
 <cache_dir>/<context>-<fingerprint[:16]>/     one store per FeatureSpec
     spec.json                                 the specification in canonical JSON
@@ -10,25 +10,36 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from vggt_cache.errors import CacheNotFoundError, NotACacheError, SpecMismatchError, StoreError
-from vggt_cache.identity import FeatureSpec
-from vggt_cache.store.faults import access_error, accessing, commit_error
+from vggt_cache.errors import (
+    AmbiguousCacheError,
+    CacheNotFoundError,
+    NotACacheError,
+    SettingsError,
+    SpecMismatchError,
+    StoreError,
+)
+from vggt_cache.identity import CONTEXTS, FeatureSpec
+from vggt_cache.store.atomic_file import replace_file
 from vggt_cache.store.filesystem import (
     OPERATING_SYSTEM,
     FileSystem,
+    access_error,
+    accessing,
+    commit_error,
     is_regular,
-    persist,
+    opened_directory,
     read_bytes,
     release,
     sync_directory,
 )
-from vggt_cache.store.parse import parse_header, parse_spec
-from vggt_cache.store.publish import PendingFile
-from vggt_cache.store.reader import SHARD_NAME, SHARDS_FOLDER, open_regular, read_header_bytes
+from vggt_cache.store.format import SHARD_NAME
+from vggt_cache.store.header import parse_header, parse_spec
+from vggt_cache.store.shards import SHARDS_FOLDER, open_regular, read_header_bytes
 
 SPEC_FILE = "spec.json"
 MAX_SPEC_BYTES = 64 * 1024
@@ -62,7 +73,7 @@ def survey(cache_dir: str | os.PathLike[str], fs: FileSystem = OPERATING_SYSTEM)
     specs, unreadable = [], []
     try:
         with accessing(path):
-            names = sorted(filter(STORE_NAME.fullmatch, persist(fs.list_names, dir_fd)))
+            names = sorted(filter(STORE_NAME.fullmatch, fs.list_names(dir_fd)))
         for name in names:
             try:
                 specs.append(_read_spec(path, name, dir_fd, fs))
@@ -75,7 +86,7 @@ def survey(cache_dir: str | os.PathLike[str], fs: FileSystem = OPERATING_SYSTEM)
 
 def _open_cache_dir(path: str, fs: FileSystem) -> int:
     try:
-        return persist(fs.open_directory, path)
+        return fs.open_directory(path)
     except FileNotFoundError as error:
         raise CacheNotFoundError(
             f"there is no directory {path}, so there is no cache to read: check the path, or make the cache with "
@@ -95,7 +106,7 @@ def _open_cache_dir(path: str, fs: FileSystem) -> int:
 def _read_spec(cache_dir: str, name: str, cache_fd: int, fs: FileSystem) -> FeatureSpec:
     """From spec.json, or where that is lost or damaged from a shard, which carries it too."""
     with accessing(os.path.join(cache_dir, name)):
-        store_fd = persist(fs.open_directory, name, dir_fd=cache_fd)
+        store_fd = fs.open_directory(name, dir_fd=cache_fd)
         try:
             try:
                 return _named(name, parse_spec(_read_small_file(fs, SPEC_FILE, store_fd)))
@@ -125,13 +136,11 @@ def _named(name: str, spec: FeatureSpec) -> FeatureSpec:
 
 def _spec_of_a_shard(name: str, store_fd: int, fs: FileSystem) -> FeatureSpec | None:
     try:
-        shards_fd = persist(fs.open_directory, SHARDS_FOLDER, dir_fd=store_fd, follow=False)
+        shards_fd = fs.open_directory(SHARDS_FOLDER, dir_fd=store_fd, follow=False)
     except OSError:
         return None
     try:
-        for shard in sorted(filter(SHARD_NAME.fullmatch, persist(fs.list_names, shards_fd)))[
-            :_SHARDS_TRIED_FOR_SPEC
-        ]:
+        for shard in sorted(filter(SHARD_NAME.fullmatch, fs.list_names(shards_fd)))[:_SHARDS_TRIED_FOR_SPEC]:
             with suppress(StoreError, OSError):
                 return _named(name, _spec_in(shard, shards_fd, fs))
     finally:
@@ -148,9 +157,9 @@ def _spec_in(shard: str, shards_fd: int, fs: FileSystem) -> FeatureSpec:
 
 
 def _read_small_file(fs: FileSystem, name: str, dir_fd: int) -> str:
-    fd = persist(fs.open_file, name, dir_fd=dir_fd)
+    fd = fs.open_file(name, dir_fd=dir_fd)
     try:
-        if not is_regular(persist(fs.fstat, fd)):
+        if not is_regular(fs.fstat(fd)):
             raise SpecMismatchError(f"{name} is not a plain file")
         return read_bytes(fs, fd, MAX_SPEC_BYTES, 0).decode("utf-8")
     finally:
@@ -171,11 +180,8 @@ def create_store(
     store_dir = Path(cache_dir) / spec.short_name
     try:
         _make_directories(str(store_dir / SHARDS_FOLDER), fs)
-        store_fd = persist(fs.open_directory, str(store_dir))
-        try:
+        with opened_directory(fs, str(store_dir), follow=True) as store_fd:
             _write_spec(spec, store_fd, fs)
-        finally:
-            release(fs, store_fd)
         # Another process may have made the folders and died before they were synced.
         for directory in (store_dir, store_dir.parent):
             _sync_path(str(directory), fs)
@@ -186,7 +192,7 @@ def create_store(
 
 def _make_directories(path: str, fs: FileSystem) -> None:
     try:
-        persist(fs.make_directory, path)
+        fs.make_directory(path)
     except FileExistsError:
         return  # should it be no directory, opening it will say so
     except FileNotFoundError:
@@ -199,7 +205,7 @@ def _make_directories(path: str, fs: FileSystem) -> None:
 
 def _sync_path(path: str, fs: FileSystem) -> None:
     try:
-        dir_fd = persist(fs.open_directory, path)
+        dir_fd = fs.open_directory(path)
     except PermissionError:
         return  # a parent that we may pass through and not read, such as /
     try:
@@ -212,11 +218,93 @@ def _write_spec(spec: FeatureSpec, store_fd: int, fs: FileSystem) -> None:
     with suppress(OSError, UnicodeDecodeError, StoreError):
         if _read_small_file(fs, SPEC_FILE, store_fd) == spec.to_json():
             return
-    pending = PendingFile(fs, store_fd)
-    try:
-        pending.write(spec.to_json().encode(), 0)
-        pending.seal(read_only=False)
-        pending.publish_over(SPEC_FILE)
-    except BaseException:
-        pending.discard()
-        raise
+    replace_file(fs, store_fd, SPEC_FILE, [spec.to_json().encode()])
+
+
+# ---------------------------------------------------------------- which store is meant
+
+
+def select_store(
+    cache_dir: str,
+    *,
+    spec: FeatureSpec | None,
+    fingerprint: str | None,
+    context: str | None,
+    fs: FileSystem,
+) -> FeatureSpec:
+    """The one store in `cache_dir` that agrees with all that is given.
+
+    Raises SettingsError, CacheNotFoundError, NotACacheError, AmbiguousCacheError, SpecMismatchError,
+    CacheAccessError.
+    """
+    _check_choice(fingerprint, context)
+    found = survey(cache_dir, fs)
+    for name, error in found.unreadable:
+        if not found.specs or (spec is not None and name == spec.short_name):
+            raise error
+    if not found.specs:
+        raise _no_store(cache_dir)
+    chosen = [
+        candidate
+        for candidate in found.specs
+        if (spec is None or candidate == spec)
+        and candidate.fingerprint.startswith(fingerprint or "")
+        and context in (None, candidate.context)
+    ]
+    if not chosen:
+        raise _no_match(cache_dir, found.specs, spec, fingerprint, context)
+    if len(chosen) > 1:
+        raise AmbiguousCacheError(
+            f"{cache_dir} holds {len(chosen)} caches: {_listing(chosen)}; say which one is meant, by context or by the "
+            "first digits of its fingerprint (on the command line --context or --fingerprint)"
+        )
+    return chosen[0]
+
+
+def _check_choice(fingerprint: str | None, context: str | None) -> None:
+    if context is not None and context not in CONTEXTS:
+        raise SettingsError(
+            f"context is {context!r}, which is none of {', '.join(CONTEXTS)}: choose one of these"
+        )
+    if fingerprint is not None and (not fingerprint or set(fingerprint) - set("0123456789abcdef")):
+        raise SettingsError(
+            f"fingerprint is {fingerprint!r}, which is not a row of hexadecimal digits: see `vggt-cache info`"
+        )
+
+
+def _no_store(cache_dir: str) -> NotACacheError:
+    name = os.path.basename(os.path.abspath(cache_dir))
+    if STORE_NAME.fullmatch(name):
+        return NotACacheError(f"{cache_dir} is one store inside a cache: give the directory above it")
+    return NotACacheError(
+        f"{cache_dir} holds no feature cache: check the path, or make the cache with `vggt-cache precompute`"
+    )
+
+
+def _no_match(
+    cache_dir: str,
+    specs: Sequence[FeatureSpec],
+    spec: FeatureSpec | None,
+    fingerprint: str | None,
+    context: str | None,
+) -> SpecMismatchError:
+    wanted = [describe_spec(spec)] if spec is not None else []
+    wanted += [f"context {context}"] if context is not None else []
+    wanted += [f"fingerprint {fingerprint}"] if fingerprint is not None else []
+    return SpecMismatchError(
+        f"{cache_dir} holds {_listing(specs)}, and {' with '.join(wanted)} is wanted: such features are not in this "
+        "cache; precompute them, or ask for what it holds"
+    )
+
+
+def _listing(specs: Sequence[FeatureSpec]) -> str:
+    return "; ".join(map(describe_spec, specs))
+
+
+def describe_spec(spec: FeatureSpec) -> str:
+    """One specification in a few words, for messages and tables."""
+    return (
+        f"{spec.short_name} (context {spec.context}, image size {spec.preprocessing.image_size} "
+        f"{spec.preprocessing.resize_mode}, layer {spec.encoder.layer}, computed in {spec.encoder.compute_dtype}, "
+        f"stored in {spec.feature_dtype}, weights {spec.encoder.weights_digest[:8]})"
+    )

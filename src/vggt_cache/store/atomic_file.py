@@ -17,17 +17,10 @@ import os
 import re
 import secrets
 import stat
+from collections.abc import Sequence
 from contextlib import suppress
 
-from vggt_cache.store.filesystem import (
-    Buffer,
-    FileSystem,
-    persist,
-    read_bytes,
-    release,
-    sync_directory,
-    write_fully,
-)
+from vggt_cache.store.filesystem import Buffer, FileSystem, read_bytes, release, sync_directory, write_fully
 
 TEMP_NAME = re.compile(r"\.tmp-[0-9a-f]{16}")
 
@@ -50,9 +43,9 @@ class PendingFile:
         self._process = os.getpid()
         self._begun = 0
         """Up to here the disk was asked to begin."""
-        self._fd: int | None = persist(fs.create_file, self._name, dir_fd=dir_fd)
+        self._fd: int | None = fs.create_file(self._name, dir_fd=dir_fd)
         try:
-            status = persist(fs.fstat, self._fd)
+            status = fs.fstat(self._fd)
             self._identity = (status.st_dev, status.st_ino)
             self._mode = stat.S_IMODE(status.st_mode)
             self._hold_lock()
@@ -96,7 +89,7 @@ class PendingFile:
     def publish_over(self, name: str) -> None:
         """Give the sealed file its name in place of the file that had it, and make that durable."""
         try:
-            persist(self._fs.rename, self._name, name, dir_fd=self._dir_fd)
+            self._fs.rename(self._name, name, dir_fd=self._dir_fd)
         except OSError:
             if not self._is_this_file(name):
                 raise
@@ -120,14 +113,14 @@ class PendingFile:
 
     def _drop_write_bits(self, fd: int) -> None:
         try:
-            persist(self._fs.set_mode, fd, self._mode & ~_WRITE_BITS)
+            self._fs.set_mode(fd, self._mode & ~_WRITE_BITS)
         except OSError as error:
             if error.errno not in _NO_MODES_HERE:
                 raise
 
     def _link_or_rename(self, name: str) -> None:
         try:
-            persist(self._fs.link, self._name, name, dir_fd=self._dir_fd)
+            self._fs.link(self._name, name, dir_fd=self._dir_fd)
         except OSError as error:
             if self._is_this_file(name):
                 return  # done, although reported as failed: a repeated request of a network file system
@@ -138,13 +131,13 @@ class PendingFile:
     def _rename_to_free_name(self, name: str) -> None:
         # Names carry 64 random bits, so nobody takes this one between the look and the rename.
         try:
-            persist(self._fs.stat, name, dir_fd=self._dir_fd)
+            self._fs.stat(name, dir_fd=self._dir_fd)
         except FileNotFoundError:
             pass
         else:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
         try:
-            persist(self._fs.rename, self._name, name, dir_fd=self._dir_fd)
+            self._fs.rename(self._name, name, dir_fd=self._dir_fd)
         except OSError:
             if not self._is_this_file(name):
                 raise
@@ -155,11 +148,25 @@ class PendingFile:
 
     def _is_this_file(self, name: str) -> bool:
         try:
-            status = persist(self._fs.stat, name, dir_fd=self._dir_fd)
+            status = self._fs.stat(name, dir_fd=self._dir_fd)
         except OSError:
             return False
         return (status.st_dev, status.st_ino) == self._identity
 
     def _unlink_quietly(self, name: str) -> None:
         with suppress(OSError):
-            persist(self._fs.unlink, name, dir_fd=self._dir_fd)
+            self._fs.unlink(name, dir_fd=self._dir_fd)
+
+
+def replace_file(fs: FileSystem, dir_fd: int, name: str, parts: Sequence[Buffer]) -> None:
+    """Bring a file with these parts to the disk in place of the one that has the name now. Raises OSError."""
+    pending, offset = PendingFile(fs, dir_fd), 0
+    try:
+        for part in parts:
+            pending.write(part, offset)
+            offset += memoryview(part).nbytes
+        pending.seal(read_only=False)
+        pending.publish_over(name)
+    except BaseException:
+        pending.discard()
+        raise

@@ -1,0 +1,369 @@
+"""From the first bytes of a shard to its records. A header is not believed.
+
+Whatever the bytes are, `parse_header` returns records that the format allows, or raises ShardFormatError, and
+`rescue_records` finds those whose own part of a damaged header is intact. Nothing is read or allocated here that is
+much larger than the bytes given.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
+from operator import itemgetter
+from typing import Any, NamedTuple, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from vggt_cache.codec import DTYPE_NAMES, NONE, codec_for, coded_form
+from vggt_cache.errors import ShardFormatError, SpecMismatchError
+from vggt_cache.identity import FeatureSpec
+from vggt_cache.store.format import (
+    CODED_DTYPE,
+    CODED_FORMAT_VERSION,
+    FORMAT_NAME,
+    FORMAT_VERSION,
+    LENGTH_BYTES,
+    MAX_CHANNELS,
+    MAX_DATA_BYTES,
+    MAX_HEADER_BYTES,
+    MAX_RECORDS,
+    MAX_SIDE,
+    MAX_STORED_BYTES,
+)
+from vggt_cache.store.record import ROW_DTYPE, Record, Rows, payload_bytes, unpack_rows
+
+_KEY = re.compile(r"[0-9a-f]{32}")
+
+
+class ForeignShardError(ShardFormatError):
+    """An intact shard that does not belong here: another format version, another specification, not a plain file.
+
+    Never removed by us: it may be somebody's good data in the wrong place.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardHeader:
+    """What a shard's header says, checked for sense but not against the file's length."""
+
+    spec: FeatureSpec
+    codec: str
+    """What packed its records; `none` where they are as they are."""
+    rows: Rows
+    """Its records, in the order of their offsets; `shard` is 0."""
+    data_end: int
+    """Length in bytes that the file must have."""
+
+    @property
+    def records(self) -> list[Record]:
+        return [record for _, record in unpack_rows(self.rows)]
+
+
+def header_length(prefix: bytes, shard: str) -> int:
+    """Bytes of the JSON header, from the first 8 bytes of a shard. Raises ShardFormatError over the limit."""
+    if len(prefix) < LENGTH_BYTES:
+        _refuse(shard, f"it has only {len(prefix)} bytes")
+    length = int.from_bytes(prefix[:LENGTH_BYTES], "little")
+    if not 2 <= length <= MAX_HEADER_BYTES:
+        _refuse(shard, f"its header claims {length} bytes, where 2 to {MAX_HEADER_BYTES} are allowed")
+    return length
+
+
+def parse_header(data: bytes, shard: str) -> ShardHeader:
+    """Parse length field and header. `shard` names the file in messages.
+
+    Raises ShardFormatError, and nothing else, whatever the bytes; its subclass ForeignShardError where the
+    shard is of another format version.
+    """
+    length = header_length(data, shard)
+    if len(data) < LENGTH_BYTES + length:
+        _refuse(shard, f"its header should have {length} bytes and has {len(data) - LENGTH_BYTES}")
+    try:
+        names = _decode(data[LENGTH_BYTES : LENGTH_BYTES + length])
+        metadata = _metadata(names)
+        version = _version(metadata, shard)
+        spec = _spec_of(_text(metadata, "spec"), _text(metadata, "fingerprint"))
+        codec = NONE if version == FORMAT_VERSION else _codec(metadata, spec, shard)
+        rows, data_end = _table(names, metadata, spec, codec, LENGTH_BYTES + length)
+    except (ValueError, RecursionError) as error:
+        _refuse(shard, str(error) or type(error).__name__)
+    return ShardHeader(spec=spec, codec=codec, rows=rows, data_end=data_end)
+
+
+def _refuse(shard: str, reason: str) -> NoReturn:
+    raise ShardFormatError(f"shard {shard} cannot be read: {reason}")
+
+
+def _decode(header: bytes) -> dict[str, Any]:
+    if header[:1] != b"{":
+        raise ValueError("its header does not begin with '{'")
+    header = header.rstrip(b" ")
+    # A small file must not unfold into a large structure: count the brackets before parsing.
+    if header.count(b"[") > 2 * MAX_RECORDS or header.count(b"{") > MAX_RECORDS + 16:
+        raise ValueError(f"its header has more than {MAX_RECORDS} records")
+    value = _JSON.decode(header.decode("utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError("its header is not an object")
+    return value
+
+
+def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name occurs twice in its header")
+    return result
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_unique_names)
+
+
+def _metadata(names: dict[str, Any]) -> dict[str, Any]:
+    metadata = names.pop("__metadata__", None)
+    if not isinstance(metadata, dict):
+        raise ValueError("its header has no __metadata__")
+    return metadata
+
+
+def _text(metadata: dict[str, Any], name: str) -> str:
+    value = metadata.get(name)
+    if not isinstance(value, str):
+        raise ValueError(f"its header's metadata have no text {name!r}")
+    return value
+
+
+def _version(metadata: dict[str, Any], shard: str) -> str:
+    if _text(metadata, "format") != FORMAT_NAME:
+        raise ValueError(f"its format is {short(metadata['format'])}, not {FORMAT_NAME}")
+    version = _text(metadata, "format_version")
+    if version not in (FORMAT_VERSION, CODED_FORMAT_VERSION):
+        raise ForeignShardError(
+            f"shard {shard} cannot be read: it has format version {short(version)} and this program reads versions "
+            f"{FORMAT_VERSION} and {CODED_FORMAT_VERSION}; use the program that wrote it"
+        )
+    return version
+
+
+def _codec(metadata: dict[str, Any], spec: FeatureSpec, shard: str) -> str:
+    codec = metadata.get("codec")
+    known = coded_form(spec.feature_dtype)
+    if known == NONE or codec != known:
+        raise ForeignShardError(
+            f"shard {shard} cannot be read: its records of {spec.feature_dtype} are packed by codec {short(codec)}, "
+            "which this program does not know; use the program that wrote it"
+        )
+    return known
+
+
+@lru_cache(maxsize=16)
+def _spec_of(text: str, fingerprint: str) -> FeatureSpec:
+    if hashlib.sha256(text.encode()).hexdigest() != fingerprint:
+        raise ValueError("its specification does not match its fingerprint")
+    try:
+        return parse_spec(text)
+    except SpecMismatchError as error:
+        raise ValueError(str(error)) from error
+
+
+def parse_spec(text: str) -> FeatureSpec:
+    """The specification that `text` is the canonical JSON of, fit to store features. Raises SpecMismatchError."""
+    spec = FeatureSpec.from_json(text)
+    if type(spec.encoder.channels) is not int or not 1 <= spec.encoder.channels <= MAX_CHANNELS:
+        raise SpecMismatchError(
+            f"the cache's specification has features of {short(spec.encoder.channels)} channels, which cannot be: it "
+            "is damaged; precompute again into a new directory"
+        )
+    return spec
+
+
+def _table(
+    names: dict[str, Any], metadata: dict[str, Any], spec: FeatureSpec, codec: str, data_start: int
+) -> tuple[Rows, int]:
+    """The records as rows, and the length that the file must have."""
+    checksums = {name: value for name, value in metadata.items() if _KEY.fullmatch(name)}
+    if checksums.keys() != names.keys():
+        raise ValueError("the names of its records are not those of its checksums")
+    extents = _plain_extents if codec == NONE else _packed_extents
+    found = extents(names, checksums, spec, codec)
+    rows = np.zeros(len(names), ROW_DTYPE)
+    keys = np.frombuffer(bytes.fromhex("".join(names)), ">u8").reshape(-1, 2)
+    rows["high"], rows["low"] = keys[:, 0], keys[:, 1]
+    rows["checksum"] = np.frombuffer(found.checksums, "V16")
+    rows["offset"], rows["stored"] = data_start + found.spans[:, 0], found.stored
+    rows["h"], rows["w"] = found.sides[:, 0], found.sides[:, 1]
+    order = np.argsort(found.spans[:, 0], kind="stable")
+    return rows[order], data_start + int(found.spans[:, 1].max(initial=0))
+
+
+# ---------------------------------------------------------------- where records lie
+
+Integers = npt.NDArray[np.int64]
+_ENTRY_FIELDS = itemgetter("dtype", "shape", "data_offsets")
+_DIGEST = re.compile(r"[0-9a-f]{32}")
+_DIGEST_AND_GRID = re.compile(r"([0-9a-f]{32}) ([1-9][0-9]{0,4}) ([1-9][0-9]{0,4})")
+
+
+class Extents(NamedTuple):
+    """Where records lie and how large they are, in the order of their names in the header."""
+
+    sides: Integers
+    """h and w [records, 2]"""
+    spans: Integers
+    """First byte and end [records, 2], counted from where data begin."""
+    checksums: bytes
+    """16 bytes each, one after the other."""
+    stored: Integers | int
+    """`stored_bytes` of each, or of all."""
+
+
+def _plain_extents(
+    entries: Mapping[str, Any], checksums: Mapping[str, Any], spec: FeatureSpec, codec: str
+) -> Extents:
+    """Of records as they are, whose length follows from their shape. Raises ValueError."""
+    if spec.feature_dtype not in DTYPE_NAMES:
+        raise ValueError(f"its records are not packed, and {spec.feature_dtype} is kept in packed ones only")
+    shapes, spans = _entries(list(entries.values()), DTYPE_NAMES[spec.feature_dtype], 3)
+    sides, channels = shapes[:, :2], spec.encoder.channels
+    if not ((sides >= 1) & (sides <= MAX_SIDE)).all() or (shapes[:, 2] != channels).any():
+        raise ValueError(f"a record's shape is not [h, w, {channels}] with sides of 1 to {MAX_SIDE} patches")
+    _check_spans(spans, sides[:, 0] * sides[:, 1] * payload_bytes(spec, 1, 1))
+    digests = [_match(_DIGEST, checksums[name], "32 hexadecimal digits")[0] for name in entries]
+    return Extents(sides, spans, bytes.fromhex("".join(digests)), 0)
+
+
+def _packed_extents(
+    entries: Mapping[str, Any], checksums: Mapping[str, Any], spec: FeatureSpec, codec: str
+) -> Extents:
+    """Of packed records: bytes to safetensors, their shape beside their checksum. Raises ValueError."""
+    shapes, spans = _entries(list(entries.values()), CODED_DTYPE, 1)
+    wanted = "32 hexadecimal digits, h and w"
+    found = [_match(_DIGEST_AND_GRID, checksums[name], wanted).groups() for name in entries]
+    sides = np.array([(int(h), int(w)) for _, h, w in found], np.int64).reshape(-1, 2)
+    if (sides > MAX_SIDE).any():
+        raise ValueError(f"a record has a side of more than {MAX_SIDE} patches")
+    stored = shapes[:, 0]
+    least, most = codec_for(codec).size_limits(sides[:, 0] * sides[:, 1], spec.encoder.channels)
+    if not ((stored >= least) & (stored <= np.minimum(most, MAX_STORED_BYTES))).all():
+        raise ValueError(f"a record has more or fewer bytes than codec {codec} makes of its shape")
+    _check_spans(spans, stored)
+    return Extents(sides, spans, bytes.fromhex("".join(digest for digest, _, _ in found)), stored)
+
+
+def _entries(entries: list[Any], dtype: str, dimensions: int) -> tuple[Integers, Integers]:
+    """Shapes [records, dimensions] and byte spans [records, 2] of entries which have just these, and `dtype`."""
+    if any(type(entry) is not dict or len(entry) != 3 for entry in entries):
+        raise ValueError("a record has not exactly dtype, shape and data_offsets")
+    try:
+        fields = list(map(_ENTRY_FIELDS, entries))
+    except KeyError as error:
+        raise ValueError(f"a record has no {error}") from error
+    wrong = [found for found, _, _ in fields if found != dtype]
+    if wrong:
+        raise ValueError(f"a record has dtype {short(wrong[0])}, not {dtype}")
+    shapes = _integers([shape for _, shape, _ in fields], dimensions)
+    return shapes, _integers([span for _, _, span in fields], 2)
+
+
+def _integers(lists: list[Any], length: int) -> Integers:
+    """Lists of so many integers as an array [lists, length]."""
+    if any(type(item) is not list or len(item) != length for item in lists):
+        raise ValueError(f"a record has something else where {length} integers are needed")
+    if not set(map(type, chain.from_iterable(lists))) <= {int}:
+        raise ValueError("a record has something else where an integer is needed")
+    try:
+        return np.array(lists, np.int64).reshape(-1, length)
+    except OverflowError as error:
+        raise ValueError("a record has an integer of more than 64 bits") from error
+
+
+def _check_spans(spans: Integers, lengths: Integers) -> None:
+    """Raise unless the spans, in the order of their begin, follow each other from 0 and are as long as they should."""
+    if not ((spans >= 0) & (spans <= MAX_DATA_BYTES)).all():
+        raise ValueError(f"a record lies outside of the {MAX_DATA_BYTES} bytes that a shard can have")
+    in_order = spans[np.argsort(spans[:, 0], kind="stable")]
+    if (in_order[:, 0] != np.append(0, in_order[:, 1])[: len(spans)]).any():
+        raise ValueError("its records do not follow each other without gaps")
+    if (spans[:, 1] - spans[:, 0] != lengths).any():
+        raise ValueError("a record has more or fewer bytes than its shape says")
+
+
+def _match(pattern: re.Pattern[str], text: Any, wanted: str) -> re.Match[str]:
+    match = pattern.fullmatch(text) if type(text) is str else None
+    if match is None:
+        raise ValueError(f"{short(text)} stands where {wanted} are needed")
+    return match
+
+
+def short(value: object) -> str:
+    """A value of a header, for a message."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits has no decimal form
+        text = "an enormous number"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+# ---------------------------------------------------------------- a damaged header
+
+_REMAINS = re.compile(
+    rb'"([0-9a-f]{32})":(?:'
+    rb'\{"dtype":"(?P<dtype>[A-Z0-9]{2,4})","shape":\[(?P<shape>[0-9,]{1,32})\],'
+    rb'"data_offsets":\[(?P<first>[0-9]{1,16}),(?P<end>[0-9]{1,16})\]\}'
+    rb'|"(?P<digest>[0-9a-f]{32})(?: (?P<h>[1-9][0-9]{0,4}) (?P<w>[1-9][0-9]{0,4}))?")'
+)
+"""What the writer writes of one record: its entry, or its checksum."""
+
+
+def rescue_records(remains: bytes, file_bytes: int, spec: FeatureSpec) -> Iterator[list[Record]]:
+    """The records whose entry and checksum are whole in the remains of a header, once for each possible data start.
+
+    Nothing but its checksum proves a record, and with it the place where the data begin: behind the header as its
+    length field says; or so that they end with the file.
+    """
+    entries: dict[bytes, list[re.Match[bytes]]] = {}
+    for match in _REMAINS.finditer(remains):
+        entries.setdefault(match[1], []).append(match)
+    # A name that does not stand there exactly twice is ambiguous, or half of it is lost.
+    pairs = [sorted(found, key=_is_checksum) for found in entries.values() if len(found) == 2]
+    relative = [found for entry, digest in pairs if (found := _rescued(entry, digest, spec)) is not None]
+    relative = sorted(relative, key=lambda pair: pair[0].offset)[:MAX_RECORDS]
+    if not relative:
+        return
+    declared = LENGTH_BYTES + int.from_bytes(remains[:LENGTH_BYTES], "little")
+    for data_start in dict.fromkeys((declared, file_bytes - max(end for _, end in relative))):
+        there = [record for record, end in relative if data_start + end <= file_bytes]
+        if 0 < data_start <= LENGTH_BYTES + MAX_HEADER_BYTES and there:
+            yield [record._replace(offset=data_start + record.offset) for record in there]
+
+
+def _is_checksum(match: re.Match[bytes]) -> bool:
+    return match["digest"] is not None
+
+
+def _rescued(entry: re.Match[bytes], digest: re.Match[bytes], spec: FeatureSpec) -> tuple[Record, int] | None:
+    """The record, its offset counted from where data begin, and its end; None unless all of it fits together."""
+    if _is_checksum(entry) or not _is_checksum(digest):
+        return None
+    first, length = int(entry["first"]), int(entry["end"]) - int(entry["first"])
+    shape = entry["shape"].split(b",")
+    packed = entry["dtype"] == CODED_DTYPE.encode()
+    codec = coded_form(spec.feature_dtype) if packed else NONE
+    try:
+        h, w = (int(digest["h"]), int(digest["w"])) if packed else (int(shape[0]), int(shape[1]))
+        expected = [length] if packed else [h, w, spec.encoder.channels]
+        if [int(side) for side in shape] != expected or not (1 <= h <= MAX_SIDE and 1 <= w <= MAX_SIDE):
+            return None
+    except (TypeError, ValueError, IndexError):
+        return None
+    if entry["dtype"].decode() != (CODED_DTYPE if codec != NONE else DTYPE_NAMES.get(spec.feature_dtype)):
+        return None
+    least, most = codec_for(codec, spec.feature_dtype).size_limits(h * w, spec.encoder.channels)
+    if not least <= length <= min(most, MAX_STORED_BYTES if packed else most):
+        return None
+    key, checksum = (bytes.fromhex(text.decode()) for text in (entry[1], digest["digest"]))
+    return Record(key, first, h, w, checksum, length if packed else 0), first + length

@@ -1,0 +1,258 @@
+"""What a cache directory holds, read from every header, the index left aside: for `info`, `prune` and `convert`."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from vggt_cache.errors import CorruptRecordError, ShardFormatError
+from vggt_cache.identity import FeatureSpec
+from vggt_cache.store.atomic_file import TEMP_NAME
+from vggt_cache.store.directory import survey
+from vggt_cache.store.filesystem import (
+    OPERATING_SYSTEM,
+    FileSystem,
+    access_error,
+    accessing,
+    is_regular,
+    release,
+)
+from vggt_cache.store.index import INDEX_FOLDER, IndexFile
+from vggt_cache.store.record import Record, Rows, join_rows, key_groups, payload_bytes, sort_rows, unpack_rows
+from vggt_cache.store.shards import SHARDS_FOLDER, ReusedMemory, ShardFolder, ShardVanishedError
+
+TEMP_MIN_AGE_S = 24 * 3600.0
+"""A temporary file that was written to within this time may have a living writer."""
+
+
+# ---------------------------------------------------------------- one store
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardEntry:
+    """One shard of an inventory."""
+
+    name: str
+    file_bytes: int
+    codec: str
+    """What packed its records."""
+    problem: str = ""
+    """Why its header cannot be used."""
+    foreign: bool = False
+    """Intact as far as we can tell, but not ours: of another version or store, or not a plain file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inventory:
+    """All shards of a store, and all records that can be known of them."""
+
+    shards: list[ShardEntry]
+    rows: Rows
+    """Sorted by key, the served copy of each key first. `shard` counts in `shards`."""
+
+    @property
+    def served(self) -> npt.NDArray[np.bool_]:
+        """For each row, whether it is the copy that readers get."""
+        groups = key_groups(self.rows)
+        return np.append(True, groups[1:] != groups[:-1])[: len(groups)]
+
+    def superseded_shards(self) -> list[int]:
+        """Numbers of the shards with a usable header of which no record is served."""
+        serving = set(np.unique(self.rows["shard"][self.served]).tolist())
+        return [n for n, shard in enumerate(self.shards) if n not in serving and not shard.problem]
+
+
+def take_inventory(folder: ShardFolder) -> Inventory:
+    """Read all headers. Raises CacheAccessError."""
+    shards: list[ShardEntry] = []
+    parts: list[Rows] = []
+    for name in folder.names():
+        size = folder.file_bytes(name)
+        if size is None:
+            continue
+        try:
+            found = folder.contents(name)
+        except ShardVanishedError:
+            continue
+        found.rows["shard"] = len(shards)
+        parts.append(found.rows)
+        shards.append(
+            ShardEntry(
+                name=name, file_bytes=size, codec=found.codec, problem=found.problem, foreign=found.foreign
+            )
+        )
+    return Inventory(shards=shards, rows=sort_rows(join_rows(parts)))
+
+
+class RecordChecker:
+    """Reads records into reused memory and checks them."""
+
+    def __init__(self, folder: ShardFolder) -> None:
+        self._folder = folder
+        self._memory = ReusedMemory()
+
+    def stored(self, shard: str, record: Record) -> memoryview:
+        """A record's bytes as they lie in the file, valid until the next call.
+
+        Raises CorruptRecordError, ShardFormatError, CacheAccessError.
+        """
+        with self._folder.opened(shard) as opened:
+            return opened.read_stored(record, self._memory.of(opened.stored_bytes(record)))
+
+    def is_intact(self, shard: str, record: Record) -> bool:
+        """Raises CacheAccessError."""
+        try:
+            self.stored(shard, record)
+        except (CorruptRecordError, ShardFormatError):
+            return False
+        return True
+
+    def intact(self, inventory: Inventory) -> npt.NDArray[np.bool_]:
+        """For each row whether its record is intact. Reads the whole store, shard by shard."""
+        rows = inventory.rows
+        result = np.zeros(len(rows), np.bool_)
+        order = np.lexsort((rows["offset"], rows["shard"]))
+        for position, (shard, record) in zip(order, unpack_rows(rows[order]), strict=True):
+            result[position] = self.is_intact(inventory.shards[shard].name, record)
+        return result
+
+
+# ---------------------------------------------------------------- for `info`
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreDescription:
+    """One store of a cache directory. Sizes in bytes."""
+
+    spec: FeatureSpec
+    path: str
+    entries: int
+    """Different keys."""
+    shards: int
+    codecs: Mapping[str, int]
+    """How many of the shards each codec packed; `none`: as they are."""
+    stored_bytes: int
+    """Bytes of all records, as they lie in the files."""
+    raw_bytes: int
+    """Bytes of the same features as they are given out."""
+    disk_bytes: int
+    """Shards, temporary files and index."""
+    superseded_records: int
+    """Records whose key a later shard has too; they are not served."""
+    temp_files: int
+    """Left behind by writers that died."""
+    damaged_shards: tuple[tuple[str, str], ...]
+    """Shards whose header cannot be used: name, and why."""
+    indexed: bool
+    reclaimable_bytes: int
+    """What `prune` with damaged=True would remove at least: temporary files, superseded shards, unreadable shards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheDescription:
+    """A whole cache directory."""
+
+    cache_dir: str
+    stores: tuple[StoreDescription, ...]
+    unreadable: tuple[tuple[str, str], ...]
+    """Folders named like a store whose specification cannot be read: name, and why."""
+
+
+def describe(cache_dir: str | os.PathLike[str], fs: FileSystem = OPERATING_SYSTEM) -> CacheDescription:
+    """Look through a cache directory. Modifies nothing; reads the header of every shard.
+
+    Raises CacheNotFoundError, NotACacheError, CacheAccessError.
+    """
+    path = os.path.abspath(cache_dir)
+    found = survey(path, fs)
+    return CacheDescription(
+        cache_dir=path,
+        stores=tuple(_describe_store(path, spec, fs) for spec in found.specs),
+        unreadable=tuple((name, str(error)) for name, error in found.unreadable),
+    )
+
+
+def _describe_store(cache_dir: str, spec: FeatureSpec, fs: FileSystem) -> StoreDescription:
+    path = os.path.join(cache_dir, spec.short_name)
+    folder = ShardFolder(path, spec, fs=fs)
+    try:
+        found = take_inventory(folder)
+    finally:
+        folder.close()
+    temps = list(dead_temp_files(path, TEMP_MIN_AGE_S, fs))
+    index_bytes = IndexFile(path, spec.fingerprint, fs).file_bytes()
+    entries = int(found.served.sum())
+    temp_bytes = sum(size for _, _, size in temps)
+    damaged = [shard for shard in found.shards if shard.problem]
+    raw, stored = _record_bytes(found.rows, spec)
+    return StoreDescription(
+        spec=spec,
+        path=path,
+        entries=entries,
+        shards=len(found.shards),
+        codecs=dict(sorted(Counter(shard.codec for shard in found.shards if not shard.problem).items())),
+        stored_bytes=stored,
+        raw_bytes=raw,
+        disk_bytes=sum(shard.file_bytes for shard in found.shards) + temp_bytes + (index_bytes or 0),
+        superseded_records=len(found.rows) - entries,
+        temp_files=len(temps),
+        damaged_shards=tuple((shard.name, shard.problem) for shard in damaged),
+        indexed=index_bytes is not None,
+        reclaimable_bytes=temp_bytes
+        + sum(found.shards[number].file_bytes for number in found.superseded_shards())
+        + sum(shard.file_bytes for shard in damaged if not shard.foreign),
+    )
+
+
+def _record_bytes(rows: Rows, spec: FeatureSpec) -> tuple[int, int]:
+    """Bytes of all features as they are given out, and as they lie in the files."""
+    raw = rows["h"].astype(np.int64) * rows["w"] * payload_bytes(spec, 1, 1)
+    stored = rows["stored"].astype(np.int64)
+    return int(raw.sum()), int(np.where(stored > 0, stored, raw).sum())
+
+
+def dead_temp_files(store_dir: str, min_age_s: float, fs: FileSystem) -> Iterator[tuple[str, str, int]]:
+    """Folder, name and bytes of temporary files that no living writer can own.
+
+    A writer holds an advisory lock on its file and writes to it with every record, so a file that is old and
+    not locked has none. Where locks do not work, age alone decides.
+    """
+    for folder in (store_dir, os.path.join(store_dir, SHARDS_FOLDER), os.path.join(store_dir, INDEX_FOLDER)):
+        try:
+            dir_fd = fs.open_directory(folder, follow=folder == store_dir)
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            raise access_error(folder, error) from error
+        try:
+            with accessing(folder):
+                names = sorted(filter(TEMP_NAME.fullmatch, fs.list_names(dir_fd)))
+            for name in names:
+                with suppress(OSError):  # gone meanwhile, or not ours to look at
+                    size = _bytes_if_dead(name, dir_fd, min_age_s, fs)
+                    if size is not None:
+                        yield folder, name, size
+        finally:
+            release(fs, dir_fd)
+
+
+def _bytes_if_dead(name: str, dir_fd: int, min_age_s: float, fs: FileSystem) -> int | None:
+    fd = fs.open_file(name, dir_fd=dir_fd)
+    try:
+        status = fs.fstat(fd)
+        if not is_regular(status) or fs.clock_s() - status.st_mtime < min_age_s:
+            return None
+        with suppress(OSError):
+            if not fs.try_lock(fd):
+                return None
+        return (
+            status.st_size if status.st_nlink == 1 else 0
+        )  # a second name of a committed shard frees nothing
+    finally:
+        release(fs, fd)

@@ -1,0 +1,209 @@
+"""One record, and the table of all of them: where each feature lies, found by its key.
+
+A row is 56 bytes, in memory as in the index. The rows are sorted by key, and a small table tells where the rows
+of each bucket of keys begin, so finding one is a look into about 32 rows.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from vggt_cache.codec import DTYPE_NAMES, ITEM_BYTES, NONE
+from vggt_cache.identity import FeatureSpec
+
+
+class Record(NamedTuple):
+    """Where one feature lies in its shard."""
+
+    key: bytes
+    offset: int
+    """From the start of the file, in bytes."""
+    h: int
+    w: int
+    checksum: bytes
+    stored_bytes: int = 0
+    """Bytes in the file of a record that a codec packed; 0: not packed, so h, w and the specification say how many."""
+
+
+# ---------------------------------------------------------------- bytes and checksum
+
+
+def payload_bytes(spec: FeatureSpec, h: int, w: int) -> int:
+    """Bytes of a feature [h, w, C] as it is given out."""
+    return h * w * spec.encoder.channels * ITEM_BYTES[spec.feature_dtype]
+
+
+def stored_length(spec: FeatureSpec, record: Record) -> int:
+    """Bytes of a record in its file."""
+    return record.stored_bytes or payload_bytes(spec, record.h, record.w)
+
+
+def record_checksum(
+    spec: FeatureSpec, key: bytes, h: int, w: int, stored: bytes | memoryview, codec: str = NONE
+) -> bytes:
+    """xxh3-128 (16 bytes, canonical order) over the bytes in the file, key, dtype name, and h, w, C as u32 LE.
+
+    Of a packed record the codec's name stands in the place of the dtype's.
+    """
+    return finish_checksum(xxhash.xxh3_128(stored), spec, key, h, w, codec)
+
+
+def finish_checksum(
+    hasher: xxhash.xxh3_128, spec: FeatureSpec, key: bytes, h: int, w: int, codec: str = NONE
+) -> bytes:
+    """The record's checksum from a hasher that has seen the bytes in the file."""
+    shape = b"".join(side.to_bytes(4, "little") for side in (h, w, spec.encoder.channels))
+    name = DTYPE_NAMES[spec.feature_dtype] if codec == NONE else codec
+    hasher.update(key + name.encode() + shape)
+    return hasher.digest()
+
+
+# ---------------------------------------------------------------- rows
+
+ROW_DTYPE = np.dtype(
+    [
+        ("high", ">u8"),  # the key, as two numbers in the order of its bytes
+        ("low", ">u8"),
+        ("checksum", "V16"),
+        ("offset", "<u8"),
+        ("h", "<u4"),
+        ("w", "<u4"),
+        ("shard", "<u4"),  # number of the shard in a list of names that is kept beside the rows, in order
+        ("stored", "<u4"),  # stored_bytes
+    ]
+)
+ROW = struct.Struct("<16s16sQIIII")
+ROW_BYTES = ROW.size
+Rows = npt.NDArray[np.void]
+_LAST_SHARD = np.uint32(2**32 - 1)
+
+
+def make_rows(records: Sequence[Record]) -> Rows:
+    """The rows of one shard's records; `shard` is 0."""
+    packed = (ROW.pack(r.key, r.checksum, r.offset, r.h, r.w, 0, r.stored_bytes) for r in records)
+    rows: Rows = np.frombuffer(b"".join(packed), ROW_DTYPE).copy()
+    return rows
+
+
+def join_rows(parts: Sequence[Rows]) -> Rows:
+    """The rows of all parts, in a table of its own."""
+    # Not numpy.concatenate, which gives the fields the machine's byte order: here the order is the key's.
+    rows = np.empty(sum(map(len, parts)), ROW_DTYPE)
+    at = 0
+    for part in parts:
+        rows[at : at + len(part)] = part
+        at += len(part)
+    return rows
+
+
+def unpack_rows(rows: Rows) -> Iterator[tuple[int, Record]]:
+    """Shard number and record of each row."""
+    for key, checksum, offset, h, w, shard, stored in ROW.iter_unpack(rows.tobytes()):
+        yield shard, Record(key, offset, h, w, checksum, stored)
+
+
+def sort_rows(rows: Rows) -> Rows:
+    """By key; of equal keys the one in the latest shard first, which is the one that is served."""
+    # By the first half of the key alone, since that is quick where most rows are in order; then what is equal there.
+    order = np.argsort(_high(rows), kind="stable")
+    rows = rows[order]
+    same = rows["high"][1:] == rows["high"][:-1]
+    if same.any():
+        equal = np.flatnonzero(np.append(same, False) | np.append(False, same))
+        part = rows[equal]
+        low = part["low"].astype("<u8")
+        rows[equal] = part[np.lexsort((_LAST_SHARD - part["shard"], low, _high(part)))]
+    return rows
+
+
+def key_groups(rows: Rows) -> npt.NDArray[np.int64]:
+    """A number for each of the sorted rows, counting up from 0, that is the same for equal keys."""
+    changes = (rows["high"][1:] != rows["high"][:-1]) | (rows["low"][1:] != rows["low"][:-1])
+    return np.concatenate([np.zeros(min(len(rows), 1), np.int64), np.cumsum(changes, dtype=np.int64)])
+
+
+def _high(rows: Rows) -> npt.NDArray[np.uint64]:
+    return rows["high"].astype("<u8")
+
+
+# ---------------------------------------------------------------- the table
+
+_ROWS_PER_BUCKET = 32
+_MAX_BUCKET_BITS = 24
+
+
+class RecordTable:
+    """All records of some shards, in memory, found by key. Immutable, so threads and forked processes share it."""
+
+    def __init__(self, shards: Sequence[str], rows: Rows) -> None:
+        """`shards`: names, in order, in which the `shard` of the sorted `rows` counts."""
+        self.shards = tuple(shards)
+        self.rows = rows
+        bits = min(_MAX_BUCKET_BITS, (len(rows) // _ROWS_PER_BUCKET).bit_length())
+        self._shift = 64 - bits
+        edges = np.arange(1, 1 << bits, dtype=np.uint64) << np.uint64(self._shift) if bits else _NO_EDGES
+        inner = np.searchsorted(_high(rows), edges)
+        self._starts = np.concatenate([[0], inner, [len(rows)]]).astype(np.uint64).data
+        self._bytes = rows.view(np.uint8).data
+
+    @classmethod
+    def merged(cls, wanted: Collection[str], parts: Sequence[tuple[Sequence[str], Rows]]) -> RecordTable:
+        """Of the shards `wanted`, the rows of each from the first part that has the shard: (names, rows)."""
+        owners: dict[str, int] = {}
+        for number, (names, _) in enumerate(parts):
+            for name in names:
+                owners.setdefault(name, number)
+        shards = sorted(owners.keys() & frozenset(wanted))
+        numbers = {name: number for number, name in enumerate(shards)}
+        taken: list[Rows] = []
+        for number, (names, rows) in enumerate(parts):
+            mine = [numbers.get(name, -1) if owners[name] == number else -1 for name in names]
+            new = np.array(mine, np.int64)[rows["shard"]]
+            kept = rows[new >= 0]
+            kept["shard"] = new[new >= 0]
+            taken.append(kept)
+        return cls(shards, sort_rows(join_rows(taken)))
+
+    def find(self, key: bytes) -> list[tuple[str, Record]]:
+        """Shard and record of every copy of this key; the latest shard, which is the one that is served, first."""
+        bucket = int.from_bytes(key[:8], "big") >> self._shift
+        rows = self._bytes[self._starts[bucket] * ROW_BYTES : self._starts[bucket + 1] * ROW_BYTES].tobytes()
+        at = rows.find(key)
+        while at % ROW_BYTES and at >= 0:  # inside of some row, by chance or on purpose
+            at = rows.find(key, at + 1)
+        found = []
+        while at >= 0 and rows[at : at + len(key)] == key:
+            _, checksum, offset, h, w, shard, stored = ROW.unpack_from(rows, at)
+            found.append((self.shards[shard], Record(key, offset, h, w, checksum, stored)))
+            at += ROW_BYTES
+        return found
+
+    def keys(self) -> Iterator[bytes]:
+        """Every key once, in order."""
+        last = b""
+        for start in range(0, len(self.rows), _KEYS_AT_ONCE):
+            data = self._bytes[start * ROW_BYTES : (start + _KEYS_AT_ONCE) * ROW_BYTES].tobytes()
+            for at in range(0, len(data), ROW_BYTES):
+                key = data[at : at + 16]
+                if key != last:
+                    last = key
+                    yield key
+
+    @cached_property
+    def key_count(self) -> int:
+        """Number of different keys."""
+        same = (self.rows["high"][1:] == self.rows["high"][:-1]) & (
+            self.rows["low"][1:] == self.rows["low"][:-1]
+        )
+        return len(self.rows) - int(same.sum())
+
+
+_NO_EDGES = np.zeros(0, np.uint64)
+_KEYS_AT_ONCE = 4096

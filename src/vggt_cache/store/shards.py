@@ -1,0 +1,487 @@
+"""Reading shards: their names, their headers and their records, through a bounded number of open files."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import NoReturn, TypeVar
+
+import numpy as np
+import xxhash
+
+from vggt_cache.codec import DTYPE_NAMES, NONE, codec_for, coded_form
+from vggt_cache.codec.base import Codec
+from vggt_cache.errors import CacheAccessError, CorruptRecordError, SettingsError, ShardFormatError
+from vggt_cache.identity import FeatureSpec
+from vggt_cache.store.filesystem import (
+    FileSystem,
+    access_error,
+    accessing,
+    is_regular,
+    read_bytes,
+    read_fully,
+    release,
+    sync_directory,
+)
+from vggt_cache.store.format import LENGTH_BYTES, MAX_HEADER_BYTES, SHARD_NAME
+from vggt_cache.store.header import (
+    ForeignShardError,
+    ShardHeader,
+    header_length,
+    parse_header,
+    rescue_records,
+)
+from vggt_cache.store.record import Record, Rows, finish_checksum, make_rows
+
+T = TypeVar("T")
+
+SHARDS_FOLDER = "shards"
+PIECE_BYTES = 4 * 1024 * 1024
+"""Read and added to the checksum at a time: little enough that the checksum finds the bytes in the processor's last
+cache, and so much that reader threads seldom meet at the interpreter's lock, which costs more than a slower cache."""
+_FIRST_READ_BYTES = 64 * 1024
+"""Covers the whole header of a shard of the default size."""
+_RECORDS_PROVED = 4
+"""Of a shard with a damaged header, so many records are read at most to find out where its data begin."""
+
+
+class ShardVanishedError(CacheAccessError):
+    """A shard of the snapshot is no longer there: removed by `prune` or by hand."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardContents:
+    """The records of a shard, as far as they can be known."""
+
+    rows: Rows
+    """`shard` is 0."""
+    codec: str = NONE
+    problem: str = ""
+    """Why its header cannot be used; then the rows are those that its remains tell of."""
+    foreign: bool = False
+    """Intact as far as we can tell, but not ours: of another version or store, or not a plain file."""
+
+
+class OpenShard:
+    """An open shard, or their folder, and how many are using it: to be used in a `with` statement."""
+
+    __slots__ = ("_folder", "dropped", "fd", "file_bytes", "name", "users")
+
+    def __init__(self, folder: ShardFolder, name: str, fd: int, file_bytes: int) -> None:
+        self._folder, self.name, self.fd, self.file_bytes = folder, name, fd, file_bytes
+        self.users, self.dropped = 0, False
+
+    def __enter__(self) -> OpenShard:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._folder.pool.give_back(self)
+
+    def stored_bytes(self, record: Record) -> int:
+        """Bytes of the record in the file. Raises CorruptRecordError where the file does not hold so many.
+
+        Where an index tells of a record, nobody has looked at them yet.
+        """
+        codec = self._folder.codec_of(record)
+        least, most = codec.size_limits(record.h * record.w, self._folder.spec.encoder.channels)
+        length = record.stored_bytes or (least if codec.name == NONE else 0)
+        if not least <= length <= most:
+            self._corrupt(record, f"has a length that codec {codec.name} does not make of its shape")
+        if record.offset + length > self.file_bytes:
+            self._corrupt(record, "lies beyond the end of its file, which is truncated")
+        return length
+
+    def read(self, record: Record, feature: memoryview) -> None:
+        """Fill `feature`, which has the size of the feature, from the record: checked, then unpacked.
+
+        Raises CorruptRecordError, CacheAccessError, and SettingsError for memory that cannot be written or where
+        a package is missing.
+        """
+        codec = self._folder.codec_of(record)
+        if codec.name == NONE:
+            self.read_stored(record, feature)
+            return
+        codec.prepare()
+        stored = self.read_stored(record, self._folder.scratch.of(self.stored_bytes(record)))
+        for at in (
+            0,
+            (len(feature) - 1) // 64 * 64,
+        ):  # the system refuses memory at which a decoder would crash
+            self._fill(feature[at : at + 1], record.offset)
+        try:
+            codec.decode(stored, feature, record.h * record.w, self._folder.spec.encoder.channels)
+        except ValueError as error:
+            self._corrupt(record, f"cannot be unpacked ({error})", error)
+
+    def read_stored(self, record: Record, memory: memoryview) -> memoryview:
+        """Fill `memory` with the record as it lies in the file, checked; returns it. Errors as for `read`."""
+        length = self.stored_bytes(record)
+        hasher = xxhash.xxh3_128()
+        for at in range(0, length, PIECE_BYTES):
+            piece = memory[at : min(at + PIECE_BYTES, length)]
+            if self._fill(piece, record.offset + at) < len(piece):
+                self._corrupt(record, "ends early: the file was truncated while it was read")
+            hasher.update(piece)
+        codec = self._folder.codec_of(record).name
+        checksum = finish_checksum(hasher, self._folder.spec, record.key, record.h, record.w, codec)
+        if checksum != record.checksum:
+            self._corrupt(record, "does not match its checksum")
+        return memory
+
+    def _fill(self, memory: memoryview, offset: int) -> int:
+        try:
+            return read_fully(self._folder.fs, self.fd, memory, offset)
+        except OSError as error:
+            if error.errno == errno.EFAULT:
+                raise SettingsError(
+                    "out lies in memory that cannot be written, such as a file mapped for reading: give a tensor with "
+                    "memory of its own, or none"
+                ) from error
+            raise access_error(os.path.join(self._folder.path, self.name), error) from error
+
+    def _corrupt(self, record: Record, what: str, cause: Exception | None = None) -> NoReturn:
+        cache_dir = os.path.dirname(os.path.dirname(self._folder.path))
+        raise CorruptRecordError(
+            f"record {record.key.hex()} in shard {self.name} {what}, so it was damaged after it was written: run "
+            f"`vggt-cache prune {cache_dir} --damaged --yes`, then precompute again"
+        ) from cause
+
+
+class ShardFolder:
+    """The shards of one store. Safe to use from several threads and, after `start_anew_in_child`, in a fork."""
+
+    def __init__(self, store_dir: str, spec: FeatureSpec, *, fs: FileSystem, max_open: int = 64) -> None:
+        """`max_open`: how many shards are kept open. Raises CacheAccessError."""
+        self.path = os.path.join(store_dir, SHARDS_FOLDER)
+        self.spec = spec
+        self.fs = fs
+        self.pool = OpenShards(fs, max_open)
+        self.scratch = _Scratch()
+        self._packed = codec_for(coded_form(spec.feature_dtype), spec.feature_dtype)
+        self._plain = codec_for(NONE, spec.feature_dtype)
+        self._always_packed = spec.feature_dtype not in DTYPE_NAMES
+        self._closed = False
+        self._directory: OpenShard | None = None
+        self.reopen()
+
+    def close(self) -> None:
+        """Close all files, those that are being read as soon as they are not."""
+        self._closed = True
+        self._set_directory(None)
+        self.pool.close()
+
+    def require_open(self) -> None:
+        if self._closed:
+            store_dir = os.path.dirname(self.path)
+            raise CacheAccessError(f"the cache {store_dir} was closed: open it again to read from it")
+
+    def start_anew_in_child(self) -> None:
+        self.pool.start_anew_in_child()
+
+    def codec_of(self, record: Record) -> Codec:
+        return self._packed if record.stored_bytes or self._always_packed else self._plain
+
+    # ------------------------------------------------------------ names
+
+    def reopen(self) -> None:
+        """Follow the path anew: the folder may have been made since, or removed and made again.
+
+        Where nothing is there by now, the folder that was open stays: it was moved. Raises CacheAccessError.
+        """
+        try:
+            fd = self._with_room(lambda: self.fs.open_directory(self.path, follow=False))
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise access_error(self.path, error) from error
+        self._set_directory(OpenShard(self, "", fd, 0))
+
+    def _set_directory(self, new: OpenShard | None) -> None:
+        old, self._directory = self._directory, new
+        if old is not None:
+            self.pool.drop([old])
+
+    def _in_directory(self, call: Callable[[int], T]) -> T:
+        """What `call` makes of a handle of the folder. Raises FileNotFoundError where there is none, and OSError."""
+        directory = self._directory
+        if directory is None or not self.pool.hold(directory):
+            self.require_open()
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        with directory:
+            return self._with_room(lambda: call(directory.fd))
+
+    def names(self) -> list[str]:
+        """Names of all committed shards, in order, as one listing shows them. Raises CacheAccessError."""
+        if self._directory is None:
+            return []
+        with accessing(self.path):
+            found = self._in_directory(self.fs.list_names)
+        return sorted(filter(SHARD_NAME.fullmatch, found))
+
+    def sync_names(self) -> None:
+        """Make all names of the folder durable, also those that another process gave. Raises OSError."""
+        if self._directory is not None:
+            self._in_directory(lambda dir_fd: sync_directory(self.fs, dir_fd))
+
+    def file_bytes(self, name: str) -> int | None:
+        """The size of the file of this name; None where there is none. Raises CacheAccessError."""
+        status = self._status(name)
+        return None if status is None else status.st_size
+
+    def exists(self, name: str) -> bool:
+        """Whether there is a plain file of this name. Raises CacheAccessError."""
+        status = self._status(name)
+        return status is not None and is_regular(status)
+
+    def _status(self, name: str) -> os.stat_result | None:
+        try:
+            return self._in_directory(lambda dir_fd: self.fs.stat(name, dir_fd=dir_fd))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise access_error(os.path.join(self.path, name), error) from error
+
+    # ------------------------------------------------------------ headers
+
+    def header(self, name: str) -> ShardHeader:
+        """Parse a shard's header. Raises ShardFormatError, ShardVanishedError or CacheAccessError."""
+        fd, _ = self._open(name)
+        try:
+            with accessing(os.path.join(self.path, name)):
+                header = parse_header(read_header_bytes(self.fs, fd, name), name)
+        finally:
+            release(self.fs, fd)
+        if header.spec != self.spec:
+            raise ForeignShardError(
+                f"shard {name} belongs to another store ({header.spec.short_name}): move it there"
+            )
+        return header
+
+    def contents(self, name: str) -> ShardContents:
+        """What a shard holds. Of one with a damaged header, the records whose own part of it is intact.
+
+        Raises ShardVanishedError or CacheAccessError.
+        """
+        try:
+            header = self.header(name)
+        except ForeignShardError as error:
+            return ShardContents(rows=make_rows([]), problem=str(error), foreign=True)
+        except ShardFormatError as error:
+            records = self._rescued(name)
+            codec = coded_form(self.spec.feature_dtype) if any(r.stored_bytes for r in records) else NONE
+            return ShardContents(rows=make_rows(records), codec=codec, problem=str(error))
+        return ShardContents(rows=header.rows, codec=header.codec)
+
+    def _rescued(self, name: str) -> list[Record]:
+        """Where the data begin is not believed either, but what makes a record match its checksum."""
+        with self.opened(name) as shard:
+            with accessing(os.path.join(self.path, name)):
+                remains = read_bytes(self.fs, shard.fd, LENGTH_BYTES + MAX_HEADER_BYTES, 0)
+            for records in rescue_records(remains, shard.file_bytes, self.spec):
+                if any(self._is_intact(shard, record) for record in records[:_RECORDS_PROVED]):
+                    return records
+        return []
+
+    def _is_intact(self, shard: OpenShard, record: Record) -> bool:
+        try:
+            shard.read_stored(record, self.scratch.of(shard.stored_bytes(record)))
+        except CorruptRecordError:
+            return False
+        return True
+
+    # ------------------------------------------------------------ records
+
+    def opened(self, name: str) -> OpenShard:
+        """The shard, open until the end of the `with` statement that this is for.
+
+        Raises ShardVanishedError, ShardFormatError, CacheAccessError.
+        """
+        shared = self.pool.take(name)
+        if shared is None:
+            self.require_open()
+            shared = self.pool.add(OpenShard(self, name, *self._open(name)))
+        return shared
+
+    def _open(self, name: str) -> tuple[int, int]:
+        path = os.path.join(self.path, name)
+        try:
+            return self._in_directory(lambda dir_fd: open_regular(self.fs, name, dir_fd))
+        except FileNotFoundError as error:
+            raise _vanished(path) from error
+        except OSError as error:
+            raise access_error(path, error) from error
+
+    def _with_room(self, call: Callable[[], T]) -> T:
+        """The call's result. Where descriptors run out, shards that nobody is reading are closed, and it goes on."""
+        while True:
+            seen = self.pool.releases
+            try:
+                return call()
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE) or not self.pool.release_idle(seen):
+                    raise
+
+
+def _vanished(path: str) -> ShardVanishedError:
+    return ShardVanishedError(
+        f"{path} is no longer there, although this process has seen it: it was removed, by `vggt-cache prune` "
+        "or by hand; open the cache again, or call refresh()"
+    )
+
+
+def open_regular(fs: FileSystem, name: str, dir_fd: int) -> tuple[int, int]:
+    """Descriptor and size in bytes of a plain file. Raises ForeignShardError for anything else, or OSError."""
+    refusal = ForeignShardError(
+        f"shard {name} cannot be read: it is not a plain file; put the file itself there"
+    )
+    try:
+        fd = fs.open_file(name, dir_fd=dir_fd)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a socket
+            raise refusal from error
+        raise
+    try:
+        status = fs.fstat(fd)
+        if not is_regular(status):
+            raise refusal
+    except BaseException:
+        release(fs, fd)
+        raise
+    return fd, status.st_size
+
+
+def read_header_bytes(fs: FileSystem, fd: int, name: str) -> bytes:
+    """Length field and header. Raises ShardFormatError for an impossible length, or OSError."""
+    data = read_bytes(fs, fd, _FIRST_READ_BYTES, 0)
+    missing = LENGTH_BYTES + header_length(data, name) - len(data)
+    return data + read_bytes(fs, fd, missing, len(data)) if missing > 0 else data
+
+
+# ---------------------------------------------------------------- what is kept open
+
+
+class OpenShards:
+    """Open shards, least recently used first. One in use is never closed, or its number could be another's."""
+
+    def __init__(self, fs: FileSystem, limit: int) -> None:
+        self._fs = fs
+        self.limit = limit
+        """How many are kept open beyond those in use."""
+        self._closed = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self.lock = threading.Lock()
+        self._shards: OrderedDict[str, OpenShard] = OrderedDict()
+        self.releases = 0
+        """How often `release_idle` has closed something."""
+
+    def take(self, name: str) -> OpenShard | None:
+        """The shard, if it is open; it stays so until `give_back`."""
+        with self.lock:
+            shared = self._shards.get(name)
+            if shared is not None:
+                self._shards.move_to_end(name)
+                shared.users += 1
+            return shared
+
+    def add(self, opened: OpenShard) -> OpenShard:
+        """Keep a shard that was just opened, in use until `give_back`; or the one that another thread opened before."""
+        with suppress(OSError):  # a hint, and no more
+            self._fs.expect_scattered_reads(opened.fd)
+        with self.lock:
+            opened.dropped = self._closed  # meanwhile
+            shared = opened if self._closed else self._shards.setdefault(opened.name, opened)
+            shared.users += 1
+            idle = self._pop_idle(len(self._shards) - self.limit)
+        if shared is not opened:
+            idle.append(opened)
+        self._release(idle)
+        return shared
+
+    def hold(self, opened: OpenShard) -> bool:
+        """Keep it open until `give_back`; False where it is closed already."""
+        with self.lock:
+            opened.users += not opened.dropped
+            return not opened.dropped
+
+    def give_back(self, shard: OpenShard) -> None:
+        with self.lock:
+            shard.users -= 1
+            last = shard.dropped and not shard.users
+        if last:
+            release(self._fs, shard.fd)
+
+    def _pop_idle(self, count: int) -> list[OpenShard]:
+        names = [name for name, shared in self._shards.items() if not shared.users][: max(0, count)]
+        return [self._shards.pop(name) for name in names]
+
+    def _release(self, shards: list[OpenShard]) -> None:
+        for shared in shards:
+            release(self._fs, shared.fd)
+
+    def release_idle(self, seen: int) -> bool:
+        """Close what is not in use, because descriptors ran out; from now on keep fewer.
+
+        `seen`: `releases` before the attempt that failed. False: nothing was closed since then, nor can be.
+        """
+        with self.lock:
+            if self.releases != seen:
+                return True  # another thread was quicker, and has closed all that was idle
+            self.limit = max(1, min(self.limit, len(self._shards) // 2))
+            idle = self._pop_idle(len(self._shards))
+            self._release(idle)
+            self.releases += bool(idle)
+        return bool(idle)
+
+    def drop(self, shards: Collection[OpenShard]) -> None:
+        """Close them, those that are in use as soon as they are not."""
+        with self.lock:
+            idle = [shared for shared in shards if not shared.users]
+            for shared in shards:
+                shared.dropped = True
+        self._release(idle)
+
+    def close(self) -> None:
+        with self.lock:
+            self._closed = True
+            shards, self._shards = list(self._shards.values()), OrderedDict()
+        self.drop(shards)
+
+    def start_anew_in_child(self) -> None:
+        """After fork: a lock may be held, and a shard in use, by a thread that does not exist here."""
+        shards = list(self._shards.values())
+        self._forget()
+        self._release(shards)
+
+
+class ReusedMemory:
+    """Bytes that are used again and again, grown as needed: fresh memory costs a page fault each 4 KiB.
+
+    They start at a multiple of 64 bytes, as torch's do. Some processors copy several times more slowly to a place that
+    lies 1 to 31 bytes further in its page than the source does in its own, and records lie at the start of pages,
+    while large memory of bytearray and numpy starts 16 or 32 bytes behind it.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = memoryview(b"")
+
+    def of(self, length: int) -> memoryview:
+        """Memory of so many bytes, of any content, valid until the next call."""
+        if len(self._bytes) < length:
+            memory = np.empty(length + 63, np.uint8)
+            start = -memory.ctypes.data % 64
+            self._bytes = memory[start : start + length].data
+        return self._bytes[:length]
+
+
+class _Scratch(ReusedMemory, threading.local):
+    """Each thread's memory for packed records."""
