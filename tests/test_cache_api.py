@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import shutil
+import subprocess
+import sys
 import threading
+import warnings
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -26,7 +33,7 @@ from store_kit import (
 )
 from vggt_cache.errors import CacheAccessError, CorruptRecordError, FrameError, SettingsError
 from vggt_cache.identity import FeatureSpec, feature_key, frame_digest
-from vggt_cache.store import FeatureCache, ShardWriter, create_store
+from vggt_cache.store import FeatureCache, FileSystem, ShardWriter, create_store
 
 CAUSAL = make_spec(context="causal")
 
@@ -118,6 +125,47 @@ def test_a_moved_frame_keeps_its_feature(tmp_path: Path, frames: list[Path]) -> 
         assert equal(cache.get([tmp_path / "elsewhere.png"]), make_feature(0))
 
 
+def test_frames_may_be_given_by_anything_that_yields_them(tmp_path: Path, frames: list[Path]) -> None:
+    store_for_frames(tmp_path / "cache", CAUSAL, {7: frames[:2]})
+    a, b = frames[:2]
+    with FeatureCache.open(tmp_path / "cache") as cache:
+        for given in (
+            (path for path in (a, b)),
+            np.array([str(a), str(b)]),
+            [bytearray(a.read_bytes()), memoryview(b.read_bytes())],
+            dict.fromkeys((a, b)),
+        ):
+            assert equal(cache.get(given), make_feature(7))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        np.zeros((2, 28, 28, 3), np.uint8),
+        [np.zeros((28, 28, 3), np.uint8)],
+        [Image.new("RGB", (2, 2))],
+        [None],
+        [3],
+    ],
+    ids=["array", "pixels", "PIL", "None", "int"],
+)
+def test_what_is_no_frame_is_refused_in_one_sentence(tmp_path: Path, wrong: Any) -> None:
+    write_shard(tmp_path, [1])
+    message = r"a frame is of type .*path of an image file is needed"
+    with FeatureCache.open(tmp_path) as cache, pytest.raises(SettingsError, match=message):
+        cache.get(wrong)
+
+
+@pytest.mark.parametrize("wrong", [iter(()), None, 5, bytearray(b"bytes"), np.array([])])
+def test_no_frames_at_all_are_refused(tmp_path: Path, wrong: Any) -> None:
+    write_shard(tmp_path, [1])
+    with (
+        FeatureCache.open(tmp_path) as cache,
+        pytest.raises(SettingsError, match="a list of frames is needed"),
+    ):
+        cache.get(wrong)
+
+
 @pytest.mark.parametrize("wrong", ["000.png", b"bytes", Path("000.png"), [], ()])
 def test_frames_that_are_no_list_are_refused(tmp_path: Path, wrong: object) -> None:
     write_shard(tmp_path, [1])
@@ -185,6 +233,61 @@ def test_memory_that_does_not_fit_is_refused_and_not_touched(tmp_path: Path, out
         assert out.is_meta or out.count_nonzero() == 0
 
 
+@pytest.mark.parametrize("codec", ["none", "lossless"])
+def test_a_feature_is_read_to_the_cpu_whatever_torchs_default_device_is(tmp_path: Path, codec: str) -> None:
+    write_shard(tmp_path, [1], codec=codec)
+    eight_bit = make_spec(feature_dtype="int8")
+    write_shard(tmp_path, [2], eight_bit)
+    with (
+        FeatureCache.open(tmp_path, spec=SPEC) as cache,
+        FeatureCache.open(tmp_path, spec=eight_bit) as small,
+    ):
+        expected = small.get_by_key(make_key(2))
+        assert expected is not None
+        with torch.device("meta"):
+            found = cache.get_by_key(make_key(1))
+            rounded = small.get_by_key(make_key(2))
+            encoded = small.get_encoded(make_key(2))
+            assert encoded is not None
+            decoded = encoded.decode()
+        assert equal(found, make_feature(1))
+        assert equal(rounded, expected)
+        assert equal(decoded, expected)
+
+
+def read_into_read_only_memory(cache_dir: Path, spec: FeatureSpec, file: Path) -> str:
+    file.write_bytes(bytes(4096))
+    with FeatureCache.open(cache_dir, spec=spec) as cache, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mapped = np.memmap(file, np.uint8, "r")
+        out = torch.from_numpy(mapped)[:48].view(torch.bfloat16).view(2, 3, 4)
+        try:
+            cache.get_by_key(make_key(1), out=out)
+        except SettingsError as error:
+            return str(error)
+    return "it was read"
+
+
+def _report(send: Any, *arguments: Any) -> None:
+    send.send(read_into_read_only_memory(*arguments))
+
+
+@pytest.mark.parametrize(
+    ("codec", "feature_dtype"), [("none", "bfloat16"), ("lossless", "bfloat16"), ("none", "int8")]
+)
+def test_memory_that_is_mapped_for_reading_is_refused(tmp_path: Path, codec: str, feature_dtype: str) -> None:
+    """In a process of its own: the system kills one that writes there."""
+    spec = make_spec(feature_dtype=feature_dtype)
+    write_shard(tmp_path / "cache", [1], spec, codec=codec)
+    receive, send = multiprocessing.Pipe(duplex=False)
+    arguments = (send, tmp_path / "cache", spec, tmp_path / "file")
+    process = multiprocessing.get_context("fork").Process(target=_report, args=arguments)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert "memory that cannot be written" in receive.recv()
+
+
 @pytest.mark.parametrize("wrong", [b"short", b"x" * 17, "0" * 32, None, 5])
 def test_what_is_no_key_is_refused_and_is_not_in_the_cache(tmp_path: Path, wrong: object) -> None:
     write_shard(tmp_path, [1])
@@ -203,6 +306,19 @@ def test_keys_come_once_and_in_order(tmp_path: Path) -> None:
         assert len(cache) == 20
         assert make_key(3) in cache
         assert make_key(20) not in cache
+
+
+def test_iterating_needs_nothing_but_the_iterator(tmp_path: Path) -> None:
+    """`for key in FeatureCache.open(...)`: nobody else holds the cache, and nothing of it is left open."""
+    write_shard(tmp_path, range(5))
+    wanted = sorted(make_key(n) for n in range(5))
+    with no_descriptor_leaks():
+        assert [key for key in FeatureCache.open(tmp_path)] == wanted  # noqa: C416
+        cache = FeatureCache.open(tmp_path)
+        keys = cache.keys()
+        first = next(keys)
+        cache.close()
+        assert [first, *keys] == wanted
 
 
 def test_an_empty_cache_has_nothing(tmp_path: Path) -> None:
@@ -293,6 +409,78 @@ def test_a_closed_cache_says_so(tmp_path: Path) -> None:
         ):
             with pytest.raises(CacheAccessError, match="was closed"):
                 ask()
+
+
+def test_closing_while_others_read_harms_no_read(tmp_path: Path) -> None:
+    """Each read ends with its feature, or is told that the cache was closed; never that it is damaged."""
+    for number in range(8):
+        write_shard(tmp_path, [number])
+    said: list[BaseException] = []
+    for _ in range(25):
+        cache = FeatureCache.open(tmp_path)
+        began = threading.Barrier(4)
+
+        def read(seed: int, cache: FeatureCache = cache, began: threading.Barrier = began) -> None:
+            began.wait()
+            try:
+                for step in range(10_000):
+                    number = (seed + step) % 8
+                    assert equal(cache.get_by_key(make_key(number)), make_feature(number))
+            except BaseException as error:
+                said.append(error)
+
+        threads = [threading.Thread(target=read, args=(seed,)) for seed in range(3)]
+        for thread in threads:
+            thread.start()
+        began.wait()
+        cache.close()
+        files = [open(os.devnull, "rb") for _ in range(20)]  # noqa: SIM115  take the numbers that were freed
+        for thread in threads:
+            thread.join()
+        for file in files:
+            file.close()
+    assert len(said) == 75
+    assert {(type(error), "was closed" in str(error)) for error in said} == {(CacheAccessError, True)}
+
+
+def test_a_read_that_is_under_way_keeps_its_file_when_the_cache_is_closed(tmp_path: Path) -> None:
+    write_shard(tmp_path, [1])
+
+    class ClosesInTheMiddle(FileSystem):
+        def preadv(self, fd: int, buffers: Any, offset: int) -> int:
+            if reading:
+                cache.close()
+            return super().preadv(fd, buffers, offset)
+
+    reading: list[bool] = []
+    with no_descriptor_leaks():
+        cache = FeatureCache.open(tmp_path, fs=ClosesInTheMiddle())
+        reading.append(True)
+        assert equal(cache.get_by_key(make_key(1)), make_feature(1))
+        with pytest.raises(CacheAccessError, match="was closed"):
+            cache.get_by_key(make_key(1))
+
+
+def test_a_refresh_follows_a_directory_that_was_removed_and_made_again(tmp_path: Path) -> None:
+    write_shard(tmp_path / "cache", [1, 2])
+    with no_descriptor_leaks(), FeatureCache.open(tmp_path / "cache") as cache:
+        assert holds(cache, [1, 2])
+        shutil.rmtree(tmp_path / "cache")
+        write_shard(tmp_path / "cache", [2, 3])
+        cache.refresh()
+        assert holds(cache, [2, 3])
+
+
+def test_looking_at_a_cache_loads_no_torch(tmp_path: Path) -> None:
+    write_shard(tmp_path, [1])
+    code = (
+        "import sys; from vggt_cache.store import describe, list_stores, prune; from vggt_cache.cli import main\n"
+        f"assert len(list_stores({str(tmp_path)!r})) == len(describe({str(tmp_path)!r}).stores) == 1\n"
+        f"prune({str(tmp_path)!r})\nassert main(['info', {str(tmp_path)!r}]) == 0\n"
+        "assert 'torch' not in sys.modules, 'torch was loaded'"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_the_package_offers_the_cache_under_its_own_name() -> None:

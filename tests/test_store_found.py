@@ -17,10 +17,11 @@ import pytest
 
 from simulated_client import Client, Faults, Killed
 from simulated_disk import Disk, failure
-from store_kit import SPEC, Call, TracedFileSystem, make_feature, make_key, write_shard
+from store_kit import SPEC, Call, TracedFileSystem, equal, make_feature, make_key, write_shard
 from vggt_cache.errors import CacheAccessError, CommitError, SpecMismatchError
 from vggt_cache.store import FeatureCache, ShardWriter, convert, create_store, describe, prune
 from vggt_cache.store.header import parse_spec
+from vggt_cache.store.index import IndexFile
 
 STORE = f"/cache/{SPEC.short_name}"
 
@@ -153,6 +154,122 @@ def test_opening_while_a_shard_is_superseded_and_pruned_misses_nothing() -> None
     with FeatureCache.open("/cache", spec=SPEC, fs=Racing(disk)) as cache:
         assert make_key(1) in cache
         assert make_key(2) in cache
+
+
+class ListsSlowly(Client):
+    """Its first listing of the shards passes the place of new names before, and that of old ones after, `between`."""
+
+    def __init__(self, disk: Disk, between: Callable[[], Any]) -> None:
+        super().__init__(disk)
+        self._between: Callable[[], Any] | None = between
+
+    def list_names(self, dir_fd: int) -> list[str]:
+        before = set(super().list_names(dir_fd))
+        if self._node(dir_fd) is not self.disk.find(f"{STORE}/shards"):
+            return sorted(before)
+        if self._between is not None:
+            between, self._between = self._between, None
+            between()
+        return sorted(before & set(super().list_names(dir_fd)))
+
+
+def replaced_by_prune(disk: Disk) -> None:
+    commit(Client(disk), 1, 2, 3)
+    prune("/cache", dry_run=False, fs=Client(disk))
+
+
+def replaced_by_a_pruner_that_is_killed_then(disk: Disk) -> None:
+    commit(Client(disk), 1, 2, 3)
+    client = Interposed(disk, "unlink", before=nothing, after=nothing)
+    client._after = client.die
+    with pytest.raises(Killed):
+        prune("/cache", dry_run=False, fs=client)
+
+
+def replaced_by_convert(disk: Disk) -> None:
+    list(convert("/cache", SPEC, "lossless", dry_run=False, fs=Client(disk)))
+
+
+def replaced_by_repair(disk: Disk) -> None:
+    (path,) = disk.listing(f"{STORE}/shards")
+    data = disk.contents(f"{STORE}/shards/{path}")
+    assert data is not None
+    disk.alter(f"{STORE}/shards/{path}", data[:-1] + bytes([data[-1] ^ 1]))  # of number 2
+    prune("/cache", dry_run=False, damaged=True, fs=Client(disk))
+
+
+@pytest.mark.parametrize("index", ["index", "no index"])
+@pytest.mark.parametrize(
+    "replace",
+    [replaced_by_prune, replaced_by_a_pruner_that_is_killed_then, replaced_by_convert, replaced_by_repair],
+)
+def test_a_listing_that_shows_neither_a_shard_nor_its_successor_hides_nothing(
+    replace: Callable[[Disk], None], index: str
+) -> None:
+    for opened_before in (False, True):
+        disk = new_disk()
+        commit(Client(disk), 1, 2)
+        if index == "index":
+            with FeatureCache.open("/cache", fs=Client(disk)) as cache:
+                assert cache.save_index()
+        reader = ListsSlowly(disk, nothing if opened_before else lambda disk=disk: replace(disk))
+        with FeatureCache.open("/cache", fs=reader) as cache:
+            if opened_before:
+                reader._between = lambda disk=disk: replace(disk)
+                cache.refresh()
+            assert equal(cache.get_by_key(make_key(1)), make_feature(1))
+
+
+def test_an_index_that_another_process_saves_names_what_the_last_one_named() -> None:
+    """A writer whose snapshot is older than the prune must not take the successor's name away."""
+    disk = new_disk()
+    commit(Client(disk), 1, 2)
+    with FeatureCache.open("/cache", fs=Client(disk)) as old:
+        successor = commit(Client(disk), 1, 2, 3)
+        with FeatureCache.open("/cache", fs=Client(disk)) as other:
+            assert other.save_index()
+        commit(Client(disk), 4)
+        with old.with_shards([*old.shard_names(), max(disk.listing(f"{STORE}/shards"))]) as older:
+            assert older.save_index()
+    assert successor in IndexFile(STORE, SPEC.fingerprint, Client(disk)).shard_names()
+
+
+def test_nothing_is_pruned_where_no_index_can_be_saved() -> None:
+    disk = new_disk()
+    old = commit(Client(disk), 1, 2)
+    commit(Client(disk), 1, 2, 3)
+
+    class Full(Client):
+        def create_file(self, name: str, *, dir_fd: int) -> int:
+            raise failure(errno.ENOSPC)
+
+    with pytest.raises(CommitError, match="the disk is full"):
+        prune("/cache", dry_run=False, fs=Full(disk))
+    assert old in disk.listing(f"{STORE}/shards")
+
+
+def test_an_index_finds_room_where_the_last_one_was() -> None:
+    """A disk that is full to the last byte can be pruned."""
+    disk = new_disk()
+    old = commit(Client(disk), 1, 2)
+    with FeatureCache.open("/cache", fs=Client(disk)) as cache:
+        assert cache.save_index()
+    commit(Client(disk), 1, 2, 3)
+
+    class Full(Client):
+        full = True
+
+        def create_file(self, name: str, *, dir_fd: int) -> int:
+            if self.full:
+                raise failure(errno.ENOSPC)
+            return super().create_file(name, dir_fd=dir_fd)
+
+        def unlink(self, name: str, *, dir_fd: int) -> None:
+            super().unlink(name, dir_fd=dir_fd)
+            self.full = False
+
+    prune("/cache", dry_run=False, fs=Full(disk))
+    assert old not in disk.listing(f"{STORE}/shards")
 
 
 @pytest.mark.parametrize("look", [describe, prune])

@@ -1,4 +1,7 @@
-"""The commands that look at a cache or keep it in order: `info`, `verify`, `view`, `prune`, `convert`."""
+"""The commands that look at a cache or keep it in order: `info`, `verify`, `view`, `prune`, `convert`.
+
+What needs torch is imported where it is used: `info` takes no longer than reading the directory.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,8 @@ from vggt_cache.identity import FeatureSpec
 from vggt_cache.picture import draw_features
 from vggt_cache.precompute.failures import FailureLog
 from vggt_cache.precompute.plan import plan_and_tell
-from vggt_cache.precompute.report import Reporter, bytes_text, count_of
-from vggt_cache.precompute.run import EXIT_INVALID, EXIT_OK
-from vggt_cache.precompute.verify import verify_data, verify_records
-from vggt_cache.store import FeatureCache, convert, describe, prune
+from vggt_cache.precompute.report import EXIT_INVALID, EXIT_OK, Reporter, bytes_text, count_of
+from vggt_cache.store import convert, describe, prune
 from vggt_cache.store.directory import select_store
 from vggt_cache.store.filesystem import OPERATING_SYSTEM
 from vggt_cache.store.inventory import CacheDescription, StoreDescription
@@ -88,6 +89,9 @@ def verify_store(
     asked: Mapping[str, object],
 ) -> int:
     """Check every record of a store against its checksum. `asked` as for `verify_against_data`."""
+    from vggt_cache.precompute.verify import verify_records
+    from vggt_cache.store import FeatureCache
+
     reporter = Reporter()
     with (
         FeatureCache.open(cache_dir, context=context, fingerprint=fingerprint, use_index=False) as cache,
@@ -118,6 +122,9 @@ def verify_against_data(
 
     `asked`: what the user gave; the cache must have been made with those of them that are settings of precompute.
     """
+    from vggt_cache.precompute.verify import verify_data
+    from vggt_cache.store import FeatureCache
+
     reporter = Reporter()
     failures = FailureLog(cache_dir, reporter, write=False)
     with FeatureCache.open(cache_dir, context=context, fingerprint=fingerprint) as cache:
@@ -153,6 +160,8 @@ def draw_view(
     cache_dir: str, data_root: str, output: str, *, count: int, context: str | None, fingerprint: str | None
 ) -> int:
     """Draw features spread over the data beside their frames."""
+    from vggt_cache.store import FeatureCache
+
     if count < 1:
         raise SettingsError(f"--count {count} draws nothing: give 1 or more")
     reporter = Reporter()

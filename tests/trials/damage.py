@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import resource
 import time
@@ -190,7 +191,9 @@ def _mutate(header: Any, random: Random) -> None:
     container, place = random.choice(spots)
     action = random.randrange(4)
     if action == 0:
-        container[place] = random.choice(STRANGE)
+        container[place] = copy.deepcopy(
+            random.choice(STRANGE)
+        )  # else the next mutation would change the table
     elif action == 1:
         del container[place]
     elif action == 2:

@@ -38,7 +38,7 @@ class EncodedFeature:
 
     def decode(self, *, out: Tensor | None = None) -> Tensor:
         """The feature, bfloat16 [h, w, C], on the CPU; into `out`, which is contiguous, where it is given."""
-        feature = torch.empty(self.shape, dtype=torch.bfloat16) if out is None else out
+        feature = torch.empty(self.shape, dtype=torch.bfloat16, device="cpu") if out is None else out
         if feature.shape != self.shape or feature.dtype != torch.bfloat16 or not feature.is_contiguous():
             raise SettingsError(
                 f"out has shape {list(feature.shape)} and {feature.dtype}, and the feature needs a contiguous "
@@ -112,7 +112,7 @@ def decode_rows(record: Tensor, values: Tensor) -> None:
     """The same on a CPU, into `values`, bfloat16 [tokens, C]."""
     tokens, channels = values.shape
     normalisers, scales, levels = _parts(record, tokens, channels)
-    wide = torch.empty((min(_ROWS, tokens), channels))
+    wide = torch.empty((min(_ROWS, tokens), channels), dtype=torch.float32, device=record.device)
     for start in range(0, tokens, _ROWS):
         rows = slice(start, min(start + _ROWS, tokens))
         part = wide[: rows.stop - start]

@@ -9,6 +9,9 @@ from tqdm import tqdm
 
 from vggt_cache.environment import rank_of
 
+EXIT_OK, EXIT_INVALID, EXIT_INCOMPLETE = 0, 1, 3
+"""All is well; verification found fault; some inputs could not be used (they stand in failures.jsonl)."""
+
 
 class Reporter:
     """Prints `[INFO]`, `[WARN]` and `[SUCCESS]` lines without tearing the progress bar.

@@ -23,15 +23,19 @@ from vggt_cache.precompute.pipeline import Pipeline
 from vggt_cache.precompute.plan import KnownKeys, plan_and_tell
 from vggt_cache.precompute.present import Present
 from vggt_cache.precompute.qwen import QwenLimits
-from vggt_cache.precompute.report import Reporter, bytes_text, count_of
+from vggt_cache.precompute.report import (
+    EXIT_INCOMPLETE,
+    EXIT_INVALID,
+    EXIT_OK,
+    Reporter,
+    bytes_text,
+    count_of,
+)
 from vggt_cache.precompute.settings import PrecomputeSettings, choose_compute_dtype, choose_device
 from vggt_cache.precompute.stop import StopRequest
 from vggt_cache.precompute.verify import LARGEST_RELATIVE_ERROR, largest_relative_error, verify_data
 from vggt_cache.precompute.write import BlockDone, FeatureWriter, shard_bytes
 from vggt_cache.store import FeatureCache, ShardWriter, create_store
-
-EXIT_OK, EXIT_INVALID, EXIT_INCOMPLETE = 0, 1, 3
-"""All is well; verification found fault; some inputs could not be used (they stand in failures.jsonl)."""
 
 
 def precompute(settings: PrecomputeSettings, reporter: Reporter | None = None) -> int:

@@ -1,7 +1,7 @@
 """One record, and the table of all of them: where each feature lies, found by its key.
 
 A row is 56 bytes, in memory as in the index. The rows are sorted by key, and a small table tells where the rows
-of each bucket of keys begin, so finding one is a look into about 32 rows.
+of each bucket of keys begin, so finding one is a look into a few rows.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ ROW_DTYPE = np.dtype(
 ROW = struct.Struct("<16s16sQIIII")
 ROW_BYTES = ROW.size
 Rows = npt.NDArray[np.void]
+_WHOLE = np.dtype((np.void, ROW_BYTES))
 _LAST_SHARD = np.uint32(2**32 - 1)
 
 
@@ -94,13 +95,8 @@ def make_rows(records: Sequence[Record]) -> Rows:
 
 def join_rows(parts: Sequence[Rows]) -> Rows:
     """The rows of all parts, in a table of its own."""
-    # Not numpy.concatenate, which gives the fields the machine's byte order: here the order is the key's.
-    rows = np.empty(sum(map(len, parts)), ROW_DTYPE)
-    at = 0
-    for part in parts:
-        rows[at : at + len(part)] = part
-        at += len(part)
-    return rows
+    # Rows are moved as bytes: field by field takes many times as long, and fields would get the machine's byte order.
+    return np.concatenate([np.empty(0, _WHOLE), *(part.view(_WHOLE) for part in parts)]).view(ROW_DTYPE)
 
 
 def unpack_rows(rows: Rows) -> Iterator[tuple[int, Record]]:
@@ -113,7 +109,7 @@ def sort_rows(rows: Rows) -> Rows:
     """By key; of equal keys the one in the latest shard first, which is the one that is served."""
     # By the first half of the key alone, since that is quick where most rows are in order; then what is equal there.
     order = np.argsort(_high(rows), kind="stable")
-    rows = rows[order]
+    rows = rows.view(_WHOLE).take(order).view(ROW_DTYPE)
     same = rows["high"][1:] == rows["high"][:-1]
     if same.any():
         equal = np.flatnonzero(np.append(same, False) | np.append(False, same))
@@ -135,8 +131,8 @@ def _high(rows: Rows) -> npt.NDArray[np.uint64]:
 
 # ---------------------------------------------------------------- the table
 
-_ROWS_PER_BUCKET = 32
-_MAX_BUCKET_BITS = 24
+_ROWS_PER_BUCKET = 8
+_MAX_BUCKET_BITS = 28
 
 
 class RecordTable:
@@ -148,9 +144,13 @@ class RecordTable:
         self.rows = rows
         bits = min(_MAX_BUCKET_BITS, (len(rows) // _ROWS_PER_BUCKET).bit_length())
         self._shift = 64 - bits
-        edges = np.arange(1, 1 << bits, dtype=np.uint64) << np.uint64(self._shift) if bits else _NO_EDGES
-        inner = np.searchsorted(_high(rows), edges)
-        self._starts = np.concatenate([[0], inner, [len(rows)]]).astype(np.uint64).data
+        # The first four bytes of each key, in place, tell its bucket.
+        first = np.ndarray(len(rows), ">u4", rows.data, 0, (ROW_BYTES,)).astype("<u4")
+        sizes = np.bincount(
+            first >> np.uint32(32 - bits) if bits else np.zeros_like(first), minlength=1 << bits
+        )
+        self._starts = np.concatenate([[0], np.cumsum(sizes)]).astype(np.uint32).data
+        """Number of the first row of each bucket; then that of all rows."""
         self._bytes = rows.view(np.uint8).data
 
     @classmethod
@@ -166,7 +166,7 @@ class RecordTable:
         for number, (names, rows) in enumerate(parts):
             mine = [numbers.get(name, -1) if owners[name] == number else -1 for name in names]
             new = np.array(mine, np.int64)[rows["shard"]]
-            kept = rows[new >= 0]
+            kept = rows.view(_WHOLE)[new >= 0].view(ROW_DTYPE)
             kept["shard"] = new[new >= 0]
             taken.append(kept)
         return cls(shards, sort_rows(join_rows(taken)))
@@ -205,5 +205,4 @@ class RecordTable:
         return len(self.rows) - int(same.sum())
 
 
-_NO_EDGES = np.zeros(0, np.uint64)
 _KEYS_AT_ONCE = 4096

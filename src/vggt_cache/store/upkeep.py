@@ -98,7 +98,8 @@ class _StoreKeeper:
             self._taker.save_or_raise(snapshot)
         except OSError:
             # A full disk may have room where the old one was. As long as there is none, the headers are read.
-            self._taker.index.remove()
+            with suppress(OSError):
+                self._taker.index.remove()
             self._taker.save_or_raise(snapshot)
 
     def forget_removed(self) -> None:
