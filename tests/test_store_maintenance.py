@@ -309,7 +309,9 @@ def test_a_repair_that_fails_removes_nothing(tmp_path: Path, operation: str) -> 
     damage(tmp_path, bad, 2)
     with no_descriptor_leaks(), pytest.raises(CommitError):
         prune(tmp_path, damaged=True, dry_run=False, fs=failing(operation, errno.ENOSPC))
-    assert os.listdir(shards_dir(tmp_path)) == [bad]
+    left = os.listdir(shards_dir(tmp_path))
+    assert bad in left
+    assert left == [bad] or operation == "fsync_directory", "only a shard that has its name is not taken back"
     with FeatureCache.open(tmp_path) as cache:
         assert equal(cache.get_by_key(make_key(3)), make_feature(3))
         with pytest.raises(CorruptRecordError):

@@ -8,6 +8,7 @@ fails, and the simulated ones alone. Writes the table into benchmarks/results/mu
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -16,7 +17,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,84 +31,108 @@ TIMEOUT_S = 600
 
 @dataclass(frozen=True, kw_only=True)
 class Mutant:
-    """One change of the store's source: the text `old`, which occurs once, becomes `new`."""
+    """One guard removed: in one function of the store, calls become other expressions."""
 
     name: str
-    old: str
-    new: str
+    function: str = ""
+    """Module, class where there is one, and name, joined by dots."""
+    calls: Mapping[str, str] = field(default_factory=dict)
+    """What is called, exactly once in the function, and the expression that stands there instead."""
+    helper: str = ""
+    """A function that the expressions use."""
 
 
 MUTANTS = (
-    Mutant(name="none", old="", new=""),
-    Mutant(name="no fsync", old="        self._fs.fsync(fd)\n", new=""),
+    Mutant(name="none"),
+    Mutant(name="no fsync", function="atomic_file.PendingFile.seal", calls={"self._fs.fsync": "None"}),
     Mutant(
         name="no directory fsync",
-        old="        self._drop_temporary_name()\n        sync_directory(self._fs, self._dir_fd)\n",
-        new="        self._drop_temporary_name()\n",
+        function="atomic_file.PendingFile.publish_new",
+        calls={"sync_directory": "None"},
     ),
-    Mutant(name="no checksum", old="if checksum != record.checksum:", new="if checksum == b'':"),
+    Mutant(
+        name="no checksum",
+        function="shards.OpenShard.read_stored",
+        calls={"finish_checksum": "record.checksum"},
+    ),
     Mutant(
         name="no key check",
-        old="hasher.update(key + ",
-        new="hasher.update(",
+        function="record.finish_checksum",
+        calls={"hasher.update": "hasher.update(name.encode() + shape)"},
     ),
     Mutant(
         name="no short-write loop",
-        old="        rest, offset = rest[count:], offset + count\n",
-        new="        break\n",
+        function="filesystem.write_fully",
+        calls={"fs.pwrite": "(fs.pwrite(fd, rest, offset), len(rest))[1]"},
     ),
     Mutant(
         name="no short-read loop",
-        old="        if count == 0:\n            break\n        done += count\n",
-        new="        done += count\n        break\n",
+        function="filesystem.read_fully",
+        calls={"fs.preadv": "(fs.preadv(fd, [target[done:]], offset + done), len(target) - done)[1]"},
     ),
     Mutant(
         name="pid-only temp names",
-        old='f".tmp-{secrets.token_hex(8)}"',
-        new='f".tmp-{os.getpid():016x}"',
+        function="atomic_file.PendingFile.__init__",
+        calls={"secrets.token_hex": "f'{os.getpid():016x}'"},
     ),
     Mutant(
         name="rename over an existing file",
-        old="persist(self._fs.link, self._name, name, dir_fd=self._dir_fd)",
-        new="persist(self._fs.rename, self._name, name, dir_fd=self._dir_fd)",
+        function="atomic_file.PendingFile._link_or_rename",
+        calls={"self._fs.link": "self._fs.rename(self._name, name, dir_fd=self._dir_fd)"},
     ),
     Mutant(
         name="index trusted over shards",
-        old='        if index.names_text == "\\n".join(names):\n            return cls(index=index)\n',
-        new="        return cls(index=index)\n",
+        function="snapshot.SnapshotTaker.take",
+        calls={"self._shards.names": "self.index.shard_names() or self._shards.names()"},
     ),
     Mutant(
-        name="index rows not checked",
-        old="if xxhash.xxh3_64_intdigest(data) != self._checks[bucket]:",
-        new="if False:",
+        name="index not checked",
+        function="index.IndexFile._read",
+        calls={"hasher.digest": "head[_HEAD.size : _NAMES_AT]"},
     ),
     Mutant(
         name="index saved before names are synced",
-        old="            self._reader.sync_names()  # what the index lists must not be lost in a power failure\n",
-        new="",
+        function="snapshot.SnapshotTaker.save_or_raise",
+        calls={"self._shards.sync_names": "None"},
     ),
     Mutant(
         name="fsync repeated after a failure",
-        old="        self._fs.fsync(fd)\n",
-        new="        try:\n            self._fs.fsync(fd)\n        except OSError:\n            self._fs.fsync(fd)\n",
+        function="atomic_file.PendingFile.seal",
+        calls={"self._fs.fsync": "_twice(self._fs.fsync, fd)"},
+        helper="def _twice(call, fd):\n    try:\n        call(fd)\n    except OSError:\n        call(fd)\n",
     ),
     Mutant(
         name="linked before it is synced",
-        old="        file.seal(read_only=True)\n        name = next_shard_name("
-        "persist(self._fs.list_names, self._dir_fd), self._fs.clock_s())\n        file.publish_new(name)\n",
-        new="        name = next_shard_name("
-        "persist(self._fs.list_names, self._dir_fd), self._fs.clock_s())\n        file.publish_new(name)\n"
-        "        file.seal(read_only=True)\n",
+        function="writer.ShardWriter._commit",
+        calls={
+            "file.seal": "None",
+            "file.publish_new": "(file.publish_new(name), file.seal(read_only=True))",
+        },
     ),
     Mutant(
-        name="pruned for the sake of unsynced names",
-        old="        reader.sync_names()\n",
-        new="        pass\n",
+        name="removed before the index names the successor",
+        function="upkeep._StoreKeeper.remove_shards",
+        calls={"self._save_index": "None"},
+    ),
+    Mutant(
+        name="index not looked at after a listing",
+        function="snapshot.SnapshotTaker.take",
+        calls={"self.index.shard_names": "[]", "self.index.load": "None"},
     ),
     Mutant(
         name="listing believed to be complete",
-        old="unlisted = [name for name in known.difference(names) if self._exists(name)]",
-        new="unlisted: list[str] = []",
+        function="snapshot.SnapshotTaker.take",
+        calls={"self._shards.exists": "False"},
+    ),
+    Mutant(
+        name="nothing rescued of a damaged header",
+        function="shards.ShardFolder.contents",
+        calls={"self._rescued": "[]"},
+    ),
+    Mutant(
+        name="remains of a header not proved",
+        function="shards.ShardFolder._rescued",
+        calls={"self._is_intact": "True"},
     ),
 )
 
@@ -152,20 +178,40 @@ def _copy_project(copy: Path) -> None:
 
 
 def _apply(mutant: Mutant, copy: Path) -> None:
-    if not mutant.old:
-        return
-    holders = places(mutant, copy)
-    if len(holders) != 1:
-        sys.exit(
-            f"mutant {mutant.name!r}: its text does not occur once in the store, so it has to be written anew"
+    if mutant.function:
+        path = copy / STORE / f"{mutant.function.split('.')[0]}.py"
+        path.write_text(mutated(mutant, path.read_text()))
+
+
+def mutated(mutant: Mutant, source: str) -> str:
+    """The module's source with the guard removed. Raises ValueError where the function does not call it once."""
+    module = ast.parse(source)
+    node: ast.AST = module
+    for name in mutant.function.split(".")[1:]:
+        found = [child for child in ast.iter_child_nodes(node) if getattr(child, "name", None) == name]
+        if len(found) != 1:
+            raise ValueError(f"mutant {mutant.name!r}: there is no {mutant.function}")
+        node = found[0]
+    replacing = _Replacing(mutant.calls)
+    replacing.visit(node)
+    if sorted(replacing.seen) != sorted(mutant.calls):
+        raise ValueError(
+            f"mutant {mutant.name!r}: {mutant.function} does not call {list(mutant.calls)} once each"
         )
-    holders[0].write_text(holders[0].read_text().replace(mutant.old, mutant.new))
+    return f"{ast.unparse(ast.fix_missing_locations(module))}\n\n{mutant.helper}"
 
 
-def places(mutant: Mutant, root: Path = ROOT) -> list[Path]:
-    """The file that holds the text which the mutant changes, as often as it does."""
-    paths = sorted((root / STORE).glob("*.py"))
-    return [path for path in paths for _ in range(path.read_text().count(mutant.old))]
+class _Replacing(ast.NodeTransformer):
+    def __init__(self, calls: Mapping[str, str]) -> None:
+        self._calls = calls
+        self.seen: list[str] = []
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        called = ast.unparse(node.func)
+        if called not in self._calls:
+            return self.generic_visit(node)
+        self.seen.append(called)
+        return ast.parse(self._calls[called], mode="eval").body
 
 
 def first_failure(copy: Path, tests: list[str]) -> str | None:

@@ -63,26 +63,13 @@ class _StoreKeeper:
     def close(self) -> None:
         self.shards.close()
 
-    def inventory(self) -> Inventory:
-        """What is there, and on the disk: nothing may go for the sake of a shard that a power loss could take.
-
-        Raises CommitError, CacheAccessError.
-        """
-        found = take_inventory(self.shards)
-        if not self.dry_run:
-            try:
-                self.shards.sync_names()
-            except OSError as error:
-                raise commit_error(self.store_dir, error) from error
-        return found
-
     # ------------------------------------------------------------ removing
 
     def remove_shards(self, names: Sequence[str]) -> None:
         """Remove shards of which nothing is needed any more.
 
-        First the index names what takes their place: a reader that lists the folder meanwhile may see neither.
-        Raises CommitError, CacheAccessError.
+        First the index names what takes their place, and before that the disk knows these names: a reader that lists
+        the folder meanwhile may see neither, and a power loss must not take both. Raises CommitError, CacheAccessError.
         """
         if names and not self.dry_run:
             try:
@@ -241,8 +228,8 @@ class _Pruner:
                 path=os.path.join(folder, name), bytes=size, reason="a temporary file whose writer is gone"
             )
         if damaged:
-            yield from self._repair(keeper.inventory())
-        yield from self._remove(list(self._superseded(keeper.inventory())))
+            yield from self._repair(take_inventory(keeper.shards))
+        yield from self._remove(list(self._superseded(take_inventory(keeper.shards))))
         if self._gone and not keeper.dry_run:
             keeper.forget_removed()
 
@@ -351,7 +338,7 @@ def convert(
 
 
 def _converted(keeper: _StoreKeeper, wanted: str, codec: str) -> Iterator[Converted]:
-    found = keeper.inventory()
+    found = take_inventory(keeper.shards)
     served, removed, waiting = found.served, False, dict[str, int]()
     winners = np.flatnonzero(served)[key_groups(found.rows)]
     try:
