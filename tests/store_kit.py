@@ -77,6 +77,18 @@ def shard_path(cache_dir: Path, name: str, spec: FeatureSpec = SPEC) -> Path:
     return shards_dir(cache_dir, spec) / name
 
 
+def writable_shard(
+    cache_dir: Path,
+    numbers: Iterable[int] | Mapping[int, torch.Tensor],
+    spec: FeatureSpec = SPEC,
+    **options: Any,
+) -> Path:
+    """The path of a new shard, which can be damaged."""
+    path = shard_path(cache_dir, write_shard(cache_dir, numbers, spec, **options), spec)
+    path.chmod(0o644)
+    return path
+
+
 def save_index(cache_dir: Path, spec: FeatureSpec = SPEC) -> Path:
     with FeatureCache.open(cache_dir, spec=spec) as cache:
         assert cache.save_index()

@@ -29,6 +29,7 @@ from store_kit import (
     no_descriptor_leaks,
     shard_path,
     shards_dir,
+    writable_shard,
     write_shard,
 )
 from vggt_cache.errors import CacheAccessError, CorruptRecordError, FrameError, SettingsError
@@ -383,8 +384,7 @@ def test_stats_lose_nothing_among_threads(tmp_path: Path) -> None:
 
 @DAMAGE_WARNING
 def test_verifying_a_record_reads_it(tmp_path: Path) -> None:
-    path = shard_path(tmp_path, write_shard(tmp_path, [1, 2]))
-    path.chmod(0o644)
+    path = writable_shard(tmp_path, [1, 2])
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     with FeatureCache.open(tmp_path) as cache:
         assert cache.verify_record(make_key(1)) is True

@@ -23,6 +23,7 @@ from store_kit import (
     save_index,
     shard_path,
     shards_dir,
+    writable_shard,
     write_shard,
 )
 from vggt_cache.errors import CorruptRecordError, ShardFormatError, StoreError
@@ -131,8 +132,7 @@ def test_bytes_behind_the_end_harm_no_record(small_store: tuple[Path, Path]) -> 
 
 
 def test_a_file_that_is_cut_while_it_is_open_is_noticed(tmp_path: Path) -> None:
-    path = shard_path(tmp_path, write_shard(tmp_path, NUMBERS))
-    path.chmod(0o644)
+    path = writable_shard(tmp_path, NUMBERS)
     with FeatureCache.open(tmp_path) as cache:
         assert equal(cache.get_by_key(make_key(1)), make_feature(1))
         os.truncate(path, path.stat().st_size - 1)
@@ -163,16 +163,14 @@ def swap(path: Path, what: str) -> None:
 
 @pytest.mark.parametrize("what", ["payloads", "names", "checksums"])
 def test_swapped_records_are_found_out(tmp_path: Path, what: str) -> None:
-    path = shard_path(tmp_path, write_shard(tmp_path, NUMBERS))
-    path.chmod(0o644)
+    path = writable_shard(tmp_path, NUMBERS)
     swap(path, what)
     assert len(parse_header(path.read_bytes(), "x").records) == 3
     assert answers(tmp_path) == ["CorruptRecordError", "CorruptRecordError", "right"]
 
 
 def test_a_record_under_another_key_is_found_out(tmp_path: Path) -> None:
-    path = shard_path(tmp_path, write_shard(tmp_path, NUMBERS))
-    path.chmod(0o644)
+    path = writable_shard(tmp_path, NUMBERS)
     stolen = make_key(99)
     path.write_bytes(path.read_bytes().replace(make_key(1).hex().encode(), stolen.hex().encode()))
     with FeatureCache.open(tmp_path) as cache:
@@ -182,8 +180,7 @@ def test_a_record_under_another_key_is_found_out(tmp_path: Path) -> None:
 
 
 def test_a_record_with_another_shape_is_found_out(tmp_path: Path) -> None:
-    path = shard_path(tmp_path, write_shard(tmp_path, NUMBERS))
-    path.chmod(0o644)
+    path = writable_shard(tmp_path, NUMBERS)
     path.write_bytes(path.read_bytes().replace(b'"shape":[2,3,4]', b'"shape":[3,2,4]'))
     assert answers(tmp_path) == ["CorruptRecordError"] * 3
 
@@ -202,8 +199,7 @@ def test_the_error_names_record_shard_and_remedy(tmp_path: Path) -> None:
 
 
 def test_a_later_shard_heals_a_damaged_record(tmp_path: Path) -> None:
-    path = shard_path(tmp_path, write_shard(tmp_path, NUMBERS))
-    path.chmod(0o644)
+    path = writable_shard(tmp_path, NUMBERS)
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     save_index(tmp_path)
     write_shard(tmp_path, [3])
@@ -242,8 +238,7 @@ def test_one_flipped_bit_of_a_header_costs_one_record_at_most_with_or_without_an
     """Wherever it is; in the length field, in padding, in the names, and whatever the codec."""
     for codec in ("none", "lossless"):
         cache_dir = tmp_path / codec
-        path = shard_path(cache_dir, write_shard(cache_dir, NUMBERS, max_records=3, codec=codec))
-        path.chmod(0o644)
+        path = writable_shard(cache_dir, NUMBERS, max_records=3, codec=codec)
         good, chooser = path.read_bytes(), random.Random(7)
         data_start = min(record.offset for record in parse_header(good, "x").records)
         used = len(good[:data_start].rstrip())
@@ -295,8 +290,7 @@ def test_a_damaged_header_is_noticed_and_its_records_move_to_a_new_shard(
 
 def test_no_shard_is_removed_for_the_sake_of_one_with_a_damaged_header(tmp_path: Path) -> None:
     older = write_shard(tmp_path, [1])
-    path = shard_path(tmp_path, write_shard(tmp_path, [1, 2], max_records=2))
-    path.chmod(0o644)
+    path = writable_shard(tmp_path, [1, 2], max_records=2)
     data = path.read_bytes()
     path.write_bytes(data.replace(b"}  ", b"} !", 1))
     assert prune(tmp_path, dry_run=False) == []
@@ -304,8 +298,7 @@ def test_no_shard_is_removed_for_the_sake_of_one_with_a_damaged_header(tmp_path:
 
 
 def test_a_name_that_occurs_twice_in_a_damaged_header_is_nobodys(tmp_path: Path) -> None:
-    path = shard_path(tmp_path, write_shard(tmp_path, NUMBERS, max_records=4))
-    path.chmod(0o644)
+    path = writable_shard(tmp_path, NUMBERS, max_records=4)
     data = path.read_bytes()
     at = data.index(f'"{make_key(1).hex()}":{{'.encode())
     entry = data[at : data.index(b"}", at) + 1]
@@ -380,8 +373,7 @@ def test_what_is_not_a_plain_file_is_not_opened_as_a_shard_and_blocks_nobody(
 
 def test_a_header_that_claims_more_than_there_is_costs_no_memory(tmp_path: Path) -> None:
     """A record of several gigabytes in a file of a few kilobytes."""
-    path = shard_path(tmp_path, write_shard(tmp_path, [1]))
-    path.chmod(0o644)
+    path = writable_shard(tmp_path, [1])
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])

@@ -16,9 +16,10 @@ from test_store_format import make_header
 from trials.oracle import FEATURES, VALUES, read_shard, rescued
 from vggt_cache.errors import CorruptRecordError, ShardFormatError, SpecMismatchError, StoreError
 from vggt_cache.store import FeatureCache
-from vggt_cache.store.format import MAX_SIDE
+from vggt_cache.store.format import MAX_RECORDS, MAX_SIDE
 from vggt_cache.store.header import ForeignShardError, parse_header, parse_spec
 from vggt_cache.store.record import payload_bytes, stored_length
+from vggt_cache.store.rescue import rescue_records
 from vggt_cache.store.tensors import bytes_of
 
 NUMBERS = (1, 2, 3)
@@ -243,6 +244,7 @@ def check_header(data: bytes) -> None:
     try:
         header = parse_header(data, "x")
     except ShardFormatError:
+        check_rescued(data)
         return
     position = 8 + int.from_bytes(data[:8], "little")
     assert position <= len(data)
@@ -253,6 +255,18 @@ def check_header(data: bytes) -> None:
         position += stored_length(header.spec, record)
     assert position == header.data_end
     assert len({record.key for record in header.records}) == len(header.records)
+
+
+def check_rescued(data: bytes) -> None:
+    """What the remains of a header tell keeps within the limits, and within the file."""
+    file_bytes = len(data) + 3 * payload_bytes(SPEC, 2, 3)
+    for records in rescue_records(data, file_bytes, SPEC):
+        assert 0 < len(records) <= MAX_RECORDS
+        assert len({record.key for record in records}) == len(records)
+        for record in records:
+            assert 1 <= record.h <= MAX_SIDE
+            assert 1 <= record.w <= MAX_SIDE
+            assert 0 < record.offset < record.offset + stored_length(SPEC, record) <= file_bytes
 
 
 def _check_spec(random: Random) -> None:

@@ -151,7 +151,7 @@ class StoreDescription:
     """Shards whose header cannot be used: name, and why."""
     indexed: bool
     reclaimable_bytes: int
-    """What `prune` with damaged=True would remove at least: temporary files, superseded shards, unreadable shards."""
+    """What `prune` with damaged=True would free: temporary files, superseded shards, what is lost of damaged ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,8 +206,15 @@ def _describe_store(cache_dir: str, spec: FeatureSpec, fs: FileSystem) -> StoreD
         indexed=index_bytes is not None,
         reclaimable_bytes=temp_bytes
         + sum(found.shards[number].file_bytes for number in found.superseded_shards())
-        + sum(shard.file_bytes for shard in damaged if not shard.foreign),
+        + sum(shard.file_bytes for shard in damaged if not shard.foreign)
+        - _rescued_bytes(found, spec),
     )
+
+
+def _rescued_bytes(found: Inventory, spec: FeatureSpec) -> int:
+    """Bytes of records in shards with a damaged header, which would move to a new shard."""
+    damaged = np.array([bool(shard.problem) for shard in found.shards], np.bool_)
+    return _record_bytes(found.rows[damaged[found.rows["shard"]]], spec)[1]
 
 
 def _record_bytes(rows: Rows, spec: FeatureSpec) -> tuple[int, int]:

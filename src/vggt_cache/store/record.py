@@ -165,6 +165,9 @@ class RecordTable:
         taken: list[Rows] = []
         for number, (names, rows) in enumerate(parts):
             mine = [numbers.get(name, -1) if owners[name] == number else -1 for name in names]
+            if mine == list(range(len(names))):
+                taken.append(rows)
+                continue
             new = np.array(mine, np.int64)[rows["shard"]]
             kept = rows.view(_WHOLE)[new >= 0].view(ROW_DTYPE)
             kept["shard"] = new[new >= 0]

@@ -35,9 +35,9 @@ from vggt_cache.store.header import (
     ShardHeader,
     header_length,
     parse_header,
-    rescue_records,
 )
 from vggt_cache.store.record import Record, Rows, finish_checksum, make_rows
+from vggt_cache.store.rescue import rescue_records
 
 T = TypeVar("T")
 
