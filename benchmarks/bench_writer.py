@@ -35,7 +35,7 @@ from vggt_cache.doctor.place import mount_of
 from vggt_cache.precompute.outgoing import all_finite
 from vggt_cache.precompute.write import DEFAULT_SHARD_BYTES, FeatureWriter
 from vggt_cache.store import ShardWriter, create_store
-from vggt_cache.store.format import record_checksum
+from vggt_cache.store.record import record_checksum
 from vggt_cache.store.tensors import bytes_of
 
 MEMORY = "/dev/shm"

@@ -234,6 +234,26 @@ def test_an_index_that_another_process_saves_names_what_the_last_one_named() -> 
     assert successor in IndexFile(STORE, SPEC.fingerprint, Client(disk)).shard_names()
 
 
+def test_the_index_that_is_saved_before_a_removal_does_not_rest_on_a_listing() -> None:
+    """The pruner knows the successor, and its next listing lacks it."""
+    disk = new_disk()
+    commit(Client(disk), 1, 2)
+    successor = commit(Client(disk), 1, 2, 3)
+
+    class Forgets(Client):
+        shown = 0
+
+        def list_names(self, dir_fd: int) -> list[str]:
+            names = super().list_names(dir_fd)
+            self.shown += successor in names
+            # Once where temporary files are looked for, once where the store's headers are read.
+            return [name for name in names if name != successor or self.shown <= 2]
+
+    prune("/cache", dry_run=False, fs=Forgets(disk))
+    assert disk.listing(f"{STORE}/shards") == [successor]
+    assert IndexFile(STORE, SPEC.fingerprint, Client(disk)).shard_names() == [successor]
+
+
 def test_nothing_is_pruned_where_no_index_can_be_saved() -> None:
     disk = new_disk()
     old = commit(Client(disk), 1, 2)

@@ -29,7 +29,7 @@ _CHECKSUM_BYTES = 16
 _NAMES_AT = _HEAD.size + _CHECKSUM_BYTES
 _NAME_BYTES = len("0123456789ab-0123456789abcdef.safetensors\n")
 _PIECE_BYTES = 1024 * 1024
-_MAX_BYTES = 1 << 36
+_MAX_BYTES = 1 << 34
 
 
 class IndexFile:

@@ -59,8 +59,10 @@ class SnapshotTaker:
 
     # ------------------------------------------------------------ taking
 
-    def take(self, before: Snapshot | None = None, *, use_index: bool = True) -> Snapshot:
-        """The store as it is now; `before`: what is known already. Raises CacheAccessError.
+    def take(
+        self, before: Snapshot | None = None, *, known_names: Iterable[str] = (), use_index: bool = True
+    ) -> Snapshot:
+        """The store as it is now; `before`, `known_names`: what is known already. Raises CacheAccessError.
 
         No listing is relied on to be complete: one that is made while `prune` removes a shard may show neither that
         nor the newer one that holds the same, and on a network file system one may be behind. So a shard that the
@@ -73,7 +75,7 @@ class SnapshotTaker:
             # Only now: what was removed before the listing ended has its successor in here.
             loaded = self.index.load() if use_index and before is None else None
             known = set(self.index.shard_names() if loaded is None else loaded.shards)
-            known.update(before.names if before is not None else ())
+            known.update(known_names, before.names if before is not None else ())
             missing = known.difference(names, gone)
             found = {name for name in missing if self._shards.exists(name)}
             snapshot = self._assemble(sorted({*names, *found}), loaded, before, use_index)

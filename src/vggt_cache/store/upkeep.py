@@ -57,11 +57,19 @@ class _StoreKeeper:
         self.shards = ShardFolder(self.store_dir, spec, fs=fs)
         self.checker = RecordChecker(self.shards)
         self._taker = SnapshotTaker(self.store_dir, spec, self.shards)
+        self._known: set[str] = set()
+        """Shards that were there, or made, since this began."""
         self._value = ReusedMemory()
         self._proof = ReusedMemory()
 
     def close(self) -> None:
         self.shards.close()
+
+    def inventory(self) -> Inventory:
+        """What is there. Raises CacheAccessError."""
+        found = take_inventory(self.shards)
+        self._known.update(shard.name for shard in found.shards)
+        return found
 
     # ------------------------------------------------------------ removing
 
@@ -80,7 +88,7 @@ class _StoreKeeper:
                 self.remove_file(self.shards_dir, name)
 
     def _save_index(self) -> None:
-        snapshot = self._taker.take()
+        snapshot = self._taker.take(known_names=self._known)
         try:
             self._taker.save_or_raise(snapshot)
         except OSError:
@@ -120,6 +128,7 @@ class _StoreKeeper:
             in_order = sorted(records, key=lambda record: record.offset)
             written = [self._copy(writer, shard, record, codec) for record in in_order]
             name = writer.commit()
+        self._known.add(name)
         self._prove(name, written)
         return self.shards.file_bytes(name) or 0
 
@@ -228,8 +237,8 @@ class _Pruner:
                 path=os.path.join(folder, name), bytes=size, reason="a temporary file whose writer is gone"
             )
         if damaged:
-            yield from self._repair(take_inventory(keeper.shards))
-        yield from self._remove(list(self._superseded(take_inventory(keeper.shards))))
+            yield from self._repair(keeper.inventory())
+        yield from self._remove(list(self._superseded(keeper.inventory())))
         if self._gone and not keeper.dry_run:
             keeper.forget_removed()
 
@@ -338,7 +347,7 @@ def convert(
 
 
 def _converted(keeper: _StoreKeeper, wanted: str, codec: str) -> Iterator[Converted]:
-    found = take_inventory(keeper.shards)
+    found = keeper.inventory()
     served, removed, waiting = found.served, False, dict[str, int]()
     winners = np.flatnonzero(served)[key_groups(found.rows)]
     try:
