@@ -471,6 +471,32 @@ def test_a_refresh_follows_a_directory_that_was_removed_and_made_again(tmp_path:
         assert holds(cache, [2, 3])
 
 
+def test_refreshing_beside_reads_disturbs_none(tmp_path: Path) -> None:
+    """Each refresh opens the folder anew, and shards are opened all the time."""
+    for number in range(8):
+        write_shard(tmp_path, [number])
+    with no_descriptor_leaks(), FeatureCache.open(tmp_path) as cache:
+        cache.open_shards.limit = 1
+        wrong: list[object] = []
+
+        def read(seed: int) -> None:
+            try:
+                for step in range(400):
+                    number = (seed + step) % 8
+                    assert equal(cache.get_by_key(make_key(number)), make_feature(number))
+            except BaseException as error:
+                wrong.append(error)
+
+        threads = [threading.Thread(target=read, args=(seed,)) for seed in range(3)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            cache.refresh()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+
+
 def test_looking_at_a_cache_loads_no_torch(tmp_path: Path) -> None:
     write_shard(tmp_path, [1])
     code = (

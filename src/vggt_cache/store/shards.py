@@ -203,6 +203,8 @@ class ShardFolder:
         except OSError as error:
             raise access_error(self.path, error) from error
         self._set_directory(OpenShard(self, "", fd, 0))
+        if self._closed:  # meanwhile
+            self._set_directory(None)
 
     def _set_directory(self, new: OpenShard | None) -> None:
         old, self._directory = self._directory, new
@@ -211,12 +213,12 @@ class ShardFolder:
 
     def _in_directory(self, call: Callable[[int], T]) -> T:
         """What `call` makes of a handle of the folder. Raises FileNotFoundError where there is none, and OSError."""
-        directory = self._directory
-        if directory is None or not self.pool.hold(directory):
-            self.require_open()
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-        with directory:
-            return self._with_room(lambda: call(directory.fd))
+        while (directory := self._directory) is not None:
+            if self.pool.hold(directory):  # else `reopen` has just replaced it
+                with directory as held:
+                    return self._with_room(lambda: call(held.fd))
+        self.require_open()
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
 
     def names(self) -> list[str]:
         """Names of all committed shards, in order, as one listing shows them. Raises CacheAccessError."""
