@@ -122,11 +122,13 @@ class OpenShard:
             self._corrupt(record, f"cannot be unpacked ({error})", error)
 
     def read_stored(self, record: Record, memory: memoryview) -> memoryview:
-        """Fill `memory` with the record as it lies in the file, checked; returns it. Errors as for `read`."""
-        length = self.stored_bytes(record)
+        """Fill `memory`, of `stored_bytes` bytes, with the record as it lies in the file, checked; returns it.
+
+        Errors as for `read`.
+        """
         hasher = xxhash.xxh3_128()
-        for at in range(0, length, PIECE_BYTES):
-            piece = memory[at : min(at + PIECE_BYTES, length)]
+        for at in range(0, len(memory), PIECE_BYTES):
+            piece = memory[at : at + PIECE_BYTES]
             if self._fill(piece, record.offset + at) < len(piece):
                 self._corrupt(record, "ends early: the file was truncated while it was read")
             hasher.update(piece)
