@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import resource
@@ -30,6 +31,7 @@ from store_kit import (
     temp_files,
     write_shard,
 )
+from vggt_cache.errors import CacheAccessError
 from vggt_cache.store import FeatureCache, ShardWriter, create_store
 from vggt_cache.store.filesystem import OPERATING_SYSTEM
 
@@ -406,9 +408,23 @@ def test_a_cache_that_is_dropped_closes_its_files(tmp_path: Path) -> None:
         del cache
 
 
-def test_a_shard_removed_under_an_open_cache_is_an_error_with_the_remedy(tmp_path: Path) -> None:
-    from vggt_cache.errors import CacheAccessError
+def test_a_cache_whose_shard_has_vanished_closes_its_files_when_it_is_dropped(tmp_path: Path) -> None:
+    write_shard(tmp_path, range(3))
+    new = write_shard(tmp_path, range(2, 5))
+    gc.disable()
+    try:
+        with no_descriptor_leaks():
+            cache = FeatureCache.open(tmp_path)
+            shard_path(tmp_path, new).unlink()
+            assert equal(cache.get_by_key(make_key(2)), make_feature(2))
+            with pytest.raises(CacheAccessError):
+                cache.get_by_key(make_key(4))
+            del cache
+    finally:
+        gc.enable()
 
+
+def test_a_shard_removed_under_an_open_cache_is_an_error_with_the_remedy(tmp_path: Path) -> None:
     old = write_shard(tmp_path, range(3))
     new = write_shard(tmp_path, range(2, 5))
     with FeatureCache.open(tmp_path) as cache:

@@ -294,21 +294,23 @@ class FeatureCache:
 
     def _first_copy(self, key: bytes, read: Callable[[OpenShard, Record], T]) -> T | None:
         """What `read` makes of the served copy, or of an older one where that one's shard has vanished."""
-        vanished = None
+        vanished = ""
         snapshot = self._now()
         for name, record in snapshot.table.find(key):
             try:
                 with self._shards.opened(name) as shard:
                     return read(shard, record)
             except ShardVanishedError as error:
-                vanished = error  # an older copy of the same feature may still be there
+                # An older copy of the same feature may still be there. Kept as text: the error would keep this frame,
+                # which keeps the error, and with both the cache and its files.
+                vanished = str(error)
             except CorruptRecordError:
                 if not self._index_is_wrong(name, record):
                     raise
                 self._leave_index(snapshot)
                 return self._first_copy(key, read)
-        if vanished is not None:
-            raise vanished
+        if vanished:
+            raise ShardVanishedError(vanished)
         return None
 
     def _feature_of(self, shard: OpenShard, record: Record, out: torch.Tensor | None) -> torch.Tensor:
