@@ -136,7 +136,7 @@ _ALL = (
         about="2 to 16 writers of the same keys start at once beside two readers; flock says yes to everybody",
     ),
     Trial(
-        name="listing_races", count=10_000, run=listing_races.listed_while_replaced,
+        name="listing_races", count=2_000, run=listing_races.listed_while_replaced,
         about="a store opened or refreshed, its directory read in pieces, while its shards are pruned and converted",
     ),
     Trial(
@@ -156,7 +156,7 @@ _ALL = (
         about="a run or a writer gets SIGINT or SIGTERM, half of them again a moment later, or too little memory",
     ),
     Trial(
-        name="stopped_runs", count=1_000, exercises=PRECOMPUTE, run=stopped_runs.stopped_runs,
+        name="stopped_runs", count=200, exercises=PRECOMPUTE, run=stopped_runs.stopped_runs,
         about="two or three runs at once, all but one of them stopped for a while, clocks wrong by up to a day",
     ),
     Trial(
