@@ -45,7 +45,7 @@ test-lowest: $(READY) ## import everything and train with the lowest declared ve
 	$(BIN)/python -m pytest -m slow tests/test_lowest_versions.py
 
 trials: $(READY) ## the long campaigns against the store, resumed where they ended
-	$(BIN)/python tests/trials/run_trials.py --resume
+	$(BIN)/python tests/trials/run_trials.py --resume --jobs $(TEST_PROCESSES)
 	$(BIN)/python tests/trials/mutants.py
 	$(BIN)/python tests/trials/table.py
 

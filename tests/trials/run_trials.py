@@ -1,6 +1,6 @@
 """Run the store's trials for as long as one likes; unattended, and resumable.
 
-    python tests/trials/run_trials.py                       all trials at their stated counts
+    python tests/trials/run_trials.py --jobs 2              all trials at their stated counts, two at a time
     python tests/trials/run_trials.py --trial stateful --count 100000 --seed 0 --resume
     python tests/trials/run_trials.py --list
 
@@ -18,13 +18,16 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 TESTS = Path(__file__).resolve().parent.parent
@@ -51,8 +54,13 @@ def main() -> int:
             print(f"{trial.name:20} {trial.count:>9,}  {trial.about}")
         return 0
     results = Results(Path(arguments.results) if arguments.results else ROOT / "benchmarks" / "results")
-    for name in [arguments.trial] if arguments.trial else TRIALS:
-        run_trial(TRIALS[name], arguments, results)
+    names = [arguments.trial] if arguments.trial else list(TRIALS)
+    if arguments.jobs > 1:
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            list(pool.map(lambda name: run_in_process(TRIALS[name], arguments, results), names))
+    else:
+        for name in names:
+            run_trial(TRIALS[name], arguments, results)
     return int(results.violations > 0)
 
 
@@ -62,11 +70,14 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--trial", help="name of one trial (default: all)")
     parser.add_argument("--count", type=int, help="trials (default: as stated by --list)")
-    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument(
+        "--seed", type=int, help="the first seed (default: 0, or with --resume that of the results)"
+    )
     parser.add_argument(
         "--folder", help="where real files are written (default: the system's temporary directory)"
     )
     parser.add_argument("--results", help="folder of the results (default: benchmarks/results)")
+    parser.add_argument("--jobs", type=int, default=1, help="trials at a time, each in a process of its own")
     parser.add_argument("--resume", action="store_true", help="go on where the newest results end")
     parser.add_argument("--list", action="store_true", help="list the trials")
     return parser.parse_args()
@@ -89,6 +100,7 @@ class Results:
         import record
 
         self._record, self._folder = record, folder
+        self._lock = Lock()
         self.violations = 0
         name = f"trials_{record.hardware_name('cpu')}"
         newest = max(folder.glob(f"{name}_*.json"), default=None)
@@ -103,6 +115,17 @@ class Results:
         return self._figures.get(name) or self._old.get(name) or {}
 
     def save(self, name: str, figures: dict[str, Any]) -> None:
+        with self._lock:
+            self._save(name, figures)
+
+    def take(self, name: str, folder: Path) -> None:
+        """What another process has written of a trial into a folder of its own."""
+        figures = Results(folder).of(name)
+        if figures:
+            self.save(name, figures)
+            self.violations += figures["violations"]
+
+    def _save(self, name: str, figures: dict[str, Any]) -> None:
         self._figures[name] = figures
         result = {
             "theme": "trials",
@@ -116,6 +139,20 @@ class Results:
         partial = self._path.with_suffix(".partial")
         partial.write_text(json.dumps(result, indent=1) + "\n")
         partial.replace(self._path)
+
+
+def run_in_process(trial: Any, arguments: argparse.Namespace, results: Results) -> None:
+    """The same in a process of its own, whose end is written down when it comes."""
+    with tempfile.TemporaryDirectory(prefix="vggt-results-") as folder:
+        own = Results(Path(folder))
+        if arguments.resume and results.of(trial.name):
+            own.save(trial.name, results.of(trial.name))
+        command = [sys.executable, __file__, "--trial", trial.name, "--results", folder]
+        command += ["--seed", str(arguments.seed)] if arguments.seed is not None else []
+        command += ["--count", str(arguments.count)] if arguments.count else []
+        command += ["--folder", arguments.folder] if arguments.folder else []
+        subprocess.run([*command, *(["--resume"] if arguments.resume else [])], check=False)
+        results.take(trial.name, Path(folder))
 
 
 def run_trial(trial: Any, arguments: argparse.Namespace, results: Results) -> None:
@@ -149,15 +186,16 @@ def _begin(trial: Any, arguments: argparse.Namespace, results: Results) -> dict[
     from vggt_cache.doctor.place import mount_of
 
     old, digest = results.of(trial.name), source_digest(trial.exercises)
-    if arguments.resume and (old.get("source_digest"), old.get("first_seed")) == (digest, arguments.seed):
+    same_seeds = arguments.seed in (None, old.get("first_seed"))
+    if arguments.resume and same_seeds and old.get("source_digest") == digest:
         return {key: value for key, value in old.items() if key != "skipped"}
     return {
         "about": trial.about,
         "trials": 0,
         "violations": 0,
         "failed_seeds": [],
-        "first_seed": arguments.seed,
-        "next_seed": arguments.seed,
+        "first_seed": arguments.seed or 0,
+        "next_seed": arguments.seed or 0,
         "seconds": 0.0,
         "file_system": trial.file_system or mount_of(Path(arguments.folder or tempfile.gettempdir()))[0],
         "source_digest": digest,

@@ -26,11 +26,13 @@ def newest(theme: str) -> dict[str, Any]:
 def trials_table() -> str:
     result = newest("trials")
     rows = [
-        "| trial | one trial is | on | trials | violations | seeds from 0 to | source |",
+        "| trial | one trial is | on | trials | violations | seeds | source |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in result["figures"].items():
-        done = f"{row['trials']:,} | {row['violations']:,} | {row['next_seed'] - 1:,}"
+        done = (
+            f"{row['trials']:,} | {row['violations']:,} | {row['first_seed']:,} to {row['next_seed'] - 1:,}"
+        )
         if "skipped" in row and not row["trials"]:
             done = f"not on this machine: {row['skipped']} | - | -"
         rows.append(
