@@ -103,6 +103,7 @@ def test_frames_may_be_given_as_paths_of_any_kind_or_as_bytes(
         assert cache.key_of([a, b]) == cache.key_of([a.read_bytes(), b.read_bytes()])
 
 
+@pytest.mark.promise("Never a wrong feature")
 def test_a_frame_that_was_replaced_with_its_size_and_time_kept_does_not_get_the_old_feature(
     tmp_path: Path, frames: list[Path]
 ) -> None:
@@ -180,6 +181,7 @@ def test_frames_that_are_no_list_are_refused(tmp_path: Path, wrong: object) -> N
 # ---------------------------------------------------------------- by key
 
 
+@pytest.mark.promise("exact or an error")
 @pytest.mark.parametrize("feature_dtype", ["bfloat16", "float16", "float32"])
 def test_a_feature_comes_back_as_it_was_stored(tmp_path: Path, feature_dtype: str) -> None:
     """Bits, dtype and shape; also values that are no numbers, which arithmetic would change."""

@@ -71,7 +71,7 @@ def test_every_bfloat16_there_is_comes_back_at_every_place_of_a_pair() -> None:
 
 
 @given(st.lists(st.integers(0, 65535), min_size=1, max_size=50))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_the_planes_hold_exponents_and_the_rest(half: list[int]) -> None:
     values = np.array([*half, *half[::-1]], np.uint16)
     exponents, rest, back, scratch = (

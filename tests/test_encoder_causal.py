@@ -116,14 +116,14 @@ any_lists = st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=5), max_si
 
 
 @hypothesis.given(any_lists, st.integers(1, 5))
-@hypothesis.settings(deadline=None, max_examples=150, derandomize=True)
+@hypothesis.settings(max_examples=150, derandomize=True)
 def test_every_list_gets_the_feature_of_exactly_its_own_frames(lists: Lists, batch_size: int) -> None:
     found = run(TraceEncoder(), lists, batch_size)
     assert {position: feature.tolist() for position, feature in found.items()} == dict(enumerate(lists))
 
 
 @hypothesis.given(any_lists, st.integers(1, 5))
-@hypothesis.settings(deadline=None, max_examples=150, derandomize=True)
+@hypothesis.settings(max_examples=150, derandomize=True)
 def test_each_prefix_and_each_image_is_computed_once(lists: Lists, batch_size: int) -> None:
     encoder, stats = TraceEncoder(), CausalStats()
     asked: Counter[Hashable] = Counter()
@@ -144,7 +144,7 @@ def test_each_prefix_and_each_image_is_computed_once(lists: Lists, batch_size: i
 
 
 @hypothesis.given(any_lists, st.integers(1, 5))
-@hypothesis.settings(deadline=None, max_examples=150, derandomize=True)
+@hypothesis.settings(max_examples=150, derandomize=True)
 def test_memory_is_bounded_and_all_of_it_is_dropped(lists: Lists, batch_size: int) -> None:
     encoder = TraceEncoder()
     run(encoder, lists, batch_size)

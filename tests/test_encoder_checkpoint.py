@@ -123,6 +123,7 @@ def test_a_shard_without_aggregator_weights_is_not_opened(tmp_path: Path) -> Non
 # ---------------------------------------------------------------- names, shapes, dtypes
 
 
+@pytest.mark.promise("Never silent")
 def test_missing_names_are_listed(tmp_path: Path) -> None:
     left = {
         name: shape

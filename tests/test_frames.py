@@ -234,6 +234,7 @@ def test_whatever_a_decoder_says_becomes_one_short_sentence(monkeypatch):
     assert len(str(refusal.value)) < 300
 
 
+@pytest.mark.promise("hostile input")
 @pytest.mark.parametrize(
     ("size", "sentence"),
     [

@@ -61,6 +61,7 @@ def test_every_field_of_the_specification_is_changed_by_these_tests():
     }
 
 
+@pytest.mark.promise("Never a wrong feature")
 def test_changing_any_field_changes_fingerprint_and_key():
     specs = [SPEC, *changed_specs()]
     assert len({spec.fingerprint for spec in specs}) == len(specs)

@@ -74,7 +74,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 sides = st.integers(1, 13).map(lambda pairs: 2 * pairs)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.tuples(st.just(1), sides, sides), min_size=1, max_size=4).map(tuple))
 def test_tokens_and_gradients_are_those_of_transformers_loop(grids: Grids) -> None:
     tower = make_tower()

@@ -219,6 +219,7 @@ def refusal(model: Any, **batch: Any) -> str:
     return str(caught.value)
 
 
+@pytest.mark.promise("Never silent")
 def test_another_grid_is_refused_and_both_are_named(model: Any) -> None:
     batch = rows(prompt(SMALL)) | images(SMALL)
     text = refusal(model, **batch, spatial_features=[feature((5, 9))])

@@ -133,6 +133,7 @@ def test_a_simulated_link_and_its_removal_are_counted() -> None:
 # ---------------------------------------------------------------- the store on it
 
 
+@pytest.mark.promise("committed survives")
 @pytest.mark.parametrize("model", ["names", "data"])
 def test_real_processes_that_lose_power_lose_nothing_that_was_acknowledged(place: Path, model: str) -> None:
     assert lose_power(FIRST_SEED, place, model) == LOSSES

@@ -31,7 +31,7 @@ def flat(lists: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @given(LISTS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_distinct_lists_and_prefixes_equal_a_naive_count(lists):
     frames, offsets = _distinct_lists(*flat(lists))
     kept = [tuple(frames[a:b].tolist()) for a, b in itertools.pairwise(offsets)]

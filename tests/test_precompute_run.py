@@ -131,6 +131,7 @@ def test_a_stored_frame_feature_is_the_encoders_output_for_that_image(run, data,
         torch.testing.assert_close(stored, encoder.frame_features(pixels[None])[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.promise("Never a wrong feature")
 def test_a_stored_causal_feature_is_that_of_its_list_and_of_no_other(run, data, cache_dir):
     run("--context", "causal", "--feature_dtype", "float32")
     run("--feature_dtype", "float32")
@@ -175,6 +176,7 @@ def test_equal_images_under_two_names_are_stored_once(run, data, cache_dir):
 # ---------------------------------------------------------------- what is not computed again
 
 
+@pytest.mark.promise("Never VGGT where it is not needed")
 def test_a_second_run_computes_nothing_opens_no_image_and_loads_no_model(run, monkeypatch):
     run()
 
@@ -264,6 +266,7 @@ def bad_file(path: Path, kind: str) -> None:
 KINDS = ["missing", "corrupt", "truncated", "not an image", "empty", "huge", "folder"]
 
 
+@pytest.mark.promise("Never silent")
 @pytest.mark.parametrize("context", ["frame", "causal"])
 def test_bad_files_cost_one_line_each_and_the_run_goes_on(run, data, cache_dir, context):
     names = write_episode(data, "bad", len(KINDS), seed=5)

@@ -49,6 +49,7 @@ def clean_operations(cache_dir: Path) -> list[str]:
     return fs.operations
 
 
+@pytest.mark.promise("committed survives")
 def test_commit_syncs_the_file_then_names_it_then_syncs_the_directory(tmp_path: Path) -> None:
     operations = clean_operations(tmp_path)
     steps = [
@@ -96,6 +97,7 @@ def test_the_disk_is_asked_to_begin_while_records_are_appended(
         assert holds(cache, list(range(5)))
 
 
+@pytest.mark.promise("Never torn")
 def test_nothing_can_be_seen_before_commit_returns(tmp_path: Path) -> None:
     def fault(name: str, position: int, call: Call) -> Any:
         if name in ("pwrite", "fsync"):
@@ -108,6 +110,7 @@ def test_nothing_can_be_seen_before_commit_returns(tmp_path: Path) -> None:
         assert holds(cache, [1, 2])
 
 
+@pytest.mark.promise("a failure commits nothing")
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
 @pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE])
 def test_a_failure_at_any_operation_commits_nothing_and_leaves_nothing(
@@ -150,6 +153,7 @@ def test_a_failure_at_any_operation_commits_nothing_and_leaves_nothing(
             path.unlink()
 
 
+@pytest.mark.promise("a failure commits nothing")
 def test_a_failed_fsync_is_not_repeated(tmp_path: Path) -> None:
     fs = failing("fsync", errno.EIO)
     with pytest.raises(CommitError):
@@ -161,6 +165,7 @@ def test_a_failed_fsync_is_not_repeated(tmp_path: Path) -> None:
     assert fs.operations.count("fsync_directory") == 1
 
 
+@pytest.mark.promise("a failure commits nothing")
 def test_a_failure_to_close_the_file_is_a_failure_to_commit(tmp_path: Path) -> None:
     """Network file systems report here what they could not write."""
     with pytest.raises(CommitError, match="quota"):
@@ -204,6 +209,7 @@ def test_publishing_that_is_reported_as_failed_but_was_done_counts_as_done(
         assert holds(cache, [1, 2])
 
 
+@pytest.mark.promise("shards never change")
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
 def test_a_name_that_is_taken_is_never_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
@@ -238,6 +244,7 @@ class Stingy(FileSystem):
         return super().preadv(fd, [buffers[0][:701]], offset)
 
 
+@pytest.mark.promise("exact or an error")
 def test_short_writes_and_short_reads_change_nothing(tmp_path: Path) -> None:
     spec, fs = make_spec(embed_dim=300), Stingy()
     for number in range(3):
@@ -310,6 +317,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(mount)], check=True)
 
 
+@pytest.mark.promise("a failure commits nothing")
 def test_a_disk_that_is_really_full_loses_nothing_that_was_committed(small_disk: Path) -> None:
     assert os.statvfs(small_disk).f_blocks * os.statvfs(small_disk).f_frsize <= 1 << 20
     spec = make_spec(embed_dim=4096)
@@ -328,6 +336,7 @@ def test_a_disk_that_is_really_full_loses_nothing_that_was_committed(small_disk:
         assert holds(cache, committed)
 
 
+@pytest.mark.promise("shards never change", "modes of the umask")
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o002, 0o077])
 def test_files_have_the_modes_of_the_umask_and_shards_are_read_only(tmp_path: Path, umask: int) -> None:
     before = os.umask(umask)

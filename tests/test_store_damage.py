@@ -68,6 +68,7 @@ def answers(cache_dir: Path) -> list[str]:
     return result
 
 
+@pytest.mark.promise("exact or an error", "Never a wrong feature")
 def test_a_flipped_bit_in_any_byte_never_gives_a_wrong_answer(small_store: tuple[Path, Path]) -> None:
     cache_dir, path = small_store
     good, chooser = path.read_bytes(), random.Random(3)
@@ -91,6 +92,7 @@ def test_a_flipped_bit_in_any_byte_never_gives_a_wrong_answer(small_store: tuple
     assert answers(cache_dir) == ["right"] * len(NUMBERS)
 
 
+@pytest.mark.promise("exact or an error")
 def test_a_file_cut_to_any_length_never_gives_a_wrong_answer(small_store: tuple[Path, Path]) -> None:
     cache_dir, path = small_store
     good = path.read_bytes()
@@ -169,6 +171,7 @@ def test_swapped_records_are_found_out(tmp_path: Path, what: str) -> None:
     assert answers(tmp_path) == ["CorruptRecordError", "CorruptRecordError", "right"]
 
 
+@pytest.mark.promise("exact or an error")
 def test_a_record_under_another_key_is_found_out(tmp_path: Path) -> None:
     path = writable_shard(tmp_path, NUMBERS)
     stolen = make_key(99)
@@ -371,6 +374,7 @@ def test_what_is_not_a_plain_file_is_not_opened_as_a_shard_and_blocks_nobody(
         assert "not a plain file" in reason
 
 
+@pytest.mark.promise("hostile input")
 def test_a_header_that_claims_more_than_there_is_costs_no_memory(tmp_path: Path) -> None:
     """A record of several gigabytes in a file of a few kilobytes."""
     path = writable_shard(tmp_path, [1])

@@ -55,6 +55,7 @@ def cache_dir(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     return tmp_path
 
 
+@pytest.mark.promise("fork, spawn and few descriptors")
 @pytest.mark.parametrize("limit", range(5, 30))
 def test_reading_and_refreshing_go_on_however_few_descriptors_there_are(cache_dir: Path, limit: int) -> None:
     fs = FewDescriptors(limit)

@@ -54,6 +54,7 @@ def with_json(change: Callable[[dict[str, Any]], Any]) -> bytes:
 # ---------------------------------------------------------------- what is written
 
 
+@pytest.mark.promise("Never locked in")
 @pytest.mark.parametrize("feature_dtype", ["bfloat16", "float16", "float32"])
 def test_the_safetensors_library_reads_a_shard(tmp_path: Path, feature_dtype: str) -> None:
     spec = make_spec(feature_dtype=feature_dtype)
@@ -126,6 +127,7 @@ def programs() -> list[str]:
     return re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
 
 
+@pytest.mark.promise("Never locked in")
 def test_the_program_in_the_documentation_reads_a_shard_without_our_code(tmp_path: Path) -> None:
     path = shard_path(tmp_path, write_shard(tmp_path, range(3)))
     (program,) = programs()
@@ -252,6 +254,7 @@ REFUSED: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
+@pytest.mark.promise("hostile input")
 @pytest.mark.parametrize("change", REFUSED.values(), ids=REFUSED.keys())
 def test_a_header_that_the_format_does_not_allow_is_refused(change: Callable[[dict[str, Any]], Any]) -> None:
     with pytest.raises(ShardFormatError, match="shard some-name cannot be read") as caught:
@@ -305,6 +308,7 @@ def test_names_in_the_metadata_that_we_do_not_know_are_ignored() -> None:
     assert len(parse_header(with_json(lambda h: h["__metadata__"].update(note="hello")), "x").records) == 3
 
 
+@pytest.mark.promise("hostile input")
 @pytest.mark.parametrize("filler", [b"[],", b'{"":0},', b'"",', b"0,", b'{"a":[]},'])
 def test_a_small_header_does_not_unfold_into_much_memory(filler: bytes) -> None:
     body = b'{"a":[' + filler * ((MAX_HEADER_BYTES - 100) // len(filler)) + b"0]}"
@@ -356,7 +360,7 @@ def mutated_headers(draw: st.DrawFn) -> bytes:
     return len(text).to_bytes(8, "little") + bytes(text)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(st.binary(max_size=200) | mutated_headers())
 def test_no_bytes_lead_to_anything_but_sound_records_or_a_format_error(data: bytes) -> None:
     try:

@@ -133,6 +133,7 @@ def test_a_key_is_not_found_inside_of_other_bytes_of_a_row() -> None:
     assert make_table(rows).find(bucket_mate + b"tailtail") == []
 
 
+@pytest.mark.promise("shards never change")
 def test_of_equal_keys_the_one_in_the_latest_shard_comes_first() -> None:
     rows = make_rows(500)
     for field in ("high", "low"):
@@ -152,6 +153,7 @@ def test_an_index_of_another_store_is_not_opened(tmp_path: Path) -> None:
     assert saved.load(b"".join(index_bytes(make_table(make_rows(3)), "0" * 64))) is None
 
 
+@pytest.mark.promise("any index, any place")
 @pytest.mark.parametrize("count", [0, 3, 200])
 def test_no_flipped_bit_and_no_cut_in_an_index_gives_a_wrong_answer(count: int, tmp_path: Path) -> None:
     """A damaged one is not opened."""
@@ -239,6 +241,7 @@ def make_link(rows: Path) -> None:
     rows.symlink_to(rows.parent / "elsewhere")
 
 
+@pytest.mark.promise("any index, any place")
 @pytest.mark.parametrize(
     "spoil",
     [delete, truncate, empty, flip_in_head, flip_in_rows, make_fifo, make_directory, make_link],
@@ -399,6 +402,7 @@ def test_saving_an_index_syncs_the_names_of_the_shards_that_it_lists(tmp_path: P
     assert steps == ["fsync_directory", "pwrite", "pwrite", "fsync", "rename", "fsync_directory"]
 
 
+@pytest.mark.promise("fork, spawn and few descriptors")
 def test_a_cache_takes_64_bytes_a_feature_and_no_more(tmp_path: Path) -> None:
     """Of a table as it is loaded, and as it is after shards have joined it."""
     count, shards = 200_000, 800

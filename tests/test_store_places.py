@@ -64,6 +64,7 @@ def tree(folder: Path) -> list[tuple[str, int, int]]:
 # ---------------------------------------------------------------- anywhere
 
 
+@pytest.mark.promise("any index, any place")
 def test_moved_copied_and_linked_directories_give_the_same_answers(filled: Path, tmp_path: Path) -> None:
     with FeatureCache.open(filled) as cache:
         snapshot = cache.snapshot
@@ -122,6 +123,7 @@ def read_only(filled: Path, tmp_path: Path) -> Iterator[Path]:
         yield place
 
 
+@pytest.mark.promise("any index, any place")
 @pytest.mark.filterwarnings("ignore:the index in:UserWarning")
 def test_a_read_only_mount_gives_the_same_answers_and_refuses_writers_in_one_sentence(
     read_only: Path,
@@ -367,6 +369,7 @@ def test_a_renamed_store_folder_is_not_taken_for_another_specification(tmp_path:
         FeatureCache.open(tmp_path)
 
 
+@pytest.mark.promise("hostile input")
 @DAMAGE_WARNING
 def test_a_hostile_spec_json_is_refused(tmp_path: Path) -> None:
     create_store(tmp_path, SPEC)

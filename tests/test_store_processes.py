@@ -85,6 +85,7 @@ def write_for_ever(cache_dir: Path, seed: int, acknowledge: int) -> None:
                 cache.save_index()
 
 
+@pytest.mark.promise("committed survives", "Never torn")
 def test_a_hundred_writers_killed_at_random_lose_nothing_and_tear_nothing(tmp_path: Path) -> None:
     create_store(tmp_path, SPEC)
     chooser = random.Random(11)
@@ -124,6 +125,7 @@ def number_is_intact(cache: FeatureCache, number: int) -> bool:
 # ---------------------------------------------------------------- at the same time
 
 
+@pytest.mark.promise("Never torn")
 def test_a_reader_sees_whole_shards_only_and_only_more_of_them_while_another_writes(tmp_path: Path) -> None:
     create_store(tmp_path, SPEC)
 
@@ -149,6 +151,7 @@ def test_a_reader_sees_whole_shards_only_and_only_more_of_them_while_another_wri
         assert rounds > 1
 
 
+@pytest.mark.promise("one snapshot")
 def test_a_snapshot_does_not_change_until_it_is_refreshed(tmp_path: Path) -> None:
     write_shard(tmp_path, range(3))
     with FeatureCache.open(tmp_path) as cache:
@@ -163,6 +166,7 @@ def test_a_snapshot_does_not_change_until_it_is_refreshed(tmp_path: Path) -> Non
         assert cache.snapshot != snapshot
 
 
+@pytest.mark.promise("shards never change")
 def test_of_two_racing_writers_of_one_key_both_commit_and_all_readers_agree_on_the_winner(
     tmp_path: Path,
 ) -> None:
@@ -220,6 +224,7 @@ def fill(cache_dir: Path, shards: int) -> None:
         write_shard(cache_dir, range(shard * 3, shard * 3 + 3), max_records=3)
 
 
+@pytest.mark.promise("fork, spawn and few descriptors")
 @pytest.mark.parametrize("indexed", [True, False], ids=["index", "no index"])
 def test_forked_readers_share_an_open_cache_without_disturbing_each_other(
     tmp_path: Path, indexed: bool
@@ -323,6 +328,7 @@ def _check_in_spawned_process(cache: FeatureCache, snapshot: str, numbers: range
         return cache.snapshot == snapshot and holds(cache, numbers)
 
 
+@pytest.mark.promise("one snapshot", "fork, spawn and few descriptors")
 def test_a_spawned_process_gets_the_same_snapshot(tmp_path: Path) -> None:
     fill(tmp_path, 4)
     save_index(tmp_path)
@@ -369,6 +375,7 @@ def no_descriptor_leaks_beyond(allowed: int) -> Iterator[None]:
 # ---------------------------------------------------------------- descriptors
 
 
+@pytest.mark.promise("fork, spawn and few descriptors")
 def test_many_shards_take_few_descriptors(tmp_path: Path) -> None:
     fill(tmp_path, 90)
     with no_descriptor_leaks():

@@ -82,6 +82,7 @@ StoreMachine.TestCase.settings = settings(
 TestAnySequenceOfMishaps = StoreMachine.TestCase
 
 
+@pytest.mark.promise("committed survives")
 @pytest.mark.parametrize("model", MODELS)
 def test_a_power_loss_at_any_operation_loses_nothing_that_was_acknowledged(model: str) -> None:
     for seed in range(40):

@@ -33,7 +33,7 @@ def processed(frame: Pixels, model_dir: Path) -> tuple[torch.Tensor, torch.Tenso
     return made["pixel_values"], made["image_grid_thw"]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(2, 9), st.integers(2, 9))
 def test_pixel_values_are_the_processors_own_bit_for_bit(rows: int, columns: int) -> None:
     frame = random_frame(rows, columns, seed=rows * 10 + columns)

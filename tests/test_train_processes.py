@@ -58,6 +58,7 @@ def live(kit: Kit, tmp_path_factory: pytest.TempPathFactory) -> LiveRuns:
 ENGINES = ("zero2.json", "zero2_offload.json", "zero3.json")
 
 
+@pytest.mark.promise("The same training")
 @pytest.mark.parametrize(
     ("config", "context", "steps"),
     [
@@ -93,6 +94,7 @@ def test_in_bfloat16_losses_agree_to_its_rounding(kit: Kit, tmp_path: Path) -> N
     assert difference < 2**-8
 
 
+@pytest.mark.promise("Never a hang")
 def test_a_rank_that_misses_alone_keeps_nobody_waiting(kit: Kit, tmp_path: Path, live: LiveRuns) -> None:
     """ZeRO-3, where any call that one rank makes alone would wait for ever."""
     cache = tmp_path / "cache"
@@ -114,6 +116,7 @@ def test_ranks_that_fill_a_cache_find_each_others_features_in_the_next_epoch(
     assert [entry["cache_hit_rate"] for entry in found] == [0.0] * 16 + [1.0] * 16
 
 
+@pytest.mark.promise("Never a hang")
 def test_with_error_all_ranks_stop_with_the_same_sentence(kit: Kit, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(kit.data, data)

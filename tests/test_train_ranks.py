@@ -39,6 +39,7 @@ def errors(run: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in run.stderr.splitlines() if line.startswith("[ERROR]")]
 
 
+@pytest.mark.promise("Never a hang")
 def test_ranks_that_wait_in_a_collective_stop_with_the_same_sentence(tmp_path: Path) -> None:
     run = torchrun(
         tmp_path, 3,
@@ -97,6 +98,7 @@ def leader(cache: FeatureCache, **changes: object) -> dict[str, object]:
     return told | changes
 
 
+@pytest.mark.promise("one snapshot")
 def test_a_rank_that_sees_more_takes_rank_0s_snapshot(tmp_path: Path) -> None:
     write_shard(tmp_path, [1])
     early = FeatureCache.open(tmp_path)

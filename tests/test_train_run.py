@@ -45,6 +45,7 @@ def refusal(capfd: pytest.CaptureFixture[str], flags: list[str]) -> str:
     return sentence
 
 
+@pytest.mark.promise("The same training", "Never VGGT where it is not needed")
 @pytest.mark.parametrize(
     ("context", "batch", "accumulation"),
     [
@@ -153,6 +154,7 @@ def test_a_directory_without_a_model_is_refused(
     assert f"--model_name_or_path {tmp_path} has no tokenizer" in refusal(capfd, flags)
 
 
+@pytest.mark.promise("Never the wrong context")
 def test_a_model_trained_with_another_context_is_refused(
     kit: Kit, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -280,6 +282,7 @@ def other_vggt(kit: Kit, directory: Path) -> Path:
     return directory
 
 
+@pytest.mark.promise("Never the wrong context")
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("differs", ["context", "weights_digest", "image_size", "resize_mode", "alpha"])
 def test_a_checkpoint_trained_with_other_features_is_not_resumed(

@@ -107,6 +107,7 @@ class TestTrainedWith:
     def test_the_same_features_are_welcome(self) -> None:
         assert check_trained_with(summary(make_spec()), make_spec(), "m") == []
 
+    @pytest.mark.promise("Never the wrong context")
     @pytest.mark.parametrize(
         ("name", "value"), [("context", "causal"), ("layer", 1), ("weights_digest", "cd" * 32)]
     )

@@ -255,6 +255,7 @@ class TestMisses:
         assert tower.frames[0] == 9
         assert max(tower.frames[1:]) == 4
 
+    @pytest.mark.promise("Never silent")
     def test_an_encoder_with_other_weights_is_refused(self, tmp_path: Path, small_checkpoint: Path) -> None:
         request = make_request(small_spec(small_checkpoint, "frame"), write_images(tmp_path, 1))
         with pytest.raises(SettingsError, match="another encoder"):
