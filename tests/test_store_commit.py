@@ -419,6 +419,22 @@ def test_a_feature_that_is_not_contiguous_is_stored_as_it_looks(tmp_path: Path) 
         assert torch.equal(cache.get_by_key(make_key(5)), wide)
 
 
+@pytest.mark.promise("shards never change")
+def test_writers_at_once_have_files_of_their_own_though_their_processes_have_one_number(
+    tmp_path: Path,
+) -> None:
+    """As on two machines, or in two containers, that share a directory; here it is one process."""
+    store_dir = create_store(tmp_path, SPEC)
+    with ShardWriter(store_dir, SPEC) as one, ShardWriter(store_dir, SPEC) as other:
+        for number, writer in ((1, one), (2, other)):
+            writer.append(make_key(number), make_feature(number))
+        assert len(temp_files(tmp_path)) == 2
+        one.commit()
+        other.commit()
+    with FeatureCache.open(tmp_path) as cache:
+        assert holds(cache, [1, 2])
+
+
 def test_an_empty_shard_is_not_committed(tmp_path: Path) -> None:
     with (
         ShardWriter(create_store(tmp_path, SPEC), SPEC) as writer,

@@ -17,11 +17,13 @@ from trials.descriptors import descriptors
 from trials.hostile_annotations import hostile_annotations
 from trials.hostile_images import hostile_images
 from trials.killed_runs import killed_runs
+from trials.listing_races import listed_while_replaced
 from trials.places import CASES, placed
 from trials.registry import Unavailable
 from trials.replaced_images import replaced_images
 from trials.signalled import signals
 from trials.sound_images import sound_files
+from trials.stopped_runs import stopped_runs
 from trials.toy_encoder import ToyCheckpoint
 from vggt_cache.frames import decode_frame
 from vggt_cache.identity import Preprocessing
@@ -30,6 +32,8 @@ QUICK = ToyCheckpoint(pause_s=0.004)
 SMALL: dict[str, Callable[[int, Path], int]] = {
     "killed_runs": partial(killed_runs, trials=1, checkpoint=QUICK),
     "signals": partial(signals, trials=3, checkpoint=QUICK),
+    "stopped_runs": partial(stopped_runs, trials=1),
+    "listing_races": partial(listed_while_replaced, openings=2),
     "replaced_images": partial(replaced_images, trials=1),
     "hostile_images": partial(hostile_images, images=50),
     "hostile_annotations": partial(hostile_annotations, folders=2),

@@ -77,7 +77,7 @@ class Replacer:
             write_shard(self._cache_dir, KEYS[start : start + size], fs=Hasty())
 
 
-def listed_while_replaced(seed: int, folder: Path) -> int:
+def listed_while_replaced(seed: int, folder: Path, *, openings: int = OPENINGS) -> int:
     """Each opening and each refresh finds every feature, whatever its listing saw."""
     random = Random(seed)
     replacer = Replacer(folder, random)
@@ -86,13 +86,13 @@ def listed_while_replaced(seed: int, folder: Path) -> int:
         (shards_dir(folder) / f"{number:0200}").touch()
     if seed % 2:
         save_index(folder)
-    for _ in range(OPENINGS):
+    for _ in range(openings):
         fs = InterruptedListing(replacer, random)
         with FeatureCache.open(folder, fs=fs) as cache:
             _check(cache)
             cache.refresh()
             _check(cache)
-    return 2 * OPENINGS
+    return 2 * openings
 
 
 def _check(cache: FeatureCache) -> None:
