@@ -158,7 +158,7 @@ def test_a_step_is_killed_whole_at_its_limit_and_keeps_what_it_had(
     assert ended(lines) == {"late": None, "well": 0}
     assert {"step": "late", "name": "before", "value": 4} in lines
     (child,) = (line["value"] for line in lines if line.get("name") == "child")
-    deadline_s = time.monotonic() + 10
+    deadline_s = time.monotonic() + 60
     while is_running(child):
         assert time.monotonic() < deadline_s, "what the step started is still there"
         time.sleep(0.05)

@@ -187,7 +187,7 @@ def _kill_all(launcher: subprocess.Popen[bytes]) -> None:
     ranks = psutil.Process(launcher.pid).children(recursive=True)
     for process in [psutil.Process(launcher.pid), *ranks]:
         process.kill()
-    psutil.wait_procs(ranks, timeout=10)
+    psutil.wait_procs(ranks, timeout=60)
     launcher.wait()
 
 
