@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from vggt_cache.identity import feature_key
 from vggt_cache.precompute.claims import Claims
 from vggt_cache.precompute.decode import DecodedFrame, DecodePool, PendingFrame
-from vggt_cache.precompute.digests import settled, state_hash
 from vggt_cache.precompute.encode import BatchEncoder, Encoded, Pixels
 from vggt_cache.precompute.failures import FailureLog
 from vggt_cache.precompute.observer import RunObserver
@@ -123,7 +122,7 @@ class Pipeline:
             self.claims.progressed()
             if self.stop.requested:
                 break
-        self.writer.finish_block(BlockDone(block_id=opened.block.block_id, rows=self._rows(decoded)))
+        self.writer.finish_block(BlockDone(block_id=opened.block.block_id, rows=_rows(decoded)))
 
     def _decode(self, opened: _OpenBlock) -> dict[int, DecodedFrame]:
         """The block's frames, without those that cannot be used."""
@@ -172,9 +171,6 @@ class Pipeline:
     def _encode(self, lists: list[list[int]], pixels: dict[int, Pixels]) -> Iterator[Encoded]:
         return self.spec.context_rule.encode(self.encoder, lists, pixels)
 
-    def _rows(self, decoded: dict[int, DecodedFrame]) -> list[tuple[bytes, bytes]]:
-        return [
-            (state_hash(self.plan.frames.paths[frame], one.state), one.digest)
-            for frame, one in decoded.items()
-            if one.state is not None and settled(one.state, one.read_at_ns)
-        ]
+
+def _rows(decoded: dict[int, DecodedFrame]) -> list[tuple[bytes, bytes]]:
+    return [(one.state_hash, one.digest) for one in decoded.values() if one.state_hash]
