@@ -228,7 +228,7 @@ class TestMisses:
             dataclasses.replace(stored_request(number), state_hashes=states, digests=(digest,))
             for number, states in enumerate([(state,), (b"",)])
         ]
-        filler.put(requests, [torch.zeros(2, 3, SPEC.encoder.channels) for _ in requests])
+        filler.put(requests, [torch.zeros(2, 3, SPEC.encoder.channels, dtype=torch.bfloat16)] * 2)
         filler.close()
         table = DigestTable(str(tmp_path))
         assert len(table) == 1
