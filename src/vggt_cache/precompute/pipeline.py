@@ -100,7 +100,9 @@ class Pipeline:
 
     def _wait_for_others(self) -> None:
         """All that is left is claimed by other processes, which may in turn wait for what is held here."""
+        self.observer.waits_for = "the disk"
         self.writer.flush()
+        self.claims.progressed()  # nothing is held now, so waiting for others is no hang
         self.observer.waiting(self.claims.held_by_others())
         self.stop.wait(_POLL_S)
 
@@ -116,12 +118,15 @@ class Pipeline:
             (key, feature) for feature in features if (key := self._new_key(feature, decoded)) is not None
         ]
         lists = [self.plan.frames_of(feature).tolist() for _, feature in work]
+        self.observer.waits_for = "the encoder"
         for part, encoded in self._encode(lists, {frame: one.pixels for frame, one in decoded.items()}):
+            self.observer.waits_for = "the disk"
             labels = [self.plan.label(work[at][1]) for at in part]
             self.writer.put([work[at][0] for at in part], labels, encoded)
             self.claims.progressed()
             if self.stop.requested:
                 break
+            self.observer.waits_for = "the encoder"
         self.writer.finish_block(BlockDone(block_id=opened.block.block_id, rows=_rows(decoded)))
 
     def _decode(self, opened: _OpenBlock) -> dict[int, DecodedFrame]:
@@ -130,6 +135,7 @@ class Pipeline:
         for frame, pending in opened.frames.items():
             if self.stop.requested:
                 break
+            self.observer.waits_for = f"the decoding of {pending.path}"
             one = self.decoder.result(pending)
             self.claims.progressed()
             if one.error:
