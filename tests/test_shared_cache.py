@@ -6,6 +6,7 @@ Every kind of thing in every place; then the commands run on it, as somebody els
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,12 +14,15 @@ import pytest
 import torch
 
 from small_data import SIZE, write_annotations, write_image
+from trials.replaced_images import SETTLE_S
 from trials.toy_encoder import ToyCheckpoint, toy_encoder, toy_feature
 from vggt_cache import FeatureCache
 from vggt_cache.cli import main
 from vggt_cache.errors import VggtCacheError
-from vggt_cache.identity import Preprocessing
+from vggt_cache.identity import Preprocessing, frame_digest
+from vggt_cache.precompute.digests import DigestTable, state_hash
 from vggt_cache.precompute.plan import make_plan
+from vggt_cache.small_files import file_state
 
 INVALID, INCOMPLETE = 1, 3
 """The data has one image that is none: a run that did all it could ends with INCOMPLETE."""
@@ -95,6 +99,10 @@ class Shared:
         except VggtCacheError:
             return True
 
+    def stored(self) -> list[bool]:
+        with FeatureCache.open(self.cache) as cache:
+            return [cache.get([path]) is not None for path in self.images]
+
     def _is_right(self, cache: FeatureCache, path: Path) -> bool:
         feature = cache.get([path])
         return feature is None or torch.equal(
@@ -126,4 +134,23 @@ def test_whatever_stands_wherever_the_run_ends_and_writes_nowhere_else(
         assert code in (0, INVALID)
         assert "Traceback" not in err
     assert shared.is_untouched()
+    assert shared.serves_nothing_wrong()
+
+
+def test_wrong_digests_make_precompute_skip_and_serve_nothing_wrong(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = Shared(tmp_path, capsys)
+    *_, image = shared.images
+    time.sleep(SETTLE_S)
+    state = file_state(str(image))
+    assert state is not None
+    digest = frame_digest(shared.images[0].read_bytes())
+    DigestTable(str(shared.cache)).append([(state_hash(str(image), state), digest)])
+    assert shared.precompute()[0] == INCOMPLETE
+    assert shared.stored() == [True, True, False], "the third was taken for the first"
+    assert shared.serves_nothing_wrong()
+    assert shared.run("verify", str(shared.cache), "--data_root", str(shared.data))[0] == INVALID
+    assert shared.precompute()[0] == INCOMPLETE
+    assert shared.stored() == [True] * 3
     assert shared.serves_nothing_wrong()
