@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -183,13 +184,56 @@ def test_a_second_run_computes_nothing_opens_no_image_and_loads_no_model(run, mo
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("an unchanged run must not do this")
 
-    monkeypatch.setattr("vggt_cache.precompute.decode.read_frame", refuse)
+    monkeypatch.setattr("vggt_cache.precompute.digests.read_frame", refuse)
     monkeypatch.setattr(Checkpoint, "load", refuse)
     code, out, _ = run()
     assert code == 0
     assert "[INFO] Unique images to process: 0" in out
     assert "[INFO] Already in the cache: 12" in out
     assert "[SUCCESS] Processed 0 images" in out
+
+
+@pytest.fixture
+def states_never_change(monkeypatch):
+    """Every file has one state for ever, as where another file is put in its place unnoticed."""
+    state = (1, 10**18 + 1, 10**18 + 1, 7)
+    monkeypatch.setattr("vggt_cache.precompute.digests.file_state", lambda path: state)
+    monkeypatch.setattr("vggt_cache.samples.paths.state_of", lambda status: state)
+
+
+@pytest.mark.parametrize("verify", ["command", "flag"])
+@pytest.mark.usefixtures("states_never_change")
+def test_another_file_of_the_same_state_is_found_by_verification_and_computed_after_it(
+    run, data, cache_dir, capsys, verify
+):
+    run()
+    write_image(data / "ep0" / "0003.png", 777)
+    code, out, _ = run(*(["--verify"] if verify == "flag" else []))
+    assert "Processed 0 images" in out, "nothing but the bytes tells that file from the one before"
+    if verify == "command":
+        code = main(["verify", str(cache_dir), "--data_root", str(data)])
+        out = capsys.readouterr().out
+    assert (code, "11/12 valid" in out) == (1, True)
+    code, out, _ = run("--verify")
+    assert code == 0
+    assert "Processed 1 images" in out
+    assert "12/12 valid" in out
+
+
+@pytest.mark.usefixtures("states_never_change")
+def test_a_cache_that_cannot_be_written_to_is_verified_and_nothing_said_of_that(
+    run, data, cache_dir, capsys, monkeypatch
+):
+    run()
+    shutil.rmtree(cache_dir / "digests")
+    monkeypatch.setattr(os, "makedirs", _read_only)
+    assert main(["verify", str(cache_dir), "--data_root", str(data)]) == 0
+    assert "WARN" not in capsys.readouterr().out
+    assert not (cache_dir / "digests").exists()
+
+
+def _read_only(*arguments: object, **options: object) -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
 def test_added_data_costs_only_what_is_new(run, data, cache_dir):

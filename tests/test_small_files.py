@@ -221,7 +221,7 @@ def test_digests_in_another_place_are_neither_read_nor_written(tmp_path: Path, k
     assert list(elsewhere.iterdir()) == []
     (cache / "digests").unlink()
     table.append([(b"s" * 16, b"d" * 32)])
-    NOT_FILES[kind](cache / "digests" / "0-strange.rows")
+    NOT_FILES[kind](cache / "digests" / f"{0:012x}-{0:016x}.rows")
     table.reload()
     assert len(table) == 1
 

@@ -119,8 +119,8 @@ def test_a_file_is_read_once_for_pixels_and_digest_however_often_it_is_named(
         root, [{"images": ["0.png", "0.png", "./0.png", "1.png"], "conversations": talk("<image>" * 4, "x")}]
     )
     read: list[str] = []
-    real = frames_module.read_frame
-    monkeypatch.setattr(frames_module, "read_frame", lambda path: read.append(str(path)) or real(path))
+    real = frames_module.read_in_state
+    monkeypatch.setattr(frames_module, "read_in_state", lambda path: read.append(str(path)) or real(path))
     request = make_dataset(root, CAUSAL)[0]["feature_request"]
     assert read == [str(root / "0.png"), str(root / "1.png")]
     assert torch.equal(

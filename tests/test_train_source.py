@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from store_kit import SPEC, make_feature, make_key, shard_path, write_shard
 from train_kit import CPU, make_request, make_source, small_spec, write_images
 from vggt_cache.encoder import Encoder
 from vggt_cache.errors import CacheAccessError, CheckpointError, CorruptRecordError, DataError, SettingsError
+from vggt_cache.precompute.digests import DigestTable, state_hash_array
 from vggt_cache.precompute.run import precompute
 from vggt_cache.precompute.settings import PrecomputeSettings
 from vggt_cache.store import FeatureCache, FileSystem
@@ -33,6 +35,7 @@ def stored_request(number: int, *, index: int = 0) -> FeatureRequest:
         key=make_key(number),
         paths=(f"{number}.png",),
         digests=(bytes(32),),
+        state_hashes=(b"",),
         frames=torch.zeros(1, 28, 42, 3, dtype=torch.uint8),
     )
 
@@ -217,6 +220,19 @@ class TestMisses:
         exact = LiveEncoder(str(small_checkpoint), spec, CPU).encode(requests)
         assert not torch.equal(exact[0], live[0])
         filling.close()
+
+    def test_an_image_is_noted_in_the_state_it_was_read_in_or_not_at_all(self, tmp_path: Path) -> None:
+        state, digest = b"s" * 16, b"d" * 32
+        filler = CacheFiller(str(tmp_path), SPEC)
+        requests = [
+            dataclasses.replace(stored_request(number), state_hashes=states, digests=(digest,))
+            for number, states in enumerate([(state,), (b"",)])
+        ]
+        filler.put(requests, [torch.zeros(2, 3, SPEC.encoder.channels, dtype=torch.bfloat16)] * 2)
+        filler.close()
+        table = DigestTable(str(tmp_path))
+        assert len(table) == 1
+        assert table.lookup(state_hash_array([state]))[1].tobytes() == digest
 
     @pytest.mark.parametrize(
         ("context", "lengths", "expected"),

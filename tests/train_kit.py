@@ -17,8 +17,9 @@ from janusvln.features.request import FeatureRequest
 from janusvln.features.source import FeatureSource
 from small_data import history, write_episode, write_image
 from vggt_cache.encoder.checkpoint import Checkpoint
-from vggt_cache.frames import decode_frame, read_frame
+from vggt_cache.frames import decode_frame
 from vggt_cache.identity import FeatureSpec, Preprocessing, feature_key, frame_digest
+from vggt_cache.precompute.digests import read_in_state
 from vggt_cache.precompute.run import precompute
 from vggt_cache.precompute.settings import PrecomputeSettings
 from vggt_cache.store import FeatureCache
@@ -39,13 +40,14 @@ def small_spec(checkpoint: Path, context: str, *, feature_dtype: str = "float32"
 def make_request(spec: FeatureSpec, paths: Sequence[Path], *, index: int = 0) -> FeatureRequest:
     """What a DataLoader worker sends for a sample with these images."""
     used = list(paths)[-1:] if spec.context == "frame" else list(paths)
-    data = [read_frame(path) for path in paths]
+    data, states = zip(*(read_in_state(str(path)) for path in paths), strict=True)
     digests = tuple(frame_digest(one) for one in data[-len(used) :])
     return FeatureRequest(
         index=index,
         key=feature_key(spec, digests),
         paths=tuple(map(str, used)),
         digests=digests,
+        state_hashes=states[-len(used) :],
         frames=torch.stack([torch.from_numpy(decode_frame(one, spec.preprocessing)) for one in data]),
     )
 

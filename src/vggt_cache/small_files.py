@@ -110,11 +110,16 @@ class SmallFolder:
             os.utime(name, dir_fd=folder, follow_symlinks=False)
 
     def append(self, name: str, data: bytes) -> None:
-        """In one write, so that lines of several processes do not mix. Makes folder and file where there are none."""
+        """In one write, so that lines of several processes do not mix. Makes folder and file where there are none.
+
+        A file that has a second name is refused: it may be somebody's own, under a name of ours.
+        """
         with _failures_of(self.path):
             os.makedirs(self.path, exist_ok=True)
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
         with self._opened(name) as folder, self._file(name, flags, folder) as descriptor:
+            if os.fstat(descriptor).st_nlink > 1:
+                raise _other_kind(name)
             _write(descriptor, data)
 
     def create(self, name: str, data: bytes) -> bool:

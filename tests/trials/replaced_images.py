@@ -22,7 +22,7 @@ from vggt_cache.cli import main
 from vggt_cache.errors import FrameError
 from vggt_cache.frames import read_frame
 from vggt_cache.identity import Preprocessing
-from vggt_cache.precompute import decode, pipeline
+from vggt_cache.precompute import digests, pipeline
 from vggt_cache.store import FeatureCache
 
 TRIALS_PER_SEED = 20
@@ -176,8 +176,8 @@ def _disturbed(images: Images, rate: float) -> Iterator[None]:
         return data
 
     with (
-        mock.patch.object(decode, "read_frame", read),
-        mock.patch.object(decode, "file_state", _after(may_disturb, decode.file_state)),
+        mock.patch.object(digests, "read_frame", read),
+        mock.patch.object(digests, "file_state", _after(may_disturb, digests.file_state)),
         mock.patch.object(pipeline, "feature_key", _after(may_disturb, pipeline.feature_key)),
     ):
         yield

@@ -12,8 +12,9 @@ from janusvln.data.errors import UnfitSampleError
 from janusvln.data.pixels import Pixels
 from janusvln.features.request import FeatureRequest
 from vggt_cache.errors import FrameError
-from vggt_cache.frames import decode_frame, read_frame
+from vggt_cache.frames import decode_frame
 from vggt_cache.identity import PATCH_SIZE, FeatureSpec, Preprocessing, feature_key, frame_digest
+from vggt_cache.precompute.digests import read_in_state
 from vggt_cache.samples import Sample, locate_frame
 
 
@@ -24,6 +25,8 @@ class Frame:
     path: str
     digest: bytes
     """sha256 of the bytes that `pixels` were decoded from"""
+    state_hash: bytes
+    """of the file that had them, see `vggt_cache.precompute.digests.read_in_state`; may be empty"""
     pixels: Pixels
     """uint8 [H, W, 3], multiples of 14"""
 
@@ -57,13 +60,14 @@ def load_frames(sample: Sample, preprocessing: Preprocessing) -> list[Frame]:
 
 def _load(path: str, preprocessing: Preprocessing) -> Frame:
     try:
-        data = read_frame(path)
+        data, state = read_in_state(path)
     except FrameError as error:
         raise UnfitSampleError(f"needs a frame that cannot be used: {error}") from error
     try:
-        return Frame(path=path, digest=frame_digest(data), pixels=decode_frame(data, preprocessing))
+        pixels = decode_frame(data, preprocessing)
     except FrameError as error:
         raise UnfitSampleError(f"needs a frame that cannot be used: {path}: {error}") from error
+    return Frame(path=path, digest=frame_digest(data), state_hash=state, pixels=pixels)
 
 
 def request_feature(index: int, frames: Sequence[Frame], spec: FeatureSpec) -> FeatureRequest:
@@ -75,5 +79,6 @@ def request_feature(index: int, frames: Sequence[Frame], spec: FeatureSpec) -> F
         key=feature_key(spec, digests),
         paths=tuple(frame.path for frame in used),
         digests=digests,
+        state_hashes=tuple(frame.state_hash for frame in used),
         frames=torch.from_numpy(np.stack([frame.pixels for frame in frames])),
     )

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import torch
 
 from janusvln.features.request import FeatureRequest
 from vggt_cache.identity import FeatureSpec
-from vggt_cache.precompute.digests import DigestTable, settled, state_hash
+from vggt_cache.precompute.digests import DigestTable
 from vggt_cache.precompute.write import FeatureWriter, shard_bytes
-from vggt_cache.small_files import file_state
 from vggt_cache.store import ShardWriter, create_store
 
 
@@ -21,7 +19,6 @@ class CacheFiller:
     def __init__(self, cache_dir: str, spec: FeatureSpec) -> None:
         """Makes the store where there is none yet. Raises CommitError, CacheAccessError."""
         store_dir = create_store(cache_dir, spec)
-        self._began_ns = time.time_ns()
         self._digests = DigestTable(cache_dir)
         self._rows: dict[bytes, bytes] = {}
         self._known: set[bytes] = set()
@@ -53,11 +50,8 @@ class CacheFiller:
 
     def _note(self, request: FeatureRequest) -> None:
         """Which images these were, so that planning and coverage need not open them again."""
-        for path, digest in zip(request.paths, request.digests, strict=True):
-            state = file_state(path)
-            # An image that has not changed since before this run is the one that was read.
-            if state is not None and settled(state, self._began_ns):
-                self._rows[state_hash(path, state)] = digest
+        rows = zip(request.state_hashes, request.digests, strict=True)
+        self._rows.update((state, digest) for state, digest in rows if state)
 
     def _save_digests(self) -> None:
         rows, self._rows = self._rows, {}

@@ -26,6 +26,8 @@ class FeatureRequest:
     """Image files that the feature depends on, in order."""
     digests: tuple[bytes, ...]
     """sha256 of the bytes that were decoded, in the same order."""
+    state_hashes: tuple[bytes, ...]
+    """Of the files that had these bytes, in the same order; empty where the file was changing."""
     frames: torch.Tensor
     """uint8 [n, H, W, 3], all frames of the sample in order, H and W multiples of 14."""
 

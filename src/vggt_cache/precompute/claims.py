@@ -45,8 +45,12 @@ class Claims:
         *,
         ttl_s: float | None = None,
         clock_s: Callable[[], float] = time.monotonic,
+        on_silence: Callable[[float], None] = lambda seconds: None,
     ) -> None:
-        """Raises SettingsError, and CacheAccessError where nothing can be written."""
+        """Raises SettingsError, and CacheAccessError where nothing can be written.
+
+        `on_silence(seconds)` is called once, in another thread, when the heart stops because nothing progresses.
+        """
         self._folder = SmallFolder(directory)
         self._ttl_s = ttl_s or seconds_of("VGGT_CACHE_CLAIM_TTL_S", DEFAULT_TTL_S)
         self._clock_s = clock_s
@@ -57,6 +61,7 @@ class Claims:
         self._seen: dict[str, tuple[FileState | None, float]] = {}
         """By file its last state, and since when it has been so, on our clock."""
         self._progress_s = clock_s()
+        self._on_silence, self._silent = on_silence, False
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         try:
@@ -122,7 +127,11 @@ class Claims:
 
     def beat(self) -> None:
         """Move the mark, unless nothing has progressed for long."""
-        if self._clock_s() - self._progress_s >= PATIENCE * self._ttl_s:
+        was_silent, silent_s = self._silent, self._clock_s() - self._progress_s
+        self._silent = silent_s >= PATIENCE * self._ttl_s
+        if self._silent:
+            if not was_silent:
+                self._on_silence(silent_s)
             return
         try:
             self._folder.touch(self._mark)

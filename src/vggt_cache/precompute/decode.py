@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -22,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from vggt_cache.errors import FrameError
-from vggt_cache.frames import decode_frame, read_frame
+from vggt_cache.frames import decode_frame
 from vggt_cache.identity import PATCH_SIZE, Preprocessing, frame_digest
-from vggt_cache.small_files import FileState, file_state
+from vggt_cache.precompute.digests import read_in_state
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,9 +33,8 @@ class DecodedFrame:
     digest: bytes = b""
     pixels: npt.NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 0, 3), np.uint8))
     """[H, W, 3]"""
-    state: FileState | None = None
-    """State of the file, the same before and after reading; None if it changed meanwhile."""
-    read_at_ns: int = 0
+    state_hash: bytes = b""
+    """Of the file as it was read, see `read_in_state`; may be empty."""
     error: str = ""
 
     @property
@@ -49,20 +47,13 @@ class DecodedFrame:
 def decode_file(path: str, preprocessing: Preprocessing) -> DecodedFrame:
     """Read, digest and decode one image file. Never raises for a bad file."""
     try:
-        before, read_at_ns = file_state(path), time.time_ns()
-        data = read_frame(path)
+        data, state = read_in_state(path)
         pixels = decode_frame(data, preprocessing)
-        after = file_state(path)
     except FrameError as error:
         return DecodedFrame(error=reason_without_path(error, path))
     except MemoryError:
         return DecodedFrame(error="there is not enough memory to decode it")
-    return DecodedFrame(
-        digest=frame_digest(data),
-        pixels=pixels,
-        state=before if before == after else None,
-        read_at_ns=read_at_ns,
-    )
+    return DecodedFrame(digest=frame_digest(data), pixels=pixels, state_hash=state)
 
 
 def reason_without_path(error: FrameError, path: str) -> str:

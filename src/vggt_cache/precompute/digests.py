@@ -4,28 +4,38 @@ A row says: the file with this path, size, mtime, ctime and inode had this sha25
 feature's key is always computed from the bytes that are decoded, and `get` and `--verify` read the bytes
 anew. A wrong row could at worst make precompute skip or repeat a frame, never serve a wrong feature.
 
+Two files can have one state, as when a link leads elsewhere. So the newest row of a state counts, and verification,
+which reads the bytes, writes down what it saw: precompute then computes what verification found missing.
+
 A file `digests/<ms>-<random>.rows` belongs to one process, which appends chunks:
     magic 8 bytes | row count u64 | xxh3-64 of the rows u64 | rows, 48 bytes each: state hash 16, digest 32
-A chunk torn by a crash fails its checksum; it and what follows it in that file are ignored.
+A chunk torn by a crash fails its checksum; it and what follows it in that file are ignored. Rows are newer the later
+their file's name and, in one file, the later they stand.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from vggt_cache.errors import SmallFileError
-from vggt_cache.small_files import FileState, SmallFolder
+from vggt_cache.frames import read_frame
+from vggt_cache.small_files import FileState, SmallFolder, file_state
 
 _MAGIC = b"VGFCdig1"
 _HEADER = struct.Struct("<8sQQ")
 _ROW = np.dtype([("hi", "<u8"), ("lo", "<u8"), ("digest", "u1", 32)])
+_AGED_ROW = np.dtype([*_ROW.descr, ("file", "<u8")])
+"""A row, with what orders its file among the others."""
+_NAME = re.compile(r"([0-9a-f]{12})-([0-9a-f]{4})[0-9a-f]{12}\.rows")
+_LAST_MS = (1 << 48) - 1
 _MAX_FILE_BYTES = 128 * 2**20
 """A process goes on in another file then."""
 _COARSE_CLOCK_NS = 2_000_000_000
@@ -49,25 +59,39 @@ def settled(state: FileState, read_at_ns: int) -> bool:
     return read_at_ns - max(mtime_ns, ctime_ns) > (_COARSE_CLOCK_NS if whole_seconds else _FINE_CLOCK_NS)
 
 
+def read_in_state(path: str) -> tuple[bytes, bytes]:
+    """A frame's bytes, and the state hash of the file that had them. Raises FrameError.
+
+    The hash is empty where the file changed while it was read, or so shortly before that it may change unnoticed.
+    """
+    before, read_at_ns = file_state(path), time.time_ns()
+    data = read_frame(path)
+    if before is None or before != file_state(path) or not settled(before, read_at_ns):
+        return data, b""
+    return data, state_hash(path, before)
+
+
 class DigestTable:
-    """All rows that the processes of this cache directory have written."""
+    """The newest row of each state, of all that the processes of this cache directory have written."""
 
     def __init__(self, cache_dir: str) -> None:
         self._folder = SmallFolder(os.path.join(cache_dir, "digests"))
-        self._own_name, self._own_bytes = _new_name(), 0
+        self._own_name, self._own_bytes = "", 0
         self._read_to: dict[str, int] = {}
-        self._rows = np.empty(0, _ROW)
+        self._rows = np.empty(0, _AGED_ROW)
         self.reload()
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def reload(self) -> None:
-        """Take in what other processes have appended since the last look."""
-        fresh = [rows for name in self._names() for rows in self._new_chunks(name)]
+    def reload(self) -> bool:
+        """Take in what has been appended since the last look; whether there was anything."""
+        fresh = [_aged(rows, name) for name in self._names() for rows in self._new_chunks(name)]
         if fresh:
             rows = np.concatenate([self._rows, *fresh])
-            self._rows = rows[np.argsort(rows["hi"], kind="stable")]
+            rows = rows[np.lexsort((rows["file"], rows["hi"]))]  # stable: rows of one file keep their order
+            self._rows = rows[np.append(rows["hi"][1:] != rows["hi"][:-1], True)]
+        return bool(fresh)
 
     def lookup(self, hashes: npt.NDArray[np.uint64]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint8]]:
         """For `hashes` [n, 2] (hi, lo): which are known [n], and their digests [n, 32]."""
@@ -88,19 +112,37 @@ class DigestTable:
         chunk = (
             _HEADER.pack(_MAGIC, len(payload) // _ROW.itemsize, xxhash.xxh3_64_intdigest(payload)) + payload
         )
-        if self._own_bytes + len(chunk) > _MAX_FILE_BYTES:
-            self._own_name, self._own_bytes = _new_name(), 0
+        if not self._own_name or self._own_bytes + len(chunk) > _MAX_FILE_BYTES:
+            self._own_name, self._own_bytes = self._new_name(), 0
         try:
             self._folder.append(self._own_name, chunk)
             self._own_bytes += len(chunk)
         except SmallFileError:
-            self._own_name, self._own_bytes = _new_name(), 0  # a torn chunk would hide those after it
+            self._own_name = ""  # a torn chunk would hide those after it
+
+    def correct(self, rows: Mapping[bytes, bytes]) -> None:
+        """Write those of the rows that are not known, or are known otherwise; they are newer than all there are."""
+        known, digests = self.lookup(state_hash_array(rows))
+        wrong = [
+            row
+            for row, is_known, digest in zip(rows.items(), known, digests, strict=True)
+            if not is_known or digest.tobytes() != row[1]
+        ]
+        if wrong and self._own_name != max(self._names(), default=""):
+            self._own_name = ""
+        self.append(wrong)
 
     def _names(self) -> list[str]:
         try:
-            return sorted(name for name in self._folder.names() if name.endswith(".rows"))
+            return sorted(filter(_NAME.fullmatch, self._folder.names()))
         except SmallFileError:
             return []
+
+    def _new_name(self) -> str:
+        """Later than all there are, also those of a machine whose clock is ahead."""
+        newest_ms = int(max(self._names(), default="0").partition("-")[0], 16)
+        ms = min(max(time.time_ns() // 1_000_000, newest_ms + 1), _LAST_MS)
+        return f"{ms:012x}-{os.urandom(8).hex()}.rows"
 
     def _new_chunks(self, name: str) -> list[npt.NDArray[np.void]]:
         begin = self._read_to.get(name, 0)
@@ -116,8 +158,12 @@ class DigestTable:
         return chunks
 
 
-def _new_name() -> str:
-    return f"{time.time_ns() // 1_000_000:012x}-{os.urandom(8).hex()}.rows"
+def _aged(rows: npt.NDArray[np.void], name: str) -> npt.NDArray[np.void]:
+    aged = np.empty(len(rows), _AGED_ROW)
+    aged[list(_ROW.names or ())] = rows
+    match = _NAME.fullmatch(name)
+    aged["file"] = int(match[1] + match[2], 16) if match else 0
+    return aged
 
 
 def _chunk_at(data: bytes, at: int) -> npt.NDArray[np.void] | None:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from vggt_cache.identity import feature_key
 from vggt_cache.precompute.claims import Claims
 from vggt_cache.precompute.decode import DecodedFrame, DecodePool, PendingFrame
-from vggt_cache.precompute.digests import settled, state_hash
 from vggt_cache.precompute.encode import BatchEncoder, Encoded, Pixels
 from vggt_cache.precompute.failures import FailureLog
 from vggt_cache.precompute.observer import RunObserver
@@ -101,7 +100,9 @@ class Pipeline:
 
     def _wait_for_others(self) -> None:
         """All that is left is claimed by other processes, which may in turn wait for what is held here."""
+        self.observer.waits_for = "the disk"
         self.writer.flush()
+        self.claims.progressed()  # nothing is held now, so waiting for others is no hang
         self.observer.waiting(self.claims.held_by_others())
         self.stop.wait(_POLL_S)
 
@@ -117,13 +118,16 @@ class Pipeline:
             (key, feature) for feature in features if (key := self._new_key(feature, decoded)) is not None
         ]
         lists = [self.plan.frames_of(feature).tolist() for _, feature in work]
+        self.observer.waits_for = "the encoder"
         for part, encoded in self._encode(lists, {frame: one.pixels for frame, one in decoded.items()}):
+            self.observer.waits_for = "the disk"
             labels = [self.plan.label(work[at][1]) for at in part]
             self.writer.put([work[at][0] for at in part], labels, encoded)
             self.claims.progressed()
             if self.stop.requested:
                 break
-        self.writer.finish_block(BlockDone(block_id=opened.block.block_id, rows=self._rows(decoded)))
+            self.observer.waits_for = "the encoder"
+        self.writer.finish_block(BlockDone(block_id=opened.block.block_id, rows=_rows(decoded)))
 
     def _decode(self, opened: _OpenBlock) -> dict[int, DecodedFrame]:
         """The block's frames, without those that cannot be used."""
@@ -131,6 +135,7 @@ class Pipeline:
         for frame, pending in opened.frames.items():
             if self.stop.requested:
                 break
+            self.observer.waits_for = f"the decoding of {pending.path}"
             one = self.decoder.result(pending)
             self.claims.progressed()
             if one.error:
@@ -172,9 +177,6 @@ class Pipeline:
     def _encode(self, lists: list[list[int]], pixels: dict[int, Pixels]) -> Iterator[Encoded]:
         return self.spec.context_rule.encode(self.encoder, lists, pixels)
 
-    def _rows(self, decoded: dict[int, DecodedFrame]) -> list[tuple[bytes, bytes]]:
-        return [
-            (state_hash(self.plan.frames.paths[frame], one.state), one.digest)
-            for frame, one in decoded.items()
-            if one.state is not None and settled(one.state, one.read_at_ns)
-        ]
+
+def _rows(decoded: dict[int, DecodedFrame]) -> list[tuple[bytes, bytes]]:
+    return [(one.state_hash, one.digest) for one in decoded.values() if one.state_hash]

@@ -154,19 +154,18 @@ class KnownKeys:
         self._table = table
         self._states = plan.state_hashes()
         self._known = np.zeros(len(self._states), np.bool_)
+        self._read_here = np.zeros(len(self._states), np.bool_)
         self._digests = np.zeros((len(self._states), DIGEST_BYTES), np.uint8)
         self._refresh_digests()
 
     def reload(self) -> None:
         """Take in digests that other processes have found meanwhile."""
-        before = len(self._table)
-        self._table.reload()
-        if len(self._table) != before:
+        if self._table.reload():
             self._refresh_digests()
 
     def learn(self, frame: int, digest: bytes) -> None:
         """This process has read the frame itself."""
-        self._known[frame] = True
+        self._known[frame] = self._read_here[frame] = True
         self._digests[frame] = np.frombuffer(digest, np.uint8)
 
     def key(self, feature: int) -> bytes | None:
@@ -178,7 +177,7 @@ class KnownKeys:
 
     def _refresh_digests(self) -> None:
         known, digests = self._table.lookup(self._states)
-        fresh = known & self._states.any(axis=1) & ~self._known  # what was read here stands
+        fresh = known & self._states.any(axis=1) & ~self._read_here
         self._known |= fresh
         self._digests[fresh] = digests[fresh]
 

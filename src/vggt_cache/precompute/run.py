@@ -180,16 +180,21 @@ class _Run:
         encoder = job.encoder  # before anything is claimed: loading takes long, and may fail
         with ExitStack() as stack:
             decoder = stack.enter_context(DecodePool(settings.num_workers, job.spec.preprocessing))
-            claims = stack.enter_context(Claims(store_dir / "claims"))
             bar = stack.enter_context(self.reporter.bar(len(missing), settings.noun))
             observer = RunObserver(bar, self.reporter, job.limits)
+            claims = stack.enter_context(Claims(store_dir / "claims", on_silence=observer.silence))
+
+            def written(features: int) -> None:
+                bar.update(features)
+                claims.progressed()
+
             stack.enter_context(self.stop.deferred())
             writer = FeatureWriter(
                 lambda: ShardWriter(store_dir, job.spec, codec=settings.codec),
                 feature_dtype=job.spec.feature_dtype,
                 shard_bytes=job.shard_bytes,
                 on_commit=lambda blocks: _committed(blocks, job.table, claims),
-                on_written=bar.update,
+                on_written=written,
                 on_bad_feature=self._not_stored,
             )
             pipeline = Pipeline(
@@ -206,6 +211,7 @@ class _Run:
             try:
                 pipeline.run(set(missing))
             finally:
+                observer.waits_for = "the disk"
                 self.lost += len(pipeline.failed)
                 self.elsewhere = observer.elsewhere
                 writer.close()
@@ -270,6 +276,7 @@ class _Run:
 def _committed(blocks: Iterable[BlockDone], table: DigestTable, claims: Claims) -> None:
     """A shard is on disk: note the digests first, then give the claims back, so that others find all done."""
     blocks = list(blocks)
+    claims.progressed()
     table.append(row for block in blocks for row in block.rows)
     for block in blocks:
         claims.release(block.block_id)

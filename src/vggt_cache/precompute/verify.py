@@ -1,7 +1,8 @@
 """Is every feature that the data needs present and intact?
 
 Verification trusts nothing that was written down about the data: it reads the bytes of every image anew,
-forms the keys from them, and checks every record against its checksum.
+forms the keys from them, and checks every record against its checksum. The digests that it sees are written down, so
+that precompute, run again, knows what is missing.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import torch
 
 from vggt_cache.encoder import Encoder
 from vggt_cache.errors import CorruptRecordError, FrameError, StoreError
-from vggt_cache.frames import read_frame
 from vggt_cache.identity import feature_key, frame_digest
 from vggt_cache.precompute.decode import decode_file, reason_without_path
+from vggt_cache.precompute.digests import DigestTable, read_in_state
 from vggt_cache.precompute.encode import BatchEncoder
 from vggt_cache.precompute.plan import Plan
 from vggt_cache.samples.in_order import parts_of
@@ -50,7 +51,11 @@ def verify_data(
     on_invalid: Callable[[str, str], None],
     on_progress: Callable[[int], object],
 ) -> Verification:
-    """Check all features that `plan` wants. `on_invalid(label, reason)` is told of each that is not as it should be."""
+    """Check all features that `plan` wants. `on_invalid(label, reason)` is told of each that is not as it should be.
+
+    A cache that cannot be written to is verified all the same.
+    """
+    table = DigestTable(cache.cache_dir)
     digests: dict[int, bytes | str] = {}
     invalid = 0
     with ThreadPoolExecutor(max(1, threads)) as pool:
@@ -60,9 +65,9 @@ def verify_data(
             unread = list(
                 dict.fromkeys(frame for frames in lists for frame in frames if frame not in digests)
             )
-            digests.update(
-                zip(unread, pool.map(_digest_or_reason, (plan.frames.paths[f] for f in unread)), strict=True)
-            )
+            seen = list(pool.map(_digest_or_reason, (plan.frames.paths[f] for f in unread)))
+            digests.update((frame, digest) for frame, (digest, _) in zip(unread, seen, strict=True))
+            table.correct({state: digest for digest, state in seen if state and isinstance(digest, bytes)})
             reasons = pool.map(lambda frames: _complaint(cache, [digests[frame] for frame in frames]), lists)
             for feature, reason in zip(features, reasons, strict=True):
                 if reason:
@@ -130,11 +135,13 @@ def relative_error(stored: torch.Tensor, fresh: torch.Tensor) -> float:
     return float((stored.double().cpu() - reference).norm() / reference.norm().clamp(min=1e-30))
 
 
-def _digest_or_reason(path: str) -> bytes | str:
+def _digest_or_reason(path: str) -> tuple[bytes | str, bytes]:
+    """The digest of a file, with the hash of its state, see `read_in_state`; or why it cannot be read."""
     try:
-        return frame_digest(read_frame(path))
+        data, state = read_in_state(path)
+        return frame_digest(data), state
     except FrameError as error:
-        return reason_without_path(error, path)
+        return reason_without_path(error, path), b""
 
 
 def _complaint(cache: FeatureCache, digests: Sequence[bytes | str]) -> str:
