@@ -125,7 +125,9 @@ class TrainingRun:
             else ReadAhead(cache, self.device, threads=self.features.vggt_cache_threads),
             encoder=LiveEncoder(self.features.vggt_model_path, spec, self.device),
             miss=self.features.vggt_cache_miss,
-            filler=CacheFiller(cache.cache_dir, spec) if cache is not None and fills else None,
+            filler=CacheFiller(cache.cache_dir, spec, warn=self.ranks.warn)
+            if cache is not None and fills
+            else None,
             on_hit=_say_hit if os.environ.get("VGGT_CACHE_DEBUG") == "1" else None,
         )
 
