@@ -92,6 +92,14 @@ def test_outside_training_text_runs_the_language_model_alone(model: Any) -> None
     model.generate(**rows(prompt()), max_new_tokens=2, do_sample=False)
 
 
+def test_features_are_only_read(model: Any) -> None:
+    """A feature may be on its way to the disk at the same time, and belongs to a buffer that readers fill."""
+    batch = two_samples()
+    versions = [one._version for one in batch["spatial_features"]]
+    model.train()(**batch).loss.backward()
+    assert [one._version for one in batch["spatial_features"]] == versions
+
+
 def test_a_batch_with_images_gives_every_parameter_a_gradient(model: Any) -> None:
     batch = {
         **two_samples(),

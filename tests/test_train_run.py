@@ -205,6 +205,24 @@ def test_an_image_replaced_in_place_is_never_given_its_old_feature(
     assert "is not in the cache" in refusal(capfd, flags)
 
 
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"])
+def test_a_launchers_number_that_is_none_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "x")
+    assert main(["--output_dir", str(tmp_path)]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"[ERROR] the environment's {name} is 'x', which is no whole number: ")
+
+
+def test_a_launchers_number_that_is_empty_says_nothing(
+    kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+    assert main(kit.flags(tmp_path, "--max_steps", 1)) == 0
+
+
 # ---------------------------------------------------------------- filling
 
 
@@ -223,6 +241,26 @@ def test_the_first_epoch_fills_the_cache_and_the_second_reads_it(
         assert len(cache) == 32
         coverage = measure_coverage(find_sources(str(kit.data)), cache)
     assert (coverage.present, coverage.unknown) == (32, 0)
+
+
+def test_a_disk_that_is_really_full_does_not_stop_training(
+    kit: Kit, tmp_path: Path, small_disk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The features of this data are a little more than the disk holds."""
+    more: list[Any] = ["--num_train_epochs", 2, "--per_device_train_batch_size", 2]
+    assert main(kit.flags(tmp_path / "live", *more, cached=False)) == 0
+    filling = ["--vggt_cache_dir", small_disk / "cache", "--vggt_cache_miss", "fill"]
+    assert main(kit.flags(tmp_path / "fill", *more, *filling, cached=False)) == 0
+    found = logged(tmp_path / "fill")
+    assert largest_difference(logged(tmp_path / "live"), found) < SAME
+    err = capfd.readouterr().err
+    assert err.count("[WARN] from now on features are computed here and not stored") == 1
+    assert "the disk is full" in err
+    lost = int(found[-1]["features_not_stored"])
+    assert lost > 0
+    assert f"[WARN] {lost} of 32 features that were computed here are not stored in {small_disk}" in err
+    with FeatureCache.open(small_disk / "cache") as cache:
+        assert len(cache) == 32 - lost
 
 
 # ---------------------------------------------------------------- resuming

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import os
+import shutil
+import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,14 +20,14 @@ from janusvln.features.fill import CacheFiller
 from janusvln.features.live import LiveEncoder
 from janusvln.features.read_ahead import ReadAhead
 from janusvln.features.request import FeatureRequest
-from store_kit import SPEC, make_feature, make_key, shard_path, write_shard
+from store_kit import SPEC, failing, make_feature, make_key, shard_path, write_shard
 from train_kit import CPU, make_request, make_source, small_spec, write_images
 from vggt_cache.encoder import Encoder
 from vggt_cache.errors import CacheAccessError, CheckpointError, CorruptRecordError, DataError, SettingsError
 from vggt_cache.precompute.digests import DigestTable, state_hash_array
 from vggt_cache.precompute.run import precompute
 from vggt_cache.precompute.settings import PrecomputeSettings
-from vggt_cache.store import FeatureCache, FileSystem
+from vggt_cache.store import FeatureCache, FileSystem, ShardWriter
 
 CONTEXTS = ("frame", "causal")
 
@@ -368,3 +372,148 @@ class TestFilling:
         source.close()
         cache.refresh()
         assert len(cache) == 1
+
+
+class Filling:
+    """A source that fills a cache, what it says, and what it is asked for."""
+
+    def __init__(self, folder: Path, checkpoint: Path) -> None:
+        spec = small_spec(checkpoint, "frame")
+        self.cache_dir = folder / "cache"
+        self.said: list[str] = []
+        filler = CacheFiller(str(self.cache_dir), spec, warn=self.said.append)
+        self.cache = FeatureCache.open(self.cache_dir)
+        self.source = make_source(spec, self.cache, checkpoint, miss="fill", filler=filler)
+        self.requests = [make_request(spec, [image]) for image in write_images(folder, 4)]
+        self.right = LiveEncoder(str(checkpoint), spec, CPU).encode(self.requests)
+
+    def epoch(self) -> None:
+        """Every step gets the right features, wherever they come from."""
+        for request, right in zip(self.requests, self.right, strict=True):
+            torch.testing.assert_close(self.source.take([request])[0], right, rtol=1e-4, atol=1e-4)
+            self.source.step_done()
+        self.source.flush()
+        self.source.refresh()
+
+
+class TestWhatCannotBeStored:
+    """Storing saves work: where it fails, training goes on."""
+
+    @pytest.mark.parametrize(
+        ("operation", "error"),
+        [
+            ("pwrite", errno.ENOSPC),
+            ("fsync", errno.EDQUOT),
+            ("open_directory", errno.ENOENT),
+            ("link", errno.EROFS),
+        ],
+    )
+    def test_it_is_computed_on_with_one_warning_and_a_count(
+        self,
+        tmp_path: Path,
+        small_checkpoint: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        operation: str,
+        error: int,
+    ) -> None:
+        filling = Filling(tmp_path, small_checkpoint)
+        disk = failing(operation, error)
+        monkeypatch.setattr("janusvln.features.fill.ShardWriter", partial(ShardWriter, fs=disk))
+        for _ in range(2):
+            filling.epoch()
+        (warning,) = filling.said
+        assert os.strerror(error) in warning
+        assert "computed here and not stored, in every epoch again, and training goes on" in warning
+        assert filling.source.not_stored == 4  # not eight: of the second epoch they are the same
+        filling.source.close()
+        assert filling.said[1:] == [
+            f"4 of 4 features that were computed here are not stored in {filling.cache_dir}"
+        ]
+        assert (filling.source.counts.hits, filling.source.counts.misses) == (0, 8)
+        assert len(filling.cache) == 0
+
+    def test_the_last_commit_may_fail_too(
+        self, tmp_path: Path, small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        filling = Filling(tmp_path, small_checkpoint)
+        monkeypatch.setattr(
+            "janusvln.features.fill.ShardWriter", partial(ShardWriter, fs=failing("fsync", errno.ENOSPC))
+        )
+        filling.source.take(filling.requests)
+        filling.source.close()
+        assert len(filling.said) == 2
+        assert "disk is full" in filling.said[0]
+        assert filling.said[1].startswith("4 of 4 features")
+
+    def test_what_was_stored_before_is_found(
+        self, tmp_path: Path, small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        filling = Filling(tmp_path, small_checkpoint)
+        filling.source.take(filling.requests[:3])
+        filling.source.flush()
+        monkeypatch.setattr(
+            "janusvln.features.fill.ShardWriter", partial(ShardWriter, fs=failing("pwrite", errno.ENOSPC))
+        )
+        filling.epoch()
+        assert filling.source.not_stored == 1
+        filling.source.take_counts()
+        filling.epoch()
+        assert (filling.source.counts.hits, filling.source.counts.misses) == (3, 1)
+        filling.source.close()
+
+    def test_the_directory_may_vanish(self, tmp_path: Path, small_checkpoint: Path) -> None:
+        filling = Filling(tmp_path, small_checkpoint)
+        filling.source.take(filling.requests[:3])
+        filling.source.flush()
+        shutil.rmtree(filling.cache_dir)
+        for _ in range(2):
+            filling.epoch()
+        assert len(filling.said) == 1
+        filling.source.close()
+        assert not filling.cache_dir.exists()
+
+    def test_what_others_have_stored_may_be_out_of_reach(
+        self, tmp_path: Path, small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(cache: FeatureCache) -> None:
+            raise CacheAccessError("the mount is stale")
+
+        filling = Filling(tmp_path, small_checkpoint)
+        monkeypatch.setattr(FeatureCache, "refresh", refuse)
+        with pytest.warns(UserWarning, match=r"computed instead.*the mount is stale"):
+            filling.epoch()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            filling.epoch()  # told once
+        filling.source.close()
+        assert filling.said == []
+
+    def test_a_fault_of_our_own_still_ends_the_run(
+        self, tmp_path: Path, small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        filling = Filling(tmp_path, small_checkpoint)
+        monkeypatch.setattr("janusvln.features.fill.ShardWriter", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            filling.epoch()
+
+    def test_what_is_not_finite_is_counted(self, tmp_path: Path, small_checkpoint: Path) -> None:
+        filling = Filling(tmp_path, small_checkpoint)
+        said: list[str] = []
+        filler = CacheFiller(str(filling.cache_dir), small_spec(small_checkpoint, "frame"), warn=said.append)
+        filler.put(filling.requests, [filling.right[0], filling.right[1] * torch.nan, *filling.right[2:]])
+        filler.close()
+        assert "is not finite" in said[0]
+        assert said[1].startswith("1 of 4 features")
+        filling.source.close()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_feature_that_int8_cannot_hold_is_not_made_finite(
+    tmp_path: Path, small_checkpoint: Path, value: float
+) -> None:
+    """Else training would go on from rubbish."""
+    spec = small_spec(small_checkpoint, "frame", feature_dtype="int8")
+    feature = torch.ones(3, 4, 8, dtype=torch.bfloat16)
+    feature[1, 2, 3] = value
+    found = LiveEncoder(str(small_checkpoint), spec, CPU).as_stored(feature)
+    assert torch.equal(found.isfinite(), feature.isfinite())

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from janusvln.data.chat import NOT_LEARNED
-from janusvln.data.positions import text_positions
 
 Item = dict[str, Any]
 Batch = dict[str, Any]
@@ -53,7 +52,7 @@ class PackedCollator:
     def __call__(self, items: Sequence[Item]) -> Batch:
         lengths = [len(item["input_ids"]) for item in items]
         positions = [
-            torch.cat([text_positions(length)[None], item["position_ids"]])
+            torch.cat([torch.arange(length)[None], item["position_ids"]])
             for length, item in zip(lengths, items, strict=True)
         ]
         batch: Batch = {

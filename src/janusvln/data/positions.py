@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
 
@@ -27,8 +26,3 @@ class RopePositions:
         positions, _ = self.get_rope_index(input_ids[None], is_image[None], image_grid_thw=image_grid_thw)
         result: Tensor = positions[:, 0]
         return result
-
-
-def text_positions(length: int) -> Tensor:
-    """Positions int64 [L] of a sample's tokens as if all were text; they tell packed samples from each other."""
-    return torch.arange(length)

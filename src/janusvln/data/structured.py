@@ -70,9 +70,8 @@ def _dialogue(
         for section, text, weight in zip(SECTIONS, (*texts, name), weights, strict=True)
         if text and not text.isspace()
     ]
-    ended = [
-        Segment(f"{line.text}\n", line.weight) for line in lines[:-1]
-    ]  # a line break belongs to its line
+    # A line break belongs to its line.
+    ended = [Segment(f"{line.text}\n", line.weight) for line in lines[:-1]]
     question = Turn("user", (Segment(navigation_prompt(instruction, len(sample.frames))),))
     return Dialogue((question, Turn("assistant", (*ended, *lines[-1:]))), action)
 

@@ -43,12 +43,12 @@ def _train(root: Path, qwen: Path, context: str, *, cached: bool) -> MeasuredRun
         str(STEPS),
         "--learning_rate",
         "1e-3",
-        "--tune_mm_llm",
-        "True",
-        "--tune_mm_mlp",
+        "--image_size",
+        "224",
+        "--use_cpu",
         "True",
     ]
-    flags += ["--per_device_train_batch_size", "1", "--use_cpu", "True", "--image_size", "224"]
+    flags += ["--tune_mm_llm", "True", "--tune_mm_mlp", "True", "--per_device_train_batch_size", "1"]
     if cached:
         # No path of VGGT: what is fully cached never loads it.
         flags += ["--vggt_cache_dir", str(root / "cache"), "--vggt_cache_miss", "error"]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from janusvln.features.request import FeatureRequest
-from vggt_cache.codec.quantise import decode_int8, encode_int8
+from vggt_cache.codec.quantise import decode_int8, quantised
 from vggt_cache.encoder import Encoder
 from vggt_cache.encoder.checkpoint import Checkpoint
 from vggt_cache.errors import CheckpointError, SettingsError
@@ -51,11 +51,15 @@ class LiveEncoder:
         return features
 
     def as_stored(self, feature: torch.Tensor) -> torch.Tensor:
-        """A computed feature [h, w, C] as it would come back from the cache: a lossy storage dtype changes it."""
+        """A computed feature [h, w, C] as it would come back from the cache: a lossy storage dtype changes it.
+
+        One that is not finite is never stored, and stays as it is. Nothing waits for the device.
+        """
         if self._spec.feature_dtype != "int8":
             return feature
-        tokens = feature.reshape(-1, feature.shape[-1])
-        return decode_int8(encode_int8(tokens), *tokens.shape).view(feature.shape)
+        tokens = feature.flatten(0, 1)
+        record, finite = quantised(tokens)
+        return torch.where(finite, decode_int8(record, *tokens.shape), tokens).view(feature.shape)
 
     def _batches(self, encoder: BatchEncoder, requests: Sequence[FeatureRequest]) -> Iterator[Encoded]:
         # Equal frames get one number, so that lists of the batch share their common beginnings.

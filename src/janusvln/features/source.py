@@ -91,6 +91,11 @@ class FeatureSource:
             self._reader.release(read)
         self._in_use.clear()
 
+    @property
+    def not_stored(self) -> int | None:
+        """Features that this process has computed so far and could not store; None where it stores none."""
+        return None if self._filler is None else self._filler.not_stored
+
     def take_counts(self) -> Counts:
         """The counts since the last call."""
         counts, self.counts = self.counts, Counts()
@@ -109,12 +114,18 @@ class FeatureSource:
             self._filler.flush()
 
     def refresh(self) -> None:
-        """Take in what has been committed, by this rank and by others."""
-        if self.cache is not None:
+        """Take in what has been committed, by this rank and by others. Where that cannot be read, it is computed."""
+        if self.cache is None:
+            return
+        try:
             self.cache.refresh()
+        except StoreError as error:
+            if self._miss == "error":
+                raise
+            self._warn_once(error)
 
     def close(self) -> None:
-        """Commit what `fill` has computed, and end all threads."""
+        """Commit what `fill` has computed, tell what could not be stored, and end all threads."""
         self.forget()
         if self._reader is not None:
             self._reader.close()

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 from janusvln.model.config import OWN_FIELDS, JanusVLNConfig, as_janusvln_config
 from vggt_cache.encoder.locate import CONFIG, INDEX, WEIGHTS, find_files, read_json
 from vggt_cache.encoder.tensor_file import TensorFile
+from vggt_cache.environment import rank_of
 from vggt_cache.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -204,7 +205,7 @@ def _refuse(found: ModelCheckpoint, what: str, names: list[str]) -> None:
 
 
 def _say(found: ModelCheckpoint, fresh: list[str]) -> None:
-    if os.environ.get("RANK", "0") not in ("", "0"):
+    if rank_of("RANK", 0):
         return
     words = {"merger": "the spatial merger", "action_head": "the action head"}
     if fresh:

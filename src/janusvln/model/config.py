@@ -26,14 +26,7 @@ class JanusVLNConfig(Qwen2_5_VLConfig):  # type: ignore[misc, no-untyped-call]
     """Which features the weights were trained with (context, image_size, layer, ...); None where nobody said."""
 
 
-OWN_FIELDS = (
-    "lam",
-    "spatial_channels",
-    "spatial_hidden_size",
-    "action_head",
-    "distill_loss_weight",
-    "feature_spec",
-)
+OWN_FIELDS = tuple(JanusVLNConfig.__annotations__)
 
 
 def as_janusvln_config(config: PreTrainedConfig) -> JanusVLNConfig:

@@ -14,6 +14,8 @@ from typing import Any
 import transformers
 from transformers import HfArgumentParser
 
+from janusvln.data.options import DataOptions
+from janusvln.features.read_ahead import THREADS
 from janusvln.features.resolve import AS_PUBLISHED, WantedFeatures
 from janusvln.features.source import MISS_POLICIES
 from vggt_cache.errors import SettingsError
@@ -66,7 +68,9 @@ class DataArguments:
     annotation_path: str | None = _flag(None, "annotation files, separated by commas, instead of a data root")
     data_path: str | None = _flag(None, "folder that relative image names start from; with --annotation_path")
     max_samples: int = _flag(-1, "only the first N samples; -1: all")
-    max_history_images: int = _flag(8, "earlier frames that a sample shows beside the current one")
+    max_history_images: int = _flag(
+        DataOptions.max_history_images, "earlier frames that a sample shows beside the current one"
+    )
     max_pixels: int = _flag(576 * 28 * 28, "of an image given to Qwen; more is refused")
     min_pixels: int = _flag(16 * 28 * 28, "of an image given to Qwen; fewer is refused")
     data_flatten: bool = _flag(False, "pack the samples of a batch into one row, without padding")
@@ -107,7 +111,7 @@ class FeatureArguments:
     vggt_cache_miss: str = _flag("encode", f"what a missing feature means: {', '.join(MISS_POLICIES)}")
     vggt_model_path: str | None = _flag(None, "VGGT, needed only where a feature is not in the cache")
     vggt_cache_fingerprint: str | None = _flag(None, "which cache, where several share the directory")
-    vggt_cache_threads: int = _flag(2, "threads of each rank that read features")
+    vggt_cache_threads: int = _flag(THREADS, "threads of each rank that read features")
     context: str | None = _as_in_the_cache("context")
     image_size: int | None = _as_in_the_cache("image_size")
     resize_mode: str | None = _as_in_the_cache("resize_mode")
@@ -149,7 +153,9 @@ class FeatureArguments:
 class TrainingArguments(transformers.TrainingArguments):
     """transformers' own, and what the published trainer adds to them."""
 
-    model_max_length: int = _flag(163840, "tokens of the longest sample; longer ones are refused")
+    model_max_length: int = _flag(
+        DataOptions.model_max_length, "tokens of the longest sample; longer ones are refused"
+    )
     mm_projector_lr: float | None = _flag(None, "learning rate of the mergers (default: --learning_rate)")
     vision_tower_lr: float | None = _flag(
         None, "learning rate of the vision tower (default: --learning_rate)"

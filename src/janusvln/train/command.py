@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from janusvln.data.errors import sentence_of
 from janusvln.train.arguments import parse_arguments
-from janusvln.train.engine import join_engine, prepare_engine
+from janusvln.train.engine import join_engine, launched_rank, prepare_engine
 from janusvln.train.ranks import Ranks
 from janusvln.train.run import TrainingRun
 from vggt_cache.errors import VggtCacheError
@@ -27,8 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code. A known error is one sentence, on every rank that can still say it."""
     print_any_name()
     given = sys.argv[1:] if argv is None else list(argv)
-    ranks = Ranks(None, int(os.environ.get("RANK", "0") or 0), 1)
+    ranks = Ranks(None, 0, 1)
     try:
+        ranks = Ranks(None, launched_rank(), 1)
         prepare_engine(given)
         arguments = parse_arguments(given)
         join_engine(arguments[-1])

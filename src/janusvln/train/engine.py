@@ -10,6 +10,22 @@ import torch
 from transformers import TrainingArguments
 
 from vggt_cache.cluster.network import free_port
+from vggt_cache.environment import rank_of
+
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+"""What a launcher tells its processes in numbers; torch, transformers and DeepSpeed read them."""
+
+
+def launched_rank() -> int:
+    """This process's rank, 0 without a launcher. Raises SettingsError where one of `LAUNCHED` is no number.
+
+    Empty ones are taken out of the environment: they say nothing, and those who read them later would not take them.
+    """
+    for name in LAUNCHED:
+        rank_of(name, 0)
+        if not os.environ.get(name, "").strip():
+            os.environ.pop(name, None)
+    return rank_of("RANK", 0)
 
 
 def prepare_engine(flags: Sequence[str]) -> None:

@@ -60,6 +60,10 @@ class Ranks:
         self._wait_until_all_have_said_it(self._store)
         return agreed
 
+    def warn(self, sentence: str) -> None:
+        """What happened to this rank alone; the run goes on."""
+        self._print("WARN", sentence)
+
     def _read(self, name: str) -> str:
         assert self._store is not None
         # Asked again and again: a waiting `get` would keep the connection from the thread that watches for a stop.
@@ -75,15 +79,16 @@ class Ranks:
 
     def _say(self, message: str) -> int:
         content = json.loads(message)
-        if (
-            self._store is None and self.rank
-        ):  # all ranks have the same settings: one of them is enough to say it
-            return int(content["exit_code"])
+        # Where they cannot talk to each other yet, all have the same settings: one of them is enough to say it.
+        if self._store is not None or self.rank == 0:
+            self._print("ERROR", content["sentence"])
+        return int(content["exit_code"])
+
+    def _print(self, level: str, sentence: str) -> None:
         where = f" [rank {self.rank}]" if self.rank else ""
         # In one piece: several ranks say it at the same moment, into the same log.
-        sys.stderr.write(f"[ERROR]{where} {content['sentence']}\n")
+        sys.stderr.write(f"[{level}]{where} {sentence}\n")
         sys.stderr.flush()
-        return int(content["exit_code"])
 
     def _wait_until_all_have_said_it(self, store: Store) -> None:
         """A launcher kills the others as soon as one process has ended; and the store ends with its host."""

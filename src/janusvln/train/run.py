@@ -64,6 +64,7 @@ class TrainingRun:
         self.ranks = ranks
         self.device = self.training.device
         self.output_dir = str(self.training.output_dir)
+        self.fills = self.features.vggt_cache_miss == "fill"
 
     def run(self) -> None:
         """Raises VggtCacheError for everything that a user can cause or cure."""
@@ -92,8 +93,7 @@ class TrainingRun:
             spec = live_spec(wanted, location, self.device.type)
             self._say(f"No feature cache: VGGT runs in every step; {describe_spec(spec)}")
             return spec, None
-        fill = self.features.vggt_cache_miss == "fill"
-        cache = open_cache(cache_dir, wanted, fill=fill, location=location, device=self.device.type)
+        cache = open_cache(cache_dir, wanted, fill=self.fills, location=location, device=self.device.type)
         cache = agree_on_snapshot(cache, self.ranks)
         self._say(f"VGGT feature cache enabled: {cache.cache_dir}")
         if cache.spec.feature_dtype == "int8":
@@ -117,15 +117,16 @@ class TrainingRun:
         return checkpoint
 
     def _source(self, spec: FeatureSpec, cache: FeatureCache | None) -> FeatureSource:
-        fills = cache is not None and self.features.vggt_cache_miss == "fill"
+        reader = filler = None
+        if cache is not None:
+            reader = ReadAhead(cache, self.device, threads=self.features.vggt_cache_threads)
+            filler = CacheFiller(cache.cache_dir, spec, warn=self.ranks.warn) if self.fills else None
         return FeatureSource(
             cache=cache,
-            reader=None
-            if cache is None
-            else ReadAhead(cache, self.device, threads=self.features.vggt_cache_threads),
+            reader=reader,
             encoder=LiveEncoder(self.features.vggt_model_path, spec, self.device),
             miss=self.features.vggt_cache_miss,
-            filler=CacheFiller(cache.cache_dir, spec) if cache is not None and fills else None,
+            filler=filler,
             on_hit=_say_hit if os.environ.get("VGGT_CACHE_DEBUG") == "1" else None,
         )
 
@@ -139,8 +140,8 @@ class TrainingRun:
         def measure() -> None:
             found.append(measure_coverage(sources, cache))
             self._say(found[0].sentence(cache.spec.context_rule.noun))
-            if told.is_set() and self._refusal(found[0], cache):
-                os._exit(self.ranks.stop_all(str(self._refusal(found[0], cache)), DataError.exit_code))
+            if told.is_set() and (refusal := self._refusal(found[0], cache)):
+                os._exit(self.ranks.stop_all(str(refusal), refusal.exit_code))
 
         thread = threading.Thread(target=measure, name="coverage", daemon=True)
         thread.start()
@@ -249,8 +250,7 @@ class TrainingRun:
             pixels=dataset.pixels,
             companions=self._companions(),
         )
-        fills = self.features.vggt_cache_miss == "fill"
-        trainer.add_callback(EpochCallback(trainer, self.ranks, fills=fills))
+        trainer.add_callback(EpochCallback(trainer, self.ranks, fills=self.fills))
         if checkpoint and is_finished(checkpoint, self.training):
             self._say(f"Nothing is left to train: {checkpoint} is the end of this run", "SUCCESS")
             if self.ranks.rank == 0:

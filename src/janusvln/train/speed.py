@@ -25,7 +25,8 @@ class Speed:
         """The figures since the last call.
 
         `cache_wait_ms` and `encode_ms` are of one micro-batch on the rank where it is longest, which all others
-        wait for; `slowest_rank` is the one that waited longest for data, features and encoder.
+        wait for; `slowest_rank` is the one that waited longest for data, features and encoder. `features_not_stored`,
+        where a cache is filled, is of all ranks since the run began.
         """
         counts = source.take_counts()
         read_bytes, read_s = self._reading(source)
@@ -33,12 +34,13 @@ class Speed:
         own_s = self.data_s + counts.wait_s + counts.encode_s
         wait_ms, encode_ms = 1e3 * counts.wait_s / batches, 1e3 * counts.encode_s / batches
         figures = [counts.hits, counts.misses, wait_ms, encode_ms, read_bytes, read_s, self.samples, own_s]
+        figures.append(source.not_stored or 0)
         ranks = _gathered(figures, device)
         elapsed_s = time.perf_counter() - self._began_s
         self.samples, self.data_s, self._began_s = 0, 0.0, time.perf_counter()
         total, longest = ranks.sum(0).tolist(), ranks.max(0).values.tolist()
         asked = total[0] + total[1]
-        return {
+        logs = {
             "cache_hit_rate": round(total[0] / asked, 6) if asked else 0.0,
             "cache_wait_ms": round(longest[2], 3),
             "cache_read_mb_per_s": round(total[4] / total[5] / 1e6, 1) if total[5] else 0.0,
@@ -47,6 +49,9 @@ class Speed:
             "slowest_rank": int(ranks[:, 7].argmax()),
             "slowest_rank_s": round(longest[7], 3),
         }
+        if source.not_stored is not None:
+            logs["features_not_stored"] = int(total[8])
+        return logs
 
     def _reading(self, source: FeatureSource) -> tuple[int, float]:
         """Bytes and seconds of thread time that reads took."""
