@@ -27,7 +27,7 @@ whole_number() {
 choose_python() {
   python=${PYTHON:-$root/.venv/bin/python}
   if ! command -v "$python" >/dev/null; then
-    [[ -z $PYTHON ]] || refuse "PYTHON is '$PYTHON', which is no program: give the interpreter that has torch and transformers"
+    [[ -z $PYTHON ]] || refuse "PYTHON is '$PYTHON', which is not a program: give the interpreter that has torch and transformers"
     python=python3
   fi
 }

@@ -220,8 +220,8 @@ def test_which_codec_a_shard_gets() -> None:
     [
         ("float32", "lossless", "codec lossless packs bfloat16, and these features are kept in float32"),
         ("int8", "lossless", "codec lossless packs bfloat16, and these features are kept in int8"),
-        ("bfloat16", "zip", "codec is 'zip', which is none of none, lossless"),
-        ("bfloat16", "int8", "codec is 'int8', which is none of none, lossless"),
+        ("bfloat16", "zip", "codec is 'zip', which is not one of none, lossless"),
+        ("bfloat16", "int8", "codec is 'int8', which is not one of none, lossless"),
     ],
 )
 def test_a_codec_that_does_not_fit_is_refused(dtype: str, codec: str, sentence: str) -> None:

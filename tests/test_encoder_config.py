@@ -95,7 +95,7 @@ def test_keys_that_change_nothing_are_accepted(harmless: dict[str, object]) -> N
         ({"qk_norm": False}, "qk_norm = False, but this encoder computes True only"),
         ({"aa_block_size": True}, "aa_block_size = True, but this encoder computes 1 only"),
         ({"aa_block_size": 2}, "aa_block_size = 2, but this encoder computes 1 only"),
-        ({"window": 7}, "the key 'window', which is not known here"),
+        ({"window": 7}, "the key 'window', which is unknown"),
     ],
 )
 def test_nonsense_is_refused_in_one_sentence(change: dict[str, object], reason: str) -> None:

@@ -43,7 +43,7 @@ def test_what_is_not_set_has_its_default() -> None:
 )
 def test_a_size_that_is_none_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SIZE", text)
-    with pytest.raises(SettingsError, match=r"the environment's SIZE is .*, which is no size: give bytes"):
+    with pytest.raises(SettingsError, match=r"the environment's SIZE is .*, which is not a size: give bytes"):
         size_of("SIZE", 7)
 
 
@@ -51,7 +51,7 @@ def test_a_size_that_is_none_is_refused(text: str, monkeypatch: pytest.MonkeyPat
 def test_seconds_that_are_none_are_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PAUSE", text)
     with pytest.raises(
-        SettingsError, match=r"the environment's PAUSE is .*, which is no number of seconds: "
+        SettingsError, match=r"the environment's PAUSE is .*, which is not a number of seconds: "
     ):
         seconds_of("PAUSE", 7)
 
@@ -59,7 +59,7 @@ def test_seconds_that_are_none_are_refused(text: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("text", ["-1", "1.5", "one", "²", "9" * 5000])
 def test_a_rank_that_is_none_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", text)
-    with pytest.raises(SettingsError, match=r"the environment's RANK is .*, which is no whole number: "):
+    with pytest.raises(SettingsError, match=r"the environment's RANK is .*, which is not a whole number: "):
         rank_of("RANK", 0)
 
 

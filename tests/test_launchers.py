@@ -196,7 +196,7 @@ def test_a_signal_reaches_training_once_and_its_end_is_waited_for(
         ({"NPROC_PER_NODE": "two"}, "NPROC_PER_NODE is 'two', which is not a whole number"),
         ({"NPROC_PER_NODE": "0"}, "NPROC_PER_NODE is 0, so nothing would be trained"),
         ({"MASTER_PORT": "99999"}, "MASTER_PORT is 99999, and ports are 1 to 65535"),
-        ({"PYTHON": "/not/here"}, "PYTHON is '/not/here', which is no program"),
+        ({"PYTHON": "/not/here"}, "PYTHON is '/not/here', which is not a program"),
         ({"MODEL_PATH": "/not/here"}, "MODEL_PATH /not/here does not exist"),
         ({"MODEL_PATH": "data"}, "MODEL_PATH data has no config.json"),
         ({"DATA_ROOT": ""}, "neither DATA_ROOT nor ANNOTATION_PATH is set"),

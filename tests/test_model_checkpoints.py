@@ -235,7 +235,7 @@ def test_tied_embeddings_need_no_head_in_the_file(
     assert torch.equal(logits(again), logits(model))
 
 
-# ---------------------------------------------------------------- a checkpoint of ours
+# ---------------------------------------------------------------- a checkpoint made here
 
 
 def test_saving_and_loading_changes_no_output(plain: Path, tmp_path: Path) -> None:

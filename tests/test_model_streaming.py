@@ -124,7 +124,7 @@ def test_in_frame_context_every_frame_is_alone(encoder: Encoder, frames: list[Te
     stream = StreamingFeatures(encoder, context="frame")
     for frame in frames[:3]:
         assert torch.equal(stream.push(frame), encoder.frame_features(frame[None])[0])
-    with pytest.raises(SettingsError, match="'joint', which is none of frame, causal"):
+    with pytest.raises(SettingsError, match="'joint', which is not one of frame, causal"):
         StreamingFeatures(encoder, context="joint")
 
 

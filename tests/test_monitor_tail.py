@@ -212,7 +212,7 @@ def test_what_is_added_in_any_portions_is_read_once(tmp_path: Path, counted: Cou
     log.tail.close()
     assert known.step == 100
     assert known.not_finite[0].lines == 1
-    assert counted.bytes < 2 * len(text)  # a few guard bytes at each look
+    assert counted.bytes < 2 * len(text)  # a few guard bytes each time it reads the log
 
 
 def test_a_number_that_is_half_written_is_not_read(tmp_path: Path) -> None:

@@ -154,11 +154,14 @@ def test_a_bad_item_that_ends_costs_that_item(monkeypatch, bad, reason, portion)
 @pytest.mark.parametrize(
     ("rest", "reason"),
     [
-        (b'{"images": ["a.png"}, {}]', "and all after it cannot be read: the file is cut short or not JSON"),
-        (b'{"images": ["a.p', "and all after it cannot be read: the file is cut short or not JSON"),
-        (b"[" * 100_000, "and all after it cannot be read: it is nested too deeply"),
-        (b"", "and all after it cannot be read: the file is cut short or not JSON"),
-        (b"]", "and all after it cannot be read"),
+        (
+            b'{"images": ["a.png"}, {}]',
+            "and everything after it cannot be read: the file is cut short or not JSON",
+        ),
+        (b'{"images": ["a.p', "and everything after it cannot be read: the file is cut short or not JSON"),
+        (b"[" * 100_000, "and everything after it cannot be read: it is nested too deeply"),
+        (b"", "and everything after it cannot be read: the file is cut short or not JSON"),
+        (b"]", "and everything after it cannot be read"),
     ],
 )
 def test_where_a_list_breaks_what_came_before_stands_and_the_rest_is_one_problem(rest, reason):

@@ -287,7 +287,7 @@ def test_a_system_that_accepts_no_bytes_is_an_error_and_no_endless_loop(tmp_path
         def pwrite(self, fd: int, data: Buffer, offset: int) -> int:
             return 0
 
-    with pytest.raises(CommitError, match="could not be brought to the disk"):
+    with pytest.raises(CommitError, match="could not be written to the disk"):
         commit_two(tmp_path, Full())
 
 

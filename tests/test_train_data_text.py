@@ -278,7 +278,7 @@ def test_videos_are_refused() -> None:
         ({"instruction": "x", "subinstruction": {"a": 1}}, "has a dict where subinstruction is a text"),
         (
             {"instruction": "x", "action": "JUMP"},
-            "has the action 'JUMP', which is none of STOP, MOVE_FORWARD",
+            "has the action 'JUMP', which is not one of STOP, MOVE_FORWARD",
         ),
         ({"instruction": "x", "action": 4}, "has the action '4'"),
         ({"instruction": "x", "action": True}, "has the action 'True'"),
@@ -307,12 +307,12 @@ def dialogue_of(question: str, answer: str, weight: float = 1.0) -> Dialogue:
         (dialogue_of("x", "<image>"), 1, "has 0 <image> tags"),
         (dialogue_of("<|image_pad|>", "x"), 0, r"has <\|image_pad\|> in a text"),
         (dialogue_of("x", "<|video_pad|>"), 0, r"has <\|video_pad\|> in a text"),
-        (dialogue_of("x", "y", 0.0), 0, "has no answer that is learned"),
-        (Dialogue((Turn("user", (Segment("x"),)),)), 0, "has no answer that is learned"),
+        (dialogue_of("x", "y", 0.0), 0, "has no answer to learn from"),
+        (Dialogue((Turn("user", (Segment("x"),)),)), 0, "has no answer to learn from"),
         (
             Dialogue((Turn("user", (Segment("x"),)), Turn("assistant", ()))),
             0,
-            "has no answer that is learned",
+            "has no answer to learn from",
         ),
     ],
 )

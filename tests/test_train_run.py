@@ -212,7 +212,7 @@ def test_a_launchers_number_that_is_none_is_refused(
     monkeypatch.setenv(name, "x")
     assert main(["--output_dir", str(tmp_path)]) == 2
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"[ERROR] the environment's {name} is 'x', which is no whole number: ")
+    assert line.startswith(f"[ERROR] the environment's {name} is 'x', which is not a whole number: ")
 
 
 def test_a_launchers_number_that_is_empty_says_nothing(

@@ -132,7 +132,9 @@ def _add_prune(commands: Any) -> None:
     )
     parser.add_argument("cache_dir", metavar="DIR", help="cache directory")
     parser.flag(
-        "damaged", action="store_true", help="also remove damaged records, so that precompute makes them anew"
+        "damaged",
+        action="store_true",
+        help="also remove damaged records, so that precompute computes them again",
     )
     parser.flag("yes", action="store_true", help="really remove")
 
@@ -142,7 +144,7 @@ def _add_convert(commands: Any) -> None:
         commands,
         "convert",
         _convert,
-        "Rewrite a store's shards with another codec, each record proved first. Without --yes only shows it.",
+        "Rewrite a store's shards with another codec, each record checked first. Without --yes only shows it.",
     )
     parser.add_argument("cache_dir", metavar="DIR", help="cache directory")
     parser.flag("codec", choices=CODECS, required=True, help="lossless: a third smaller; none: as they are")
@@ -156,9 +158,7 @@ def _add_doctor(commands: Any) -> None:
 
 
 def _add_demo(commands: Any) -> None:
-    parser = _command(
-        commands, "demo", _demo, "Make a small data set and encoder, and go through the whole of it."
-    )
+    parser = _command(commands, "demo", _demo, "Make a small data set and encoder, and run every step on it.")
     parser.add_argument("directory", metavar="DIR", help="where to make it")
 
 
@@ -175,7 +175,7 @@ def _add_monitor(commands: Any) -> None:
     parser.flag(
         "once", action="store_true", help="say what there is now and stop; 1 where something is wrong"
     )
-    parser.flag("json", action="store_true", help="one JSON object on a line at each look")
+    parser.flag("json", action="store_true", help="one JSON object on a line each time it reads the log")
     parser.flag("interval", type=float, default=5.0, metavar="S", help="seconds between two looks")
     parser.flag(
         "stall_s",

@@ -22,7 +22,8 @@ def size_of(name: str, default_bytes: int) -> int:
     match = _SIZE.fullmatch(text)
     if match is None or (size_bytes := int(float(match[1]) * _factor(match[2], match[3]))) < 1:
         raise SettingsError(
-            f"the environment's {name} is {text!r}, which is no size: give bytes, or a number with a unit, as in 256M"
+            f"the environment's {name} is {text!r}, which is not a size: give bytes, or a number with a unit, "
+            "as in 256M"
         )
     return size_bytes
 
@@ -38,7 +39,7 @@ def seconds_of(name: str, default_s: float) -> float:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
         raise SettingsError(
-            f"the environment's {name} is {text!r}, which is no number of seconds: give one, as in 60"
+            f"the environment's {name} is {text!r}, which is not a number of seconds: give one, as in 60"
         )
     return seconds
 
@@ -50,7 +51,7 @@ def rank_of(name: str, default: int) -> int:
         return default
     if _WHOLE.fullmatch(text) is None:
         raise SettingsError(
-            f"the environment's {name} is {text!r}, which is no whole number: a launcher sets it; unset it for a "
+            f"the environment's {name} is {text!r}, which is not a whole number: a launcher sets it; unset it for a "
             "process alone"
         )
     return int(text)

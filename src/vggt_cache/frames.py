@@ -59,7 +59,7 @@ def read_frame(path: str | os.PathLike[str]) -> bytes:
         raise FrameError(f"{os.fspath(path)} {_refusal(error)}") from error
     except ValueError as error:  # a NUL byte, or a character that no file name has
         raise FrameError(
-            f"{os.fspath(path)!r} is no possible file name ({error}): correct the annotation"
+            f"{os.fspath(path)!r} cannot be a file name ({error}): correct the annotation"
         ) from error
 
 
@@ -87,7 +87,7 @@ def _read_all(path: str | os.PathLike[str], descriptor: int) -> bytes:
 def _refuse_length(path: str | os.PathLike[str], length: int) -> None:
     raise FrameError(
         f"{os.fspath(path)} has {length} bytes, over the limit of {MAX_FILE_BYTES} for one image: "
-        "it is no frame, or must be stored smaller"
+        "it is not a camera frame, or must be saved smaller"
     )
 
 
@@ -171,7 +171,9 @@ def _check_scans(data: bytes) -> None:
         if marker[0][1] != _JPEG_START:
             at += int.from_bytes(data[at : at + 2], "big")
         scans += marker[0][1] == _JPEG_SCAN
-    raise FrameError(f"it is a JPEG of more than {MAX_SCANS} scans, which no program makes: save it anew")
+    raise FrameError(
+        f"it is a JPEG of more than {MAX_SCANS} scans, which no normal program writes: save it again"
+    )
 
 
 def _resized(width: int, height: int, preprocessing: Preprocessing) -> tuple[int, int]:
@@ -194,7 +196,7 @@ def _resized(width: int, height: int, preprocessing: Preprocessing) -> tuple[int
         size = side, round(height * (side / width) / PATCH_SIZE) * PATCH_SIZE
     if 0 in size:
         raise FrameError(
-            f"it has {width} x {height} pixels, so narrow that nothing is left of it at image_size {side}: cut it"
+            f"it has {width} x {height} pixels, so narrow that it would have no patches at image_size {side}: cut it"
         )
     if size[0] * size[1] > MAX_PIXELS:
         raise FrameError(

@@ -34,7 +34,7 @@ DIGEST_BYTES = 32
 def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:
     if value not in allowed:
         raise SettingsError(
-            f"{name} is {value!r}, which is none of {', '.join(map(str, allowed))}: choose one of these"
+            f"{name} is {value!r}, which is not one of {', '.join(map(str, allowed))}: choose one of these"
         )
 
 
@@ -92,7 +92,7 @@ class EncoderSpec:
             value = getattr(self, name)
             if type(value) is not int or value < 0:
                 raise SettingsError(
-                    f"{name} is {value!r}, which is no count: the encoder's description is damaged"
+                    f"{name} is {value!r}, which is not a whole number above 0: the encoder's description is damaged"
                 )
         _one_of("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         if not 0 <= self.layer < self.depth:
@@ -123,7 +123,8 @@ class FeatureSpec:
         _one_of("feature_dtype", self.feature_dtype, FEATURE_DTYPES)
         if type(self.computation_version) is not int:  # True == 1, and its text and fingerprint are others
             raise SettingsError(
-                f"computation_version is {self.computation_version!r}, which is no count: the specification is damaged"
+                f"computation_version is {self.computation_version!r}, which is not a whole number above 0: the "
+                "specification is damaged"
             )
 
     @cached_property

@@ -186,7 +186,7 @@ def _check(rows: Sequence[Row]) -> None:
             )
         if not np.isfinite(feature).all():
             raise StoreError(
-                f"the feature of {caption} holds NaN or infinity, so it has no colours and is of no use in training: "
+                f"the feature of {caption} holds NaN or infinity, so it cannot be drawn or trained on: "
                 "remove it from the cache, and check the encoder's weights and dtype"
             )
     channels = {feature.shape[2] for _, feature, _ in rows}

@@ -177,7 +177,7 @@ def _failures_of(path: str) -> Iterator[None]:
     except FileKindError as error:
         raise _other_kind(path) from error
     except ValueError as error:  # a NUL byte, or a character that no file name has
-        raise FileAccessError(ascii(path), f"is no possible file name ({error})") from error
+        raise FileAccessError(ascii(path), f"cannot be a file name ({error})") from error
     except OSError as error:
         if error.errno in _ABSENT:
             raise FileAbsentError(path, "does not exist") from error

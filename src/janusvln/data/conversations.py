@@ -34,8 +34,8 @@ def _turn(message: object, number: int) -> Turn:
     role, text = named.get("role", named.get("from")), named.get("content", named.get("value"))
     if not isinstance(role, str) or role not in _ROLES or not isinstance(text, str):
         raise UnfitSampleError(
-            f"has a message (number {number + 1}) without a text or from nobody known ({ascii(role)[:40]}): give it a "
-            f"value, and from one of {', '.join(_ROLES)}"
+            f"has a message (number {number + 1}) without text, or from an unknown speaker ({ascii(role)[:40]}): give "
+            f"it a value, and from one of {', '.join(_ROLES)}"
         )
     if number == 0:
         text = text.replace(f"{IMAGE_TAG}\n", IMAGE_TAG)

@@ -109,6 +109,6 @@ def _known_action(name: str) -> int:
     action = action_class(name)
     if action == NO_ACTION:
         raise UnfitSampleError(
-            f"has the action {ascii(name)[:60]}, which is none of {', '.join(ACTIONS)} nor 0 to 3: correct it"
+            f"has the action {ascii(name)[:60]}, which is not one of {', '.join(ACTIONS)} nor 0 to 3: correct it"
         )
     return action

@@ -61,7 +61,7 @@ def check_dialogue(dialogue: Dialogue, frames: int) -> None:
     answers = [segment for turn in dialogue.turns if turn.role == "assistant" for segment in turn.segments]
     if not any(segment.weight > 0 for segment in answers):
         raise UnfitSampleError(
-            "has no answer that is learned, so training on it does nothing: complete or remove it"
+            "has no answer to learn from, so training on it does nothing: complete or remove it"
         )
 
 

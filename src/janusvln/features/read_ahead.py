@@ -34,7 +34,7 @@ RETRY_PAUSES_S = (0.2, 1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Arrived:
-    """What a reader thread delivers; `feature` is None where the cache has not the key."""
+    """What a reader thread delivers; `feature` is None where the key is not in the cache."""
 
     feature: torch.Tensor | None
     copied: torch.cuda.Event | None = None
@@ -70,7 +70,7 @@ class ReadAhead:
         return PendingRead(buffer=buffer, result=self._threads.submit(self._read, key, buffer))
 
     def wait(self, read: PendingRead) -> torch.Tensor | None:
-        """The feature [h, w, C] on the device; None when the cache has not the key.
+        """The feature [h, w, C] on the device; None when the key is not in the cache.
 
         On a CPU it may lie in the read's buffer, and is valid until `release`. Raises what reading raised: a
         StoreError.

@@ -164,9 +164,9 @@ def _refuse(trained: dict[str, Any], spec: FeatureSpec, model: str, names: Seque
         name = names[0]
         raise SettingsError(
             f"{model} was trained with features of {name} {trained[name]}, and those of this run have {name} "
-            f"{summary(spec)[name]}: they are different numbers, so the model would be wrong without a word; use a "
-            f"cache with {name} {trained[name]}, or start from a model that was not trained with others, in an empty "
-            "--output_dir"
+            f"{summary(spec)[name]}: they are different numbers, so the model would silently be wrong; use a "
+            f"cache with {name} {trained[name]}, or start from a model that was not trained with other features, in "
+            "an empty --output_dir"
         )
 
 

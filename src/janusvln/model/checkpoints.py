@@ -1,4 +1,4 @@
-"""What may be loaded: a plain Qwen2.5-VL, a checkpoint of ours, a released JanusVLN checkpoint.
+"""What may be loaded: a plain Qwen2.5-VL, a checkpoint made here, a released JanusVLN checkpoint.
 
 Everything is decided from names and shapes in the headers of the safetensors files, before a weight is read:
 random weights never stand in for missing ones without a word.

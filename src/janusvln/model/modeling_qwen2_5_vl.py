@@ -64,7 +64,7 @@ class Qwen2_5_VLForConditionalGenerationForJanusVLN(_Qwen):  # type: ignore[misc
     def from_pretrained(
         cls, pretrained_model_name_or_path: Any, *args: Any, config: Any = None, **kwargs: Any
     ) -> Any:
-        """As transformers', from a plain Qwen2.5-VL, a checkpoint of ours or a released JanusVLN checkpoint.
+        """As transformers', from a plain Qwen2.5-VL, a checkpoint made here or a released JanusVLN checkpoint.
 
         From a directory or a hub id. Fields of JanusVLNConfig may be given as arguments, and go before those of the
         checkpoint. Raises CheckpointError for anything but exactly the weights that the configuration describes;

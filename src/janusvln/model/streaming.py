@@ -31,7 +31,7 @@ class StreamingFeatures:
     def __init__(self, encoder: Encoder, *, context: str = "causal") -> None:
         if context not in CONTEXTS:
             raise SettingsError(
-                f"context is {context!r}, which is none of {', '.join(CONTEXTS)}: choose the one that the model was "
+                f"context is {context!r}, which is not one of {', '.join(CONTEXTS)}: choose the one that the model was "
                 "trained with (feature_spec in its config.json)"
             )
         self._encoder = encoder

@@ -31,14 +31,14 @@ def _flag(default: Any, text: str) -> Any:
 class ModelArguments:
     """What is trained, and which parts of it."""
 
-    model_name_or_path: str | None = _flag(None, "Qwen2.5-VL, a checkpoint of ours, or a released JanusVLN")
+    model_name_or_path: str | None = _flag(None, "Qwen2.5-VL, a checkpoint made here, or a released JanusVLN")
     tune_mm_llm: bool = _flag(False, "train the language model")
     tune_mm_vision: bool = _flag(False, "train the vision tower")
     tune_mm_mlp: bool = _flag(False, "train the vision tower's merger; the spatial merger is always trained")
     lam: float | None = _flag(None, "weight of the spatial features (default: the checkpoint's, else 0.2)")
     action_head: bool = _flag(False, "train a 4-class action head beside the language model")
     distill_loss_weight: float = _flag(1.0, "weight of the action head's loss")
-    reference_frame: str = _flag("first", "only first is trained by anyone; others are refused")
+    reference_frame: str = _flag("first", "only `first` is supported")
     attn_implementation: str | None = _flag(
         None, "default: flash_attention_2 where it is installed, else sdpa"
     )

@@ -63,7 +63,7 @@ def interface_towards(host: str) -> str:
     found = _interface_by_route(local)
     if found is None:
         raise SettingsError(
-            f"the interface towards MASTER_ADDR {host} cannot be found out (it has the address {local}): set "
+            f"the interface towards MASTER_ADDR {host} cannot be determined (it has the address {local}): set "
             "NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME to its name"
         )
     return found

@@ -73,5 +73,5 @@ def _check_exists(variable: str, given: str | None, fitting: list[str]) -> None:
     if given and not fitting:
         raise SettingsError(
             f"{variable} is '{given}', and this machine has {', '.join(network.interface_names())}: give "
-            "one of them, or unset it to have the interface towards MASTER_ADDR"
+            "one of them, or unset it, and the interface towards MASTER_ADDR is used"
         )

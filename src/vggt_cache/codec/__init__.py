@@ -43,7 +43,9 @@ def shard_codec(feature_dtype: str, chosen: str = NONE) -> str:
     if chosen == feature_dtype == INT8:
         return INT8
     if chosen not in CODECS:
-        raise SettingsError(f"codec is {chosen!r}, which is none of {', '.join(CODECS)}: choose one of these")
+        raise SettingsError(
+            f"codec is {chosen!r}, which is not one of {', '.join(CODECS)}: choose one of these"
+        )
     if chosen == NONE:
         return INT8 if feature_dtype == INT8 else NONE
     if feature_dtype != "bfloat16":

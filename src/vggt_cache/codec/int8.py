@@ -39,5 +39,5 @@ class Int8:
         from vggt_cache.codec.quantise import decode_rows, of_bytes
 
         if len(stored) != self.size_limits(cells, channels)[0]:
-            raise ValueError("it has not the length that its shape says")
+            raise ValueError("its length does not fit its shape")
         decode_rows(of_bytes(stored), of_bytes(feature).view(torch.bfloat16).view(cells, channels))

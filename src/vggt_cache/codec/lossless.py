@@ -80,7 +80,7 @@ def _frames(stored: memoryview, count: int) -> Iterator[memoryview]:
         raise ValueError("it is shorter than its planes")
     lengths = struct.unpack_from(f"<{pieces}I", stored, count)
     if at + sum(lengths) != len(stored):
-        raise ValueError("its frames have not the length that its table says")
+        raise ValueError("its frames are not as long as its table says")
     for length in lengths:
         yield stored[at : at + length]
         at += length
@@ -119,7 +119,7 @@ class _Tools:
         try:
             # zstandard allocates what a frame claims to hold, so the claim is looked at first.
             if self._content_bytes(frame) != length:
-                raise ValueError("a frame claims another length than its piece has")
+                raise ValueError("a frame's length does not fit its piece")
             return np.frombuffer(self._decompressor.decompress(frame, allow_extra_data=False), np.uint16)
         except self._error as error:
             raise ValueError(f"zstandard refuses a frame: {error}") from error

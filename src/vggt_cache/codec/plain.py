@@ -25,5 +25,5 @@ class Plain:
 
     def decode(self, stored: memoryview, feature: memoryview, cells: int, channels: int) -> None:
         if len(stored) != len(feature):
-            raise ValueError("it has not the length that its shape says")
+            raise ValueError("its length does not fit its shape")
         feature[:] = stored

@@ -112,7 +112,7 @@ def tried_commit(folder: Path) -> Iterator[Finding]:
 
 
 def _met(fs: WatchedSystem) -> Iterator[Finding]:
-    accepted = "It is accepted; each commit of a shard waits that long."
+    accepted = "Works; each commit waits that long."
     for name, call, status, lost in (
         ("fsync of a file", "fsync", "fail", "a committed shard"),
         ("fsync of a directory", "fsync_directory", "warn", "the name of a committed shard"),

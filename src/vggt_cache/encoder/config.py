@@ -142,7 +142,7 @@ def _check_other_key(key: str, value: object) -> None:
             raise _nonsense(key, value, f"this encoder computes {_ONLY_VALUE[key]!r} only")
     elif key not in _WITHOUT_EFFECT and not key.startswith("_"):
         raise CheckpointError(
-            f"the encoder's config.json has the key {key!r}, which is not known here: it may change what the "
+            f"the encoder's config.json has the key {key!r}, which is unknown: it may change what the "
             "encoder computes; use an official VGGT checkpoint, or remove the key if it has no effect"
         )
 

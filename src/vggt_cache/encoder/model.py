@@ -42,7 +42,7 @@ class Encoder(nn.Module):
         super().__init__()
         if compute_dtype not in _DTYPES:
             raise SettingsError(
-                f"compute_dtype is {compute_dtype!r}, which is none of {', '.join(_DTYPES)}: choose one of these"
+                f"compute_dtype is {compute_dtype!r}, which is not one of {', '.join(_DTYPES)}: choose one of these"
             )
         self.config = config
         self.layer = config.absolute_layer(layer)

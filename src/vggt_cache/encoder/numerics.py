@@ -48,7 +48,7 @@ def _attention(shape: tuple[int, ...]) -> AbstractContextManager[Any]:
     wanted = os.environ.get(ATTENTION, "auto")
     if wanted not in ("auto", "flash", "cudnn"):
         raise SettingsError(
-            f"{ATTENTION} is {wanted!r}, which is none of auto, flash, cudnn: choose one of these"
+            f"{ATTENTION} is {wanted!r}, which is not one of auto, flash, cudnn: choose one of these"
         )
     _steps[shape] += 1
     if wanted == "flash" or (wanted == "auto" and _steps[shape] <= PLAN_AFTER):

@@ -110,7 +110,7 @@ def _infer_config(directory: Path, places: Mapping[str, Place]) -> EncoderConfig
         tower = next(name for name, vit in VIT_SIZES.items() if (vit.embed_dim, vit.depth) == size)
     except (KeyError, IndexError, ValueError, ZeroDivisionError, StopIteration) as error:
         raise CheckpointError(
-            f"the VGGT in {directory} has none of the known architectures, or weights that tell it are missing: it is "
+            f"the VGGT in {directory} is not of a known architecture, or lacks the weights that show which: it is "
             "damaged or of another model; use a complete JanusVLN checkpoint, or facebook/VGGT-1B"
         ) from error
     return EncoderConfig(
@@ -153,8 +153,8 @@ def _check_weights(directory: Path, config: EncoderConfig, places: Mapping[str, 
     ]
     if wrong:
         raise CheckpointError(
-            f"{directory} has {len(wrong)} weights of a dtype that is none of {', '.join(DTYPES)} ({_listed(wrong)}): "
-            "quantised or converted weights are not VGGT's; use the original checkpoint"
+            f"{directory} has {len(wrong)} weights of a dtype that is not one of {', '.join(DTYPES)} ({_listed(wrong)})"
+            ": quantised or converted weights are not VGGT's; use the original checkpoint"
         )
 
 

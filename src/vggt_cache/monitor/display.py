@@ -14,7 +14,7 @@ from vggt_cache.monitor.render import Look, json_line, plain_line
 def display(*, json: bool) -> Iterator[Callable[[Look], None]]:
     """What shows one look after the other, as fits where the output goes."""
     if json:
-        yield lambda look: print(json_line(look), flush=True)  # at each look, news or not
+        yield lambda look: print(json_line(look), flush=True)  # each time it reads the log, news or not
     elif sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
         from rich.live import Live  # not needed in a pipe, and slow to import
 

@@ -36,7 +36,7 @@ class MonitorSettings:
             )
         if not 0 < self.hit_rate_drop <= 1:
             raise SettingsError(
-                f"--hit_rate_drop {self.hit_rate_drop:g} is no difference of two hit rates: give a number "
+                f"--hit_rate_drop {self.hit_rate_drop:g} is not a difference of hit rates: give a number "
                 "over 0 and up to 1, such as 0.05"
             )
         if self.samples_per_step is not None and self.samples_per_step < 1:

@@ -221,7 +221,7 @@ class _Run:
         failures = self.job.failures
         if self.elsewhere:
             self.reporter.info(
-                f"{self.elsewhere} more turned out to be stored: computed by other processes, or equal to a feature "
+                f"{self.elsewhere} more were already stored: computed by other processes, or equal to a feature "
                 "under another path"
             )
         self.reporter.success(f"Processed {processed} {self.settings.noun}s")

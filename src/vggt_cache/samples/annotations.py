@@ -111,7 +111,9 @@ def iter_json_list(file: IO[bytes]) -> Iterator[Entry]:
         if separator == "]":
             return
         if separator != ",":
-            yield Entry(number + 1, None, f"and all after it cannot be read: {_instead_of_comma(separator)}")
+            yield Entry(
+                number + 1, None, f"and everything after it cannot be read: {_instead_of_comma(separator)}"
+            )
             return
         window.at += 1
 
@@ -196,7 +198,9 @@ class _Window:
 
 
 def _lost(number: int, why: str) -> Entry:
-    return Entry(number, None, f"and all after it cannot be read: {why}; correct the file or make it again")
+    return Entry(
+        number, None, f"and everything after it cannot be read: {why}; correct the file or make it again"
+    )
 
 
 # ---------------------------------------------------------------- values

@@ -156,7 +156,7 @@ def _read_span(path: str, state: _State, offset: int, length: int) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             if _state_of(os.fstat(descriptor)) != state:
-                raise _changed(path, "its size or time of change is another")
+                raise _changed(path, "its size or modification time has changed")
             data = os.pread(descriptor, length, offset)
         finally:
             os.close(descriptor)

@@ -82,7 +82,7 @@ def checked_name(name: object, field: str) -> str:
             f"has a name of {len(name)} characters in {field}, over the limit of {MAX_NAME_CHARS}"
         )
     if "\0" in name or not (name.isascii() or _is_encodable(name)):
-        raise UnusableSampleError(f"has {_short(name)} in {field}, which no file can be called: correct it")
+        raise UnusableSampleError(f"has {_short(name)} in {field}, which cannot be a file name: correct it")
     return name
 
 

@@ -121,8 +121,8 @@ def _read_spec(cache_dir: str, name: str, cache_fd: int, fs: FileSystem) -> Feat
 
 def _lost_spec(path: str, error: Exception) -> SpecMismatchError:
     return SpecMismatchError(
-        f"{path}/{SPEC_FILE} is missing or damaged ({error}) and no shard beside it tells the specification: remove "
-        "this folder if it holds no shards, else precompute again into a new directory"
+        f"{path}/{SPEC_FILE} is missing or damaged ({error}) and no shard beside it says what the specification is: "
+        "remove this folder if it holds no shards, else precompute again into a new directory"
     )
 
 
@@ -264,11 +264,11 @@ def select_store(
 def _check_choice(fingerprint: str | None, context: str | None) -> None:
     if context is not None and context not in CONTEXTS:
         raise SettingsError(
-            f"context is {context!r}, which is none of {', '.join(CONTEXTS)}: choose one of these"
+            f"context is {context!r}, which is not one of {', '.join(CONTEXTS)}: choose one of these"
         )
     if fingerprint is not None and (not fingerprint or set(fingerprint) - set("0123456789abcdef")):
         raise SettingsError(
-            f"fingerprint is {fingerprint!r}, which is not a row of hexadecimal digits: see `vggt-cache info`"
+            f"fingerprint is {fingerprint!r}, which is not hexadecimal digits: see `vggt-cache info`"
         )
 
 

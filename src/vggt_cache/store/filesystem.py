@@ -231,7 +231,7 @@ def commit_error(path: str, error: OSError) -> CommitError:
         error.errno or 0, "see that the disk is in order, and run the same command again"
     )
     return CommitError(
-        f"a file in {path} could not be brought to the disk ({_cause(error)}), so it was not committed; "
+        f"a file in {path} could not be written to the disk ({_cause(error)}), so it was not committed; "
         f"what was committed before is untouched: {remedy}"
     )
 

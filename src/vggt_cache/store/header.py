@@ -256,7 +256,7 @@ def _packed_extents(
 def _entries(entries: list[Any], dtype: str, dimensions: int) -> tuple[Integers, Integers]:
     """Shapes [records, dimensions] and byte spans [records, 2] of entries which have just these, and `dtype`."""
     if any(type(entry) is not dict or len(entry) != 3 for entry in entries):
-        raise ValueError("a record has not exactly dtype, shape and data_offsets")
+        raise ValueError("a record must have exactly dtype, shape and data_offsets")
     try:
         fields = list(map(_ENTRY_FIELDS, entries))
     except KeyError as error:
@@ -273,7 +273,7 @@ def _integers(lists: list[Any], length: int) -> Integers:
     if any(type(item) is not list or len(item) != length for item in lists):
         raise ValueError(f"a record has something else where {length} integers are needed")
     if not set(map(type, chain.from_iterable(lists))) <= {int}:
-        raise ValueError("a record has something else where an integer is needed")
+        raise ValueError("a record has a value that is not an integer")
     try:
         return np.array(lists, np.int64).reshape(-1, length)
     except OverflowError as error:

@@ -151,7 +151,7 @@ class _StoreKeeper:
             same = self._unpacked(copy, stored, codec) == value
         if not same:
             raise CommitError(
-                f"record {record.key.hex()} of shard {shard} does not come back from codec {codec} as it was, so "
+                f"record {record.key.hex()} of shard {shard} is changed by codec {codec}, so "
                 "nothing was changed: examine memory and disk of this machine (vggt-cache doctor)"
             )
         return copy
