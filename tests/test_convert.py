@@ -169,7 +169,7 @@ def test_bytes_that_change_on_their_way_to_the_disk_are_found_out(tmp_path: Path
                 changed[9] ^= 4
             return os.pwrite(fd, changed, offset)
 
-    with pytest.raises(CommitError, match="does not come back"):
+    with pytest.raises(CommitError, match="is changed by codec none"):
         converted(tmp_path, "none", fs=Flipping())
     assert files(tmp_path) == before
 

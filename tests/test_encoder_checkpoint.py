@@ -157,7 +157,7 @@ def test_a_configuration_of_another_depth_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["I8", "F64"])
 def test_weights_of_another_dtype_are_refused(tmp_path: Path, dtype: str) -> None:
     text = refusal(make(tmp_path, dtype=dtype))
-    assert f"of a dtype that is none of F32, F16, BF16 (camera_token {dtype}, " in text
+    assert f"of a dtype that is not one of F32, F16, BF16 (camera_token {dtype}, " in text
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_a_janusvln_checkpoint_that_lacks_what_tells_the_architecture_is_refused(tmp_path: Path) -> None:
     left = {name: shape for name, shape in SHAPES.items() if name != "patch_embed.pos_embed"}
-    assert "has none of the known architectures" in refusal(make(tmp_path, left, prefix="vggt.aggregator."))
+    assert "is not of a known architecture" in refusal(make(tmp_path, left, prefix="vggt.aggregator."))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])

@@ -522,7 +522,7 @@ def test_a_number_of_the_environment_that_is_none_is_refused_before_anything_is_
     monkeypatch.setenv(name, "plenty")
     code, out, err = run()
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith(f"[ERROR] the environment's {name} is 'plenty', which is no ")
+    assert err.startswith(f"[ERROR] the environment's {name} is 'plenty', which is not a ")
     assert not cache_dir.exists()
 
 

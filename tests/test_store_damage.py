@@ -238,19 +238,15 @@ def test_a_shard_with_a_bad_header_is_left_out_with_one_warning(tmp_path: Path) 
 def test_one_flipped_bit_of_a_header_costs_one_record_at_most_with_or_without_an_index(
     tmp_path: Path,
 ) -> None:
-    """Wherever it is; in the length field, in padding, in the names, and whatever the codec."""
+    """Wherever it is; in the length field, in padding, in the names, in the version, and whatever the codec."""
     for codec in ("none", "lossless"):
         cache_dir = tmp_path / codec
         path = writable_shard(cache_dir, NUMBERS, max_records=3, codec=codec)
         good, chooser = path.read_bytes(), random.Random(7)
         data_start = min(record.offset for record in parse_header(good, "x").records)
         used = len(good[:data_start].rstrip())
-        own = [good.find(f'"{word}"'.encode()) for word in ("format_version", "codec")]
-        foreign = {position for at in own if at >= 0 for position in range(at, at + 30)}
         with open(path, "r+b", buffering=0) as file:
             for position in [*range(used), *chooser.sample(range(used, data_start), 40)]:
-                if position in foreign:
-                    continue  # may become the name of another version or codec, whose records nobody may guess
                 os.pwrite(file.fileno(), bytes([good[position] ^ 1 << chooser.randrange(8)]), position)
                 found = answers(cache_dir)
                 assert found.count("right") >= len(NUMBERS) - 1, (position, found)

@@ -250,12 +250,12 @@ def test_an_action_has_several_names_and_spellings(name: str, value: object) -> 
         (None, "has no messages"),
         ("hello", "has no messages"),
         (["hello"], r"has a message \(number 1\)"),
-        ([{"from": "human"}], r"has a message \(number 1\) without a text"),
+        ([{"from": "human"}], r"has a message \(number 1\) without text"),
         (
             [*talk("a", "b"), {"from": "tool", "value": "x"}],
-            r"has a message \(number 3\) .* known \('tool'\)",
+            r"has a message \(number 3\) .* unknown speaker \('tool'\)",
         ),
-        ([{"value": "x"}], r"known \(None\)"),
+        ([{"value": "x"}], r"unknown speaker \(None\)"),
         ([{"from": ["human"], "value": "x"}], "has a message"),
     ],
 )

@@ -73,11 +73,11 @@ class SmallStore:
 
 
 def _looks_foreign(data: bytes) -> bool:
-    """Whether a reader takes the shard for one of another version, which is nobody's to repair."""
+    """Whether a reader takes the shard for one of another version and store, which is nobody's to repair."""
     try:
         parse_header(data, "x")
     except ForeignShardError:
-        return True
+        return SPEC.fingerprint.encode() not in data
     except ShardFormatError:
         pass
     return False

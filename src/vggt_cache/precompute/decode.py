@@ -12,9 +12,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -94,6 +95,12 @@ class DecodePool:
             self._executor.shutdown(wait=True, cancel_futures=True)
             self._executor = None
 
+    def _submit(self, path: str) -> Future[DecodedFrame]:
+        assert self._executor is not None
+        # A worker may be started for it, and would say a traceback of a Ctrl-C that comes before it can ignore it.
+        with signals_held_back():
+            return self._executor.submit(decode_file, path, self._preprocessing)
+
     def _start(self) -> ProcessPoolExecutor:
         # spawn: a fork would copy the threads' locks and the CUDA context of this process.
         context = multiprocessing.get_context("spawn")
@@ -103,17 +110,19 @@ class DecodePool:
         if self._executor is None:
             return None
         try:
-            return self._executor.submit(decode_file, path, self._preprocessing)
+            return self._submit(path)
         except BrokenProcessPool:
             self._restart()
-            return self._executor.submit(decode_file, path, self._preprocessing)
+            return self._submit(path)
 
     def _decode_alone(self, path: str) -> DecodedFrame:
         """Decode with nothing else in flight, so that a second death names the file that causes it."""
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=context, initializer=_prepare_worker) as lone:
             try:
-                return lone.submit(decode_file, path, self._preprocessing).result()
+                with signals_held_back():
+                    future = lone.submit(decode_file, path, self._preprocessing)
+                return future.result()
             except BrokenProcessPool:
                 return DecodedFrame(
                     error="the process that decoded it died: the file is damaged or needs too much memory"
@@ -131,6 +140,16 @@ class PendingFrame:
 
     path: str
     future: Future[DecodedFrame] | None
+
+
+@contextmanager
+def signals_held_back() -> Iterator[None]:
+    """SIGINT and SIGTERM reach this process when this ends, and never the processes that are started meanwhile."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _prepare_worker() -> None:

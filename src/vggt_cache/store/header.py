@@ -47,6 +47,10 @@ class ForeignShardError(ShardFormatError):
     """
 
 
+class UnknownFormatError(ForeignShardError):
+    """A shard that names another format version, or another codec. One flipped bit can make one of ours look so."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardHeader:
     """What a shard's header says, checked for sense but not against the file's length."""
@@ -141,7 +145,7 @@ def _version(metadata: dict[str, Any], shard: str) -> str:
         raise ValueError(f"its format is {short(metadata['format'])}, not {FORMAT_NAME}")
     version = _text(metadata, "format_version")
     if version not in (FORMAT_VERSION, CODED_FORMAT_VERSION):
-        raise ForeignShardError(
+        raise UnknownFormatError(
             f"shard {shard} cannot be read: it has format version {short(version)} and this program reads versions "
             f"{FORMAT_VERSION} and {CODED_FORMAT_VERSION}; use the program that wrote it"
         )
@@ -152,7 +156,7 @@ def _codec(metadata: dict[str, Any], spec: FeatureSpec, shard: str) -> str:
     codec = metadata.get("codec")
     known = coded_form(spec.feature_dtype)
     if known == NONE or codec != known:
-        raise ForeignShardError(
+        raise UnknownFormatError(
             f"shard {shard} cannot be read: its records of {spec.feature_dtype} are packed by codec {short(codec)}, "
             "which this program does not know; use the program that wrote it"
         )

@@ -33,6 +33,7 @@ from vggt_cache.store.format import LENGTH_BYTES, MAX_HEADER_BYTES, SHARD_NAME
 from vggt_cache.store.header import (
     ForeignShardError,
     ShardHeader,
+    UnknownFormatError,
     header_length,
     parse_header,
 )
@@ -276,19 +277,30 @@ class ShardFolder:
         """
         try:
             header = self.header(name)
+        except UnknownFormatError as error:
+            # A record that matches a checksum of this version was written in it: later ones take another.
+            records = self._rescued(name, naming=self.spec.fingerprint)
+            return self._remains(records, error, foreign=not records)
         except ForeignShardError as error:
-            return ShardContents(rows=make_rows([]), problem=str(error), foreign=True)
+            return self._remains([], error, foreign=True)
         except ShardFormatError as error:
-            records = self._rescued(name)
-            codec = coded_form(self.spec.feature_dtype) if any(r.stored_bytes for r in records) else NONE
-            return ShardContents(rows=make_rows(records), codec=codec, problem=str(error))
+            return self._remains(self._rescued(name), error, foreign=False)
         return ShardContents(rows=header.rows, codec=header.codec)
 
-    def _rescued(self, name: str) -> list[Record]:
-        """Where the data begin is not believed either, but what makes a record match its checksum."""
+    def _remains(self, records: list[Record], error: ShardFormatError, *, foreign: bool) -> ShardContents:
+        codec = coded_form(self.spec.feature_dtype) if any(r.stored_bytes for r in records) else NONE
+        return ShardContents(rows=make_rows(records), codec=codec, problem=str(error), foreign=foreign)
+
+    def _rescued(self, name: str, naming: str = "") -> list[Record]:
+        """Where the data begin is not believed either, but what makes a record match its checksum.
+
+        None where the header does not have the text `naming`.
+        """
         with self.opened(name) as shard:
             with accessing(os.path.join(self.path, name)):
                 remains = read_bytes(self.fs, shard.fd, LENGTH_BYTES + MAX_HEADER_BYTES, 0)
+            if naming.encode() not in remains:
+                return []
             for records in rescue_records(remains, shard.file_bytes, self.spec):
                 if any(self._is_intact(shard, record) for record in records[:_RECORDS_PROVED]):
                     return records

@@ -255,13 +255,16 @@ class _Pruner:
         spoilt.update(
             number for number, shard in enumerate(found.shards) if shard.problem and not shard.foreign
         )
-        for number in sorted(spoilt):
+        # Latest first: a record that an older shard does not keep is in a sound shard by the time that one goes.
+        for number in sorted(spoilt, reverse=True):
             shard, mine = found.shards[number], found.rows["shard"] == number
             bad = int((mine & ~intact).sum())
             reason = shard.problem or f"{bad} of its records are damaged"
             records = [record for _, record in unpack_rows(found.rows[mine & kept])]
-            with suppress(CorruptRecordError, ShardFormatError):  # worse by now: it stays for another time
+            try:
                 yield from self._remove([self._moved(shard.name, shard.file_bytes, records, reason)])
+            except (CorruptRecordError, ShardFormatError):
+                return  # worse by now: this one and those that rely on it stay for another time
 
     def _moved(self, name: str, size: int, records: list[Record], reason: str) -> PruneAction:
         """Commit the intact records that are served from this shard to a new one; the old one can go."""
@@ -380,6 +383,10 @@ def _convert_one(
     try:
         # The older copy of a damaged record is what `prune --damaged` would bring back, so it must stay.
         for shard, record in unpack_rows(newer):
+            if found.shards[shard].problem:
+                raise CorruptRecordError(
+                    f"newer copies are in a damaged shard: {found.shards[shard].problem}"
+                )
             keeper.checker.stored(found.shards[shard].name, record)
         size = keeper.rewrite(outcome.shard, records, codec) if records else 0
     except (CorruptRecordError, ShardFormatError) as error:
