@@ -126,7 +126,7 @@ MUTANTS = (
     ),
     Mutant(
         name="nothing rescued of a damaged header",
-        function="shards.ShardFolder.contents",
+        function="shards.ShardFolder._remains",
         calls={"self._rescued": "[]"},
     ),
     Mutant(

@@ -277,19 +277,20 @@ class ShardFolder:
         """
         try:
             header = self.header(name)
-        except UnknownFormatError as error:
-            # A record that matches a checksum of this version was written in it: later ones take another.
-            records = self._rescued(name, naming=self.spec.fingerprint)
-            return self._remains(records, error, foreign=not records)
-        except ForeignShardError as error:
-            return self._remains([], error, foreign=True)
         except ShardFormatError as error:
-            return self._remains(self._rescued(name), error, foreign=False)
+            return self._remains(name, error)
         return ShardContents(rows=header.rows, codec=header.codec)
 
-    def _remains(self, records: list[Record], error: ShardFormatError, *, foreign: bool) -> ShardContents:
+    def _remains(self, name: str, error: ShardFormatError) -> ShardContents:
+        unknown, foreign = isinstance(error, UnknownFormatError), isinstance(error, ForeignShardError)
+        records: list[Record] = []
+        if unknown or not foreign:
+            # A record that matches a checksum of this version was written in it: later ones take another.
+            records = self._rescued(name, naming=self.spec.fingerprint if unknown else "")
         codec = coded_form(self.spec.feature_dtype) if any(r.stored_bytes for r in records) else NONE
-        return ShardContents(rows=make_rows(records), codec=codec, problem=str(error), foreign=foreign)
+        return ShardContents(
+            rows=make_rows(records), codec=codec, problem=str(error), foreign=foreign and not records
+        )
 
     def _rescued(self, name: str, naming: str = "") -> list[Record]:
         """Where the data begin is not believed either, but what makes a record match its checksum.
