@@ -360,3 +360,14 @@ def test_two_repairs_at_once_lose_nothing(tmp_path: Path) -> None:
     prune(tmp_path, damaged=True, dry_run=False)
     with FeatureCache.open(tmp_path, use_index=False) as cache:
         assert holds(cache, [n for n in range(20) if n % 5])
+
+
+def test_a_damaged_shard_goes_only_after_the_later_ones_that_hold_its_records(tmp_path: Path) -> None:
+    first = write_shard(tmp_path, {1: make_feature(1), 2: make_feature(2)})
+    second = write_shard(tmp_path, {1: make_feature(100), 3: make_feature(3)})
+    damage(tmp_path, first, 2)
+    damage(tmp_path, second, 3)
+    removed = [os.path.basename(action.path) for action in prune(tmp_path, damaged=True, dry_run=False)]
+    assert removed == [second, first]
+    with FeatureCache.open(tmp_path) as cache:
+        assert equal(cache.get_by_key(make_key(1)), make_feature(100))
