@@ -30,17 +30,17 @@ from bench_encoder import DTYPES, SIZES, pairs_flops, random_encoder, seconds, t
 from profile_parts import synchronize
 from vggt_cache.encoder import Checkpoint, Encoder
 from vggt_cache.encoder.causal import CausalStats, encode_lists
-from vggt_cache.encoder.model import patch_grid
+from vggt_cache.identity import PATCH_SIZE
 from vggt_cache.samples import history_indexes
 
 
 def one_by_one(encoder: Encoder, frames: list[int], images: torch.Tensor) -> torch.Tensor:
     """The published way: nothing is kept from one sample to the next."""
-    grid = patch_grid(images[:1])
+    grid = images.shape[1] // PATCH_SIZE, images.shape[2] // PATCH_SIZE
     history, feature = encoder.new_history(grid, rows=1, frames=len(frames)), None
     for place, frame in enumerate(frames):
         tokens = encoder.patch_tokens(images[frame][None])
-        feature = encoder.extend(tokens, grid, history, [0], place, want_feature=[True])
+        feature = encoder.extend(tokens, history, [0], place, want_feature=[True])
     assert feature is not None
     return feature[0]
 

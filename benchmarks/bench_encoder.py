@@ -29,7 +29,7 @@ import record
 from profile_parts import operation_shares, synchronize
 from vggt_cache.encoder import Encoder, EncoderConfig
 from vggt_cache.encoder.causal import CausalStats, encode_lists
-from vggt_cache.encoder.weights import on_meta
+from vggt_cache.encoder.checkpoint import on_meta
 from vggt_cache.samples import history_indexes
 
 SIZES = {

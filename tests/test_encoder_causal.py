@@ -59,8 +59,8 @@ class TraceEncoder:
     def patch_tokens(self, pixels: Tensor) -> Tensor:
         frames = pixels[:, 0, 0, 0].tolist()
         self.towers.append(frames)
-        patches = pixels.shape[1] * pixels.shape[2] // 196
-        return torch.tensor(frames, dtype=torch.float32)[:, None, None].repeat(1, patches, 1)
+        grid = pixels.shape[1] // 14, pixels.shape[2] // 14
+        return torch.tensor(frames, dtype=torch.float32)[:, None, None, None].repeat(1, *grid, 1)
 
     def new_history(self, grid: tuple[int, int], *, rows: int, frames: int) -> TraceHistory:
         assert not self.histories
@@ -72,7 +72,6 @@ class TraceEncoder:
     def extend(
         self,
         tokens: Tensor,
-        grid: tuple[int, int],
         history: TraceHistory | None,
         rows: list[int],
         place: int,
@@ -82,9 +81,9 @@ class TraceEncoder:
         assert rows == sorted(set(rows))
         assert len(rows) == len(tokens) == len(want_feature)
         self.steps.append((place, rows))
-        seen: list[list[Any]] = [[frame] for frame in tokens[:, 0, 0].tolist()]
+        seen: list[list[Any]] = [[frame] for frame in tokens[:, 0, 0, 0].tolist()]
         if history is not None:
-            assert history.grid == grid
+            assert history.grid == tokens.shape[1:3]
             self.copied, history.copied = self.copied + history.copied, 0
             for row, own in zip(rows, seen, strict=True):
                 history.rows[row][place] = own[0]
@@ -180,7 +179,7 @@ def test_patch_tokens_are_dropped_after_their_last_use() -> None:
 
     class Watching(TraceEncoder):
         def extend(self, *args: Any, **options: Any) -> Tensor | None:
-            shape = (GRID[0] * GRID[1], 1)
+            shape = (*GRID, 1)
             tokens = [one for one in gc.get_objects() if type(one) is Tensor and one.shape == shape]
             kept_bytes.append(
                 sum({one.data_ptr(): one.untyped_storage().nbytes() for one in tokens}.values())
@@ -205,29 +204,30 @@ def mixed(frame: Hashable) -> Tensor:
     return image.transpose(0, 1) if frame >= 10 else image
 
 
-BROKEN: Lists = [[1, 2], [1, 10], [7], [1, 2, 7, 3], [10, 11], [1, 10, 2], [10, 2], [1, 2, 3]]
-
-
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_lists_that_cannot_be_computed_are_reported_and_the_others_go_on(batch_size: int) -> None:
-    encoder, errors = TraceEncoder(), {}
-    found = run(
-        encoder, BROKEN, batch_size, mixed, on_error=lambda position, error: errors.update({position: error})
-    )
-    assert {position: feature.tolist() for position, feature in found.items()} == {
-        position: BROKEN[position] for position in (0, 4, 7)
-    }
-    assert sorted(errors) == [1, 2, 3, 5, 6]
-    assert all(str(errors[position]) == "frame 7 cannot be read" for position in (2, 3))
-    for position in (1, 5, 6):
-        assert "VGGT's features are not defined for lists of mixed image sizes" in str(errors[position])
+def test_lists_may_have_other_sizes_than_their_neighbours(batch_size: int) -> None:
+    encoder, lists = TraceEncoder(), [[1, 2], [10, 11], [1, 2, 3], [11], [1]]
+    found = run(encoder, lists, batch_size, mixed)
+    assert [found[position].tolist() for position in range(len(lists))] == lists
     assert len(encoder.histories) == 0
 
 
-@pytest.mark.parametrize("lists", [[[7]], [[1, 10]]])
-def test_without_a_callback_the_error_is_raised(lists: Lists) -> None:
-    with pytest.raises(FrameError):
-        run(TraceEncoder(), lists, 2, mixed)
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize(
+    ("lists", "reason"),
+    [
+        ([[7]], "frame 7 cannot be read"),
+        ([[1, 2], [1, 2, 7, 3]], "frame 7 cannot be read"),
+        ([[1, 10]], "4 x 5"),
+        ([[1, 2], [1, 10, 2]], "not defined for lists of mixed image sizes"),
+        ([[10, 2], [10, 11]], "not defined for lists of mixed image sizes"),
+    ],
+)
+def test_a_list_that_cannot_be_computed_is_refused(lists: Lists, reason: str, batch_size: int) -> None:
+    encoder = TraceEncoder()
+    with pytest.raises(FrameError, match=reason) as caught:
+        run(encoder, lists, batch_size, mixed)
+    assert len(encoder.histories) == 0, caught  # while somebody holds the error
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def alone(encoder: Encoder, frames: Sequence[int]) -> Tensor:
     history = encoder.new_history(GRID, rows=1, frames=len(frames))
     for place, frame in enumerate(frames):
         tokens = encoder.patch_tokens(real_pixels(frame)[None])
-        features = encoder.extend(tokens, GRID, history, [0], place, want_feature=[True])
+        features = encoder.extend(tokens, history, [0], place, want_feature=[True])
     assert features is not None
     return features[0]
 

@@ -226,7 +226,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(
             return 0
 
     checkpoint = Checkpoint.open(str(make(tmp_path)))
-    monkeypatch.setattr("vggt_cache.encoder.tensor_file.FileIO", Shrinking)
+    monkeypatch.setattr("vggt_cache.encoder.files.FileIO", Shrinking)
     with pytest.raises(CheckpointError, match=r"became shorter while it was read: leave it alone"):
         checkpoint.load()
 
@@ -300,7 +300,7 @@ def test_a_file_that_the_system_does_not_give_is_refused(
         raise PermissionError(13, "Permission denied", str(path))
 
     make(tmp_path)
-    monkeypatch.setattr("vggt_cache.encoder.tensor_file.FileIO", refuse)
+    monkeypatch.setattr("vggt_cache.encoder.files.FileIO", refuse)
     assert "model.safetensors cannot be read (Permission denied): check the file" in refusal(tmp_path)
 
 

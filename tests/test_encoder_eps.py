@@ -126,7 +126,7 @@ def found(small_config: EncoderConfig, weights: dict[str, Tensor], images: Tenso
                 tokens.append(output[0])
 
         patches = encoder.patch_tokens(image[None])
-        encoder.extend(patches, (7, 7), history, [0], place, want_feature=[True], on_pair=on_pair)
+        encoder.extend(patches, history, [0], place, want_feature=[True], on_pair=on_pair)
     return torch.stack(tokens)
 
 

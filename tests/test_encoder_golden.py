@@ -36,15 +36,9 @@ def step(
 
     patches = encoder.patch_tokens(image[None])
     rows = [0] if history else []
-    features = encoder.extend(
-        patches, grid_of(image), history, rows, place, want_feature=[True], on_pair=on_pair
-    )
+    features = encoder.extend(patches, history, rows, place, want_feature=[True], on_pair=on_pair)
     assert features is not None
-    return pairs, features[0], patches[0]
-
-
-def grid_of(image: Tensor) -> tuple[int, int]:
-    return image.shape[0] // 14, image.shape[1] // 14
+    return pairs, features[0], patches[0].flatten(0, 1)
 
 
 def test_the_golden_weights_are_the_ones_the_goldens_were_made_with(small_config: EncoderConfig) -> None:

@@ -44,7 +44,7 @@ def append(
     """One step of all branches: features [b, h, w, 2C]."""
     tokens = encoder.patch_tokens(images)
     want = [True] * len(images)
-    features = encoder.extend(tokens, GRID, history, rows, place, want_feature=want)
+    features = encoder.extend(tokens, history, rows, place, want_feature=want)
     assert features is not None
     return features
 
@@ -106,10 +106,10 @@ def test_a_frame_sees_all_places_before_frames_in_whatever_order(encoder: Encode
     for place, number in enumerate((0, 1, 2)):
         append(encoder, images[[number]], other, place)
     tokens = encoder.patch_tokens(images[[3]])
-    replaced = encoder.extend(tokens, GRID, history, [0], 1, frames=3, want_feature=[True])
+    replaced = encoder.extend(tokens, history, [0], 1, frames=3, want_feature=[True])
     for row in other._pairs:  # frames 0, 2, and then the new one
         row[:, :, 1] = row[:, :, 2]
-    behind = encoder.extend(tokens, GRID, other, [0], 2, frames=3, want_feature=[True])
+    behind = encoder.extend(tokens, other, [0], 2, frames=3, want_feature=[True])
     assert replaced is not None
     assert behind is not None
     assert (replaced - behind).abs().max() < ROUNDING
@@ -175,7 +175,7 @@ def test_what_is_not_wanted_is_neither_returned_nor_computed(
 
     def run(history: History | None, want_feature: list[bool]) -> Tensor | None:
         rows = range(3) if history else ()
-        return encoder.extend(tokens, GRID, history, rows, want_feature=want_feature)
+        return encoder.extend(tokens, history, rows, want_feature=want_feature)
 
     everything = run(None, [True] * 3)
     some = run(None, [False, True, False])
@@ -212,7 +212,7 @@ def test_branches_without_a_place_are_refused(
     history = encoder.new_history(GRID, rows=2, frames=2)
     tokens = encoder.patch_tokens(images[:2])
     with pytest.raises(ValueError, match=reason):
-        encoder.extend(tokens, GRID, history, rows, place, want_feature=[True] * 2, frames=frames)
+        encoder.extend(tokens, history, rows, place, want_feature=[True] * 2, frames=frames)
 
 
 def test_a_prefix_of_another_grid_is_refused(encoder: Encoder, images: Tensor) -> None:
@@ -221,7 +221,7 @@ def test_a_prefix_of_another_grid_is_refused(encoder: Encoder, images: Tensor) -
     append(encoder, images[:1], history, 0)
     turned = images[1].transpose(0, 1)[None]
     with pytest.raises(FrameError, match=r"9 x 6 patches .* 6 x 9: .* use images of one size in a list"):
-        encoder.extend(encoder.patch_tokens(turned), (9, 6), history, [0], 1, want_feature=[True])
+        encoder.extend(encoder.patch_tokens(turned), history, [0], 1, want_feature=[True])
 
 
 @pytest.mark.parametrize(

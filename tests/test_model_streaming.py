@@ -50,7 +50,7 @@ def step(encoder: Encoder, frame: Tensor, earlier: list[Kept]) -> tuple[Tensor, 
         for pair, values in enumerate(kept):
             history._pairs[pair][:, :, number] = values
     tokens = encoder.patch_tokens(frame[None])
-    features = encoder.extend(tokens, GRID, history, [0], place, want_feature=[True])
+    features = encoder.extend(tokens, history, [0], place, want_feature=[True])
     assert features is not None
     return features[0], [pair[:, :, place].clone() for pair in history._pairs]
 

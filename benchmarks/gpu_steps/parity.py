@@ -23,7 +23,7 @@ from gpu_steps.notes import Notes
 from gpu_steps.setting import Setting, has_fused_path, plain_path, relative_difference
 from vggt_cache.encoder import Encoder, EncoderConfig, expected_shapes
 from vggt_cache.encoder.causal import encode_lists
-from vggt_cache.encoder.model import patch_grid
+from vggt_cache.identity import PATCH_SIZE
 
 LAYERS = (0, 1, -2, -1)
 """Pairs whose output the golden files hold."""
@@ -84,12 +84,12 @@ def from_goldens(setting: Setting, encoder: Encoder) -> float:
 def outputs(encoder: Encoder, images: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
     """All tokens [n, 2C] after each pair, of each frame of a causal sequence."""
     pairs: list[torch.Tensor] = []
-    grid = patch_grid(images[0][None])
+    grid = images[0].shape[0] // PATCH_SIZE, images[0].shape[1] // PATCH_SIZE
     history = encoder.new_history(grid, rows=1, frames=len(images))
     for number, image in enumerate(images):
         tokens = encoder.patch_tokens(image[None])
         encoder.extend(
-            tokens, grid, history, [0], number, want_feature=[True],
+            tokens, history, [0], number, want_feature=[True],
             on_pair=lambda _, tokens: pairs.append(tokens[0].cpu()),
         )  # fmt: skip
         yield list(pairs)

@@ -18,8 +18,7 @@ from huggingface_hub import snapshot_download
 from transformers import PreTrainedConfig
 
 from janusvln.model.config import OWN_FIELDS, JanusVLNConfig, as_janusvln_config
-from vggt_cache.encoder.locate import CONFIG, INDEX, WEIGHTS, find_files, read_json
-from vggt_cache.encoder.tensor_file import TensorFile
+from vggt_cache.encoder.files import CONFIG, INDEX, WEIGHTS, TensorFile, find_files, read_json
 from vggt_cache.environment import rank_of
 from vggt_cache.errors import CheckpointError
 

@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vggt_cache.encoder.history import History
-from vggt_cache.encoder.model import Encoder, patch_grid
+from vggt_cache.encoder import Encoder, History
 from vggt_cache.errors import SettingsError
 from vggt_cache.identity import CONTEXTS
 
@@ -52,15 +51,14 @@ class StreamingFeatures:
         pixels = frame[None]
         if not self._rule.shares_prefixes:
             return self._encoder.frame_features(pixels)[0]
-        grid, seen = patch_grid(pixels), min(self._pushed + 1, SEEN_FRAMES)
+        tokens = self._encoder.patch_tokens(pixels)
+        place, seen = place_of(self._pushed), min(self._pushed + 1, SEEN_FRAMES)
         if self._history is None:
+            grid = tokens.shape[1], tokens.shape[2]
             self._history = self._encoder.new_history(grid, rows=1, frames=FIRST_FRAMES)
         elif seen > self._history.frames:
             self._history.grow(min(2 * self._history.frames, SEEN_FRAMES))
-        tokens, place = self._encoder.patch_tokens(pixels), place_of(self._pushed)
-        feature = self._encoder.extend(
-            tokens, grid, self._history, [0], place, frames=seen, want_feature=[True]
-        )
+        feature = self._encoder.extend(tokens, self._history, [0], place, frames=seen, want_feature=[True])
         assert feature is not None
         self._pushed += 1
         return feature[0]

@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 from janusvln.model.checkpoints import name_in_model
 from janusvln.train.ranks import Ranks
-from vggt_cache.encoder.locate import find_files
+from vggt_cache.encoder.files import find_files
 from vggt_cache.errors import CheckpointError, DataError, SettingsError
 
 _NAME = re.compile(r"checkpoint-([0-9]+)")

@@ -1,27 +1,27 @@
 """Causal features of many frame lists, with everything that lists share computed once.
 
-Each image goes through the patch tower once, each distinct prefix once through the aggregator. The tree is
-walked deepest nodes first, at most `batch_size` nodes of equal depth at a time. A node's keys and values stand in one
-row of a `History`, behind those of all its ancestors. One child goes on in the row of its parent, and may be followed
-there by the next child, since by then nothing of the first is needed; only children that are computed beside another
-one need a copy of the prefix, in a row that nobody uses. So there is one History at a time, with `batch_size` rows of
-the longest list, and nearly nothing in it is ever copied.
+In causal context a frame's result depends on the frames before it and on nothing else. So lists are a prefix tree,
+one node for each distinct prefix: each image goes through the patch tower once, each node once through the aggregator.
+
+The tree is walked deepest nodes first, at most `batch_size` nodes of equal depth at a time. A node's keys and values
+stand in one row of a `History`, behind those of all its ancestors. One child goes on in the row of its parent, and may
+be followed there by the next child, since by then nothing of the first is needed; only children that are computed
+beside another one need a copy of the prefix, in a row that nobody uses. So there is one History at a time, with
+`batch_size` rows of the longest list, and nearly nothing in it is ever copied.
 """
 
 from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from vggt_cache.encoder.blocks import Grid
 from vggt_cache.encoder.history import History
-from vggt_cache.encoder.model import Encoder, mixed_grids, patch_grid
-from vggt_cache.encoder.prefix_tree import Node, build_tree
-from vggt_cache.errors import FrameError
+from vggt_cache.encoder.model import Encoder, mixed_grids
 
 
 @dataclass(kw_only=True)
@@ -43,26 +43,61 @@ def encode_lists(
     *,
     batch_size: int,
     stats: CausalStats | None = None,
-    on_error: Callable[[int, FrameError], None] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yields (position in `lists`, feature of that list's last frame), in any order.
 
     lists: frames in order, oldest first; equal objects are the same image. Equal lists are computed once.
-    pixels: uint8 [H, W, 3] of a frame, sides multiples of 14; asked once per frame. May raise FrameError.
-    on_error: called as on_error(position, error) for each list that cannot be computed, because `pixels` failed for
-        one of its frames or because its frames have different sizes; the other lists go on. Without it,
-        the first such error is raised.
+    pixels: uint8 [H, W, 3] of a frame, sides multiples of 14; asked once per frame.
 
-    Features are float32 [h, w, 2C] on the encoder's device, views of their batch.
+    Features are float32 [h, w, 2C] on the encoder's device, views of their batch. Raises FrameError for a list whose
+    frames have several sizes, and whatever `pixels` raises.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     stats = stats if stats is not None else CausalStats()
-    roots = build_tree(lists)
     stats.unshared_passes += sum(map(len, lists))
-    yield from _Walk(
-        encoder, roots, _Tower(encoder, roots, pixels, batch_size, stats), batch_size, stats, on_error
-    )
+    nodes = _prefix_tree(lists)
+    tower = _Tower(encoder, nodes, pixels, batch_size, stats)
+    yield from _Walk(encoder, nodes, tower, batch_size, stats)
+
+
+@dataclass(eq=False, kw_only=True, slots=True)
+class _Node:
+    """The last frame of one distinct prefix."""
+
+    frame: Hashable
+    depth: int
+    """Number of earlier frames."""
+    parent: _Node | None
+    children: list[_Node] = field(default_factory=list)
+    ends: list[int] = field(default_factory=list)
+    """Positions of the lists that are exactly this prefix."""
+    unfinished: int = 0
+    """How many children have nodes to compute in their subtree."""
+
+
+def _prefix_tree(lists: Iterable[Sequence[Hashable]]) -> list[_Node]:
+    """All nodes, each before what is below it. Raises ValueError for an empty list."""
+    top = _Node(frame=None, depth=-1, parent=None)
+    known: dict[tuple[_Node, Hashable], _Node] = {}
+    for position, frames in enumerate(lists):
+        node = top
+        for depth, frame in enumerate(frames):
+            parent = node
+            if (parent, frame) not in known:
+                node = _Node(frame=frame, depth=depth, parent=parent if depth else None)
+                parent.children.append(node)
+                parent.unfinished += 1
+                known[parent, frame] = node
+            node = known[parent, frame]
+        if node is top:
+            raise ValueError(f"list {position} has no frames")
+        node.ends.append(position)
+    nodes, stack = [], top.children[::-1]
+    while stack:
+        nodes.append(stack.pop())
+        stack += reversed(nodes[-1].children)
+    return nodes
 
 
 class _Tower:
@@ -71,7 +106,7 @@ class _Tower:
     def __init__(
         self,
         encoder: Encoder,
-        roots: Iterable[Node],
+        nodes: Iterable[_Node],
         pixels: Callable[[Hashable], Tensor],
         batch_size: int,
         stats: CausalStats,
@@ -80,97 +115,70 @@ class _Tower:
         self._pixels = pixels
         self._batch_size = batch_size
         self._stats = stats
-        self._uses = Counter(node.frame for root in roots for node in root.subtree())
+        self._uses = Counter(node.frame for node in nodes)
         self._upcoming = deque(self._uses)
         self.tokens: dict[Hashable, Tensor] = {}
-        """[h * w, C] of each frame that is prepared and still needed."""
-        self.grids: dict[Hashable, Grid] = {}
-        self.errors: dict[Hashable, FrameError] = {}
-        """Why a prepared frame has no tokens."""
+        """[h, w, C] of each frame that is prepared and still needed."""
 
     def prepare(self, frames: Iterable[Hashable]) -> None:
         """Compute `frames`, and with them the next ones of the walk as far as the batch has room."""
-        batch = dict.fromkeys(frame for frame in frames if self._is_open(frame))
+        batch = dict.fromkeys(frame for frame in frames if frame not in self.tokens)
         while batch and self._upcoming and len(batch) < self._batch_size:
             frame = self._upcoming.popleft()
-            if self._is_open(frame):
+            if self._uses[frame] and frame not in self.tokens:
                 batch[frame] = None
         by_shape: dict[torch.Size, list[tuple[Hashable, Tensor]]] = {}
         for frame in batch:
-            try:
-                image = self._pixels(frame)
-            except FrameError as error:
-                self.errors[frame] = error
-            else:
-                by_shape.setdefault(image.shape, []).append((frame, image))
+            image = self._pixels(frame)
+            by_shape.setdefault(image.shape, []).append((frame, image))
         for images in by_shape.values():
-            self._compute(images)
+            tokens = self._encoder.patch_tokens(torch.stack([image for _, image in images]))
+            self._stats.tower_passes += len(images)
+            # Copies, so that one frame that is needed long does not keep its whole batch.
+            self.tokens.update((frame, own.clone()) for (frame, _), own in zip(images, tokens, strict=True))
 
     def release(self, frame: Hashable) -> None:
         """One of the frame's nodes is done."""
         self._uses[frame] -= 1
         if not self._uses[frame]:
-            for kept in (self.tokens, self.grids, self.errors):
-                kept.pop(frame, None)
-
-    def _is_open(self, frame: Hashable) -> bool:
-        return self._uses[frame] > 0 and frame not in self.tokens and frame not in self.errors
-
-    def _compute(self, images: Sequence[tuple[Hashable, Tensor]]) -> None:
-        stacked = torch.stack([image for _, image in images])
-        tokens = self._encoder.patch_tokens(stacked)
-        self._stats.tower_passes += len(images)
-        for (frame, _), own in zip(images, tokens, strict=True):
-            self.grids[frame] = patch_grid(stacked)
-            # A copy, so that one frame that is needed long does not keep its whole batch.
-            self.tokens[frame] = own.clone()
+            del self.tokens[frame]
 
 
 class _Walk:
     """One walk over a tree; iterating it does the work."""
 
     def __init__(
-        self,
-        encoder: Encoder,
-        roots: Sequence[Node],
-        tower: _Tower,
-        batch_size: int,
-        stats: CausalStats,
-        on_error: Callable[[int, FrameError], None] | None,
+        self, encoder: Encoder, nodes: Sequence[_Node], tower: _Tower, batch_size: int, stats: CausalStats
     ) -> None:
         self._encoder = encoder
         self._tower = tower
-        nodes = [node for root in roots for node in root.subtree()]
         self._rows = min(batch_size, sum(not node.children for node in nodes))
         self._longest = 1 + max((node.depth for node in nodes), default=0)
         self._stats = stats
-        self._on_error = on_error
-        self._ready: list[list[Node]] = [list(roots)]
+        self._ready = [[node for node in nodes if node.parent is None]]
         """By depth: nodes that are not computed, whose parent is."""
         self._history: History | None = None
         """Of one patch grid: another comes when the deepest ready nodes are roots, so that nobody needs this one."""
-        self._row_of: dict[Node, int] = {}
+        self._row_of: dict[_Node, int] = {}
         """Of nodes that are computed and have unfinished children."""
-        self._unfinished: dict[Node, int] = {}
-        """How many children of such a node have nodes to compute in their subtree."""
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         try:
             while self._ready:
-                if not self._ready[-1]:
+                if self._ready[-1]:
+                    yield from self._compute(self._next_nodes())
+                else:
                     self._ready.pop()
-                elif nodes := self._computable(self._next_nodes()):
-                    yield from self._compute(nodes)
         finally:
             self._history = None  # who keeps an error keeps its traceback, and with it this walk
 
-    def _next_nodes(self) -> dict[int, Node]:
+    def _next_nodes(self) -> dict[int, _Node]:
         """By row: some of the deepest nodes that are ready.
 
         No node as deep as these is unfinished, so in the row of a parent the places behind it are free.
         """
-        taken: dict[int, Node] = {}
-        others: list[Node] = []
+        taken: dict[int, _Node] = {}
+        others: list[_Node] = []
         for node in self._ready[-1]:
             row = self._row_of[node.parent] if node.parent else None
             if row is None or row in taken:
@@ -182,43 +190,28 @@ class _Walk:
         self._ready[-1] = others[len(free) :]
         return dict(sorted(taken.items()))
 
-    def _computable(self, nodes: dict[int, Node]) -> dict[int, Node]:
-        """Those of `nodes` that have tokens and the grid of their list; the other lists are given up."""
-        self._tower.prepare(node.frame for node in nodes.values())
-        good: dict[int, Node] = {}
-        for row, node in nodes.items():
-            error = self._tower.errors.get(node.frame)
-            if error is None and node.parent is not None and self._history is not None:
-                grid = self._tower.grids[node.frame]
-                error = mixed_grids(grid, self._history.grid) if grid != self._history.grid else None
-            if error:
-                self._fail(node, error)
-            else:
-                good[row] = node
-        return self._of_one_grid(good)
-
-    def _of_one_grid(self, nodes: dict[int, Node]) -> dict[int, Node]:
-        """Roots may have several grids: those of the first one's now, the others later."""
-        grids = [self._tower.grids[node.frame] for node in nodes.values()]
-        later = [node for node, grid in zip(nodes.values(), grids, strict=True) if grid != grids[0]]
-        self._ready[-1][:0] = later
-        return {row: node for row, node in nodes.items() if node not in later}
-
-    def _compute(self, nodes: dict[int, Node]) -> Iterator[tuple[int, Tensor]]:
+    def _of_one_grid(self, nodes: dict[int, _Node]) -> dict[int, _Node]:
+        """First frames may have several grids: those of the first one's now, the others later."""
         first = next(iter(nodes.values()))
-        grid, depth = self._tower.grids[first.frame], first.depth
-        history = self._history_for(grid)
+        grids = {node: tuple(self._tower.tokens[node.frame].shape[:2]) for node in nodes.values()}
+        grid = self._history.grid if self._history and first.parent else grids[first]
+        others = [node for node in nodes.values() if grids[node] != grid]
+        if others and first.parent:
+            raise mixed_grids(grids[others[0]], grid)
+        self._ready[-1][:0] = others
+        return {row: node for row, node in nodes.items() if node not in others}
+
+    def _compute(self, nodes: dict[int, _Node]) -> Iterator[tuple[int, Tensor]]:
+        self._tower.prepare(node.frame for node in nodes.values())
+        nodes = self._of_one_grid(nodes)
+        depth = next(iter(nodes.values())).depth
+        tokens = torch.stack([self._tower.tokens[node.frame] for node in nodes.values()])
+        history = self._history_for((tokens.shape[1], tokens.shape[2]))
         for row, node in nodes.items():
             if history is not None and node.parent is not None and self._row_of[node.parent] != row:
                 history.copy(self._row_of[node.parent], row, depth)
-        features = self._encoder.extend(
-            torch.stack([self._tower.tokens[node.frame] for node in nodes.values()]),
-            grid,
-            history,
-            list(nodes),
-            depth,
-            want_feature=[bool(node.ends) for node in nodes.values()],
-        )
+        wanted = [bool(node.ends) for node in nodes.values()]
+        features = self._encoder.extend(tokens, history, list(nodes), depth, want_feature=wanted)
         self._stats.frame_passes += len(nodes)
         for row, node in nodes.items():
             self._tower.release(node.frame)
@@ -238,29 +231,18 @@ class _Walk:
             self._history = self._encoder.new_history(grid, rows=self._rows, frames=self._longest)
         return self._history
 
-    def _open(self, node: Node, row: int) -> None:
+    def _open(self, node: _Node, row: int) -> None:
         """The node's children can be computed now."""
         self._row_of[node] = row
-        self._unfinished[node] = len(node.children)
         if len(self._ready) == node.depth + 1:
             self._ready.append([])
         self._ready[node.depth + 1].extend(node.children)
 
-    def _finish(self, node: Node) -> None:
+    def _finish(self, node: _Node) -> None:
         """The node's whole subtree is done: it, and all ancestors of which that is now true, need no row."""
         while node.parent:
             node = node.parent
-            self._unfinished[node] -= 1
-            if self._unfinished[node]:
+            node.unfinished -= 1
+            if node.unfinished:
                 return
-            del self._row_of[node], self._unfinished[node]
-
-    def _fail(self, node: Node, error: FrameError) -> None:
-        """Give up every list that goes through the node."""
-        for below in node.subtree():
-            self._tower.release(below.frame)
-            for end in below.ends:
-                if self._on_error is None:
-                    raise error
-                self._on_error(end, error)
-        self._finish(node)
+            del self._row_of[node]

@@ -1,23 +1,50 @@
-"""Checkpoints: opened, identified and loaded. `encoder.weights` says which ones are accepted."""
+"""Checkpoints: checked against their architecture, identified and loaded.
+
+Accepted are VGGT checkpoints (names `aggregator.*`, architecture in config.json) and JanusVLN checkpoints
+(`vggt.aggregator.*`; their config.json describes the language model, so the architecture follows from
+the shapes). Other names, such as VGGT's heads, are not looked at.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+import re
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vggt_cache.encoder.config import EncoderConfig
-from vggt_cache.encoder.locate import find_directory
+from vggt_cache.encoder.config import VIT_SIZES, EncoderConfig
+from vggt_cache.encoder.files import (
+    CONFIG,
+    DTYPES,
+    TensorEntry,
+    TensorFile,
+    find_directory,
+    find_files,
+    read_json,
+)
 from vggt_cache.encoder.model import Encoder
-from vggt_cache.encoder.tensor_file import TensorFile
-from vggt_cache.encoder.weights import Place, checked_weights, on_meta
 from vggt_cache.errors import CheckpointError, SettingsError
 from vggt_cache.identity import EncoderSpec
+
+VGGT_PREFIX, JANUSVLN_PREFIX = PREFIXES = "aggregator.", "vggt.aggregator."
+_LISTED = 10
+
+
+class Place(NamedTuple):
+    """Where a weight is stored, and under which name."""
+
+    path: Path
+    name: str
+    entry: TensorEntry
 
 
 class Checkpoint:
@@ -42,7 +69,7 @@ class Checkpoint:
         the aggregator that its configuration describes; SettingsError when it has no such layer.
         """
         try:
-            config, places = checked_weights(find_directory(location))
+            config, places = _checked_weights(find_directory(location))
         except OSError as error:
             raise CheckpointError(
                 f"{location} cannot be read ({error.strerror or error}): check the path and its permissions"
@@ -56,24 +83,15 @@ class Checkpoint:
         depend on sharding, on the prefix, or on weights that no feature depends on. Reads one tensor at a time.
         """
         if self._digest is None:
-            for _ in self._tensors():
-                pass
+            deque(self._tensors(), maxlen=0)
         assert self._digest is not None
         return self._digest
 
     def spec(self, compute_dtype: str) -> EncoderSpec:
         """The encoder's part of a feature's identity."""
-        config = self.config
+        digest, architecture = self.weights_digest(), dataclasses.asdict(self.config)
         return EncoderSpec(
-            weights_digest=self.weights_digest(),
-            embed_dim=config.embed_dim,
-            depth=config.depth,
-            num_heads=config.num_heads,
-            img_size=config.img_size,
-            patch_size=config.patch_size,
-            patch_embed=config.patch_embed,
-            layer=self.layer,
-            compute_dtype=compute_dtype,
+            weights_digest=digest, **architecture, layer=self.layer, compute_dtype=compute_dtype
         )
 
     def load(self, *, device: torch.device | str = "cpu", compute_dtype: str = "float32") -> Encoder:
@@ -123,6 +141,22 @@ class Checkpoint:
         )
 
 
+def expected_shapes(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
+    """Exactly the names below `aggregator.` that a checkpoint must have, with their shapes.
+
+    All pairs, whichever layer is used: an incomplete checkpoint is a damaged one. Includes DINOv2's `mask_token`, which
+    every checkpoint has and no feature depends on.
+    """
+    weights = on_meta(config, layer=-1).state_dict()
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    return {**shapes, "patch_embed.mask_token": (1, config.embed_dim)}
+
+
+def on_meta(config: EncoderConfig, layer: int, compute_dtype: str = "float32") -> Encoder:
+    with torch.device("meta"):
+        return Encoder(config, layer=layer, compute_dtype=compute_dtype)
+
+
 def _available(device: torch.device | str) -> torch.device:
     try:
         target = torch.device(device)
@@ -136,3 +170,108 @@ def _available(device: torch.device | str) -> torch.device:
             "driver, CUDA_VISIBLE_DEVICES and that torch was installed with CUDA"
         )
     return target
+
+
+def _checked_weights(directory: Path) -> tuple[EncoderConfig, dict[str, Place]]:
+    """The architecture, and the place of every weight by its name below `aggregator.`. Raises CheckpointError."""
+    prefix, places = _find_places(directory)
+    config = _read_config(directory) if prefix == VGGT_PREFIX else _infer_config(directory, places)
+    _check_weights(directory, config, places)
+    return config, places
+
+
+def _find_places(directory: Path) -> tuple[str, dict[str, Place]]:
+    """The prefix in use, and where each weight below it is stored, by its name without prefix."""
+    places: dict[str, Place] = {}
+    for path, expected in find_files(directory).items():
+        if expected is not None and not any(name.startswith(PREFIXES) for name in expected):
+            continue
+        with TensorFile(path) as file:
+            absent = sorted((expected or set()) - file.entries.keys())
+            if absent:
+                raise CheckpointError(
+                    f"{path} lacks {_listed(absent)}, which the index beside it says it holds: files of two "
+                    "checkpoints were mixed; download or copy all of them again"
+                )
+            for name in file.entries if expected is None else expected:
+                places[name] = Place(path, name, file.entries[name])
+    found = [prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in places)]
+    if len(found) != 1:
+        names = " and ".join(f"{prefix}*" for prefix in found) or _listed(sorted(places))
+        raise CheckpointError(
+            f"{directory} has weights named {names}, where exactly one of {VGGT_PREFIX}* (VGGT) and "
+            f"{JANUSVLN_PREFIX}* (JanusVLN) is needed: it is not a VGGT checkpoint; get one from facebook/VGGT-1B"
+        )
+    start = len(found[0])
+    return found[0], {name[start:]: place for name, place in places.items() if name.startswith(found[0])}
+
+
+def _read_config(directory: Path) -> EncoderConfig:
+    if not (directory / CONFIG).is_file():
+        raise CheckpointError(
+            f"{directory} has no {CONFIG}, so its architecture is not known: put the one from facebook/VGGT-1B beside "
+            'the weights (it says {"embed_dim": 1024, "img_size": 518, "patch_size": 14})'
+        )
+    return EncoderConfig.from_dict(read_json(directory / CONFIG))
+
+
+def _infer_config(directory: Path, places: Mapping[str, Place]) -> EncoderConfig:
+    """The architecture that the shapes imply; `_check_weights` then compares every one of them with it."""
+    shapes = {name: place.entry.shape for name, place in places.items()}
+    try:
+        embed_dim = shapes["camera_token"][-1]
+        patch_size = shapes["patch_embed.patch_embed.proj.weight"][-1]
+        side = math.isqrt(shapes["patch_embed.pos_embed"][1] - 1)
+        num_heads = embed_dim // shapes["frame_blocks.0.attn.q_norm.weight"][0]
+        size = (embed_dim, _count(r"patch_embed\.blocks", shapes))
+        tower = next(name for name, vit in VIT_SIZES.items() if (vit.embed_dim, vit.depth) == size)
+    except (KeyError, IndexError, ValueError, ZeroDivisionError, StopIteration) as error:
+        raise CheckpointError(
+            f"the VGGT in {directory} is not of a known architecture, or lacks the weights that show which: it is "
+            "damaged or of another model; use a complete JanusVLN checkpoint, or facebook/VGGT-1B"
+        ) from error
+    return EncoderConfig(
+        embed_dim=embed_dim,
+        img_size=side * patch_size,
+        patch_size=patch_size,
+        depth=_count("(?:frame|global)_blocks", shapes),
+        num_heads=num_heads,
+        patch_embed=tower,
+    )
+
+
+def _count(blocks: str, names: Collection[str]) -> int:
+    matches = (re.match(rf"{blocks}\.(\d{{1,4}})\.", name) for name in names)
+    return 1 + max(int(match[1]) for match in matches if match)
+
+
+def _check_weights(directory: Path, config: EncoderConfig, places: Mapping[str, Place]) -> None:
+    shapes, found = expected_shapes(config), {name: places[name].entry for name in sorted(places)}
+    misshapen = [
+        f"{name} {list(entry.shape)} instead of {list(shapes[name])}"
+        for name, entry in found.items()
+        if name in shapes and entry.shape != shapes[name]
+    ]
+    differences = {
+        "missing": sorted(shapes.keys() - found.keys()),
+        "unexpected": sorted(found.keys() - shapes.keys()),
+        "of another shape": misshapen,
+    }
+    problems = [f"{len(names)} {what}: {_listed(names)}" for what, names in differences.items() if names]
+    if problems:
+        raise CheckpointError(
+            f"the weights in {directory} are not those of the aggregator that its configuration describes "
+            f"({'; '.join(problems)}): it is incomplete or of another architecture; get a complete one, or correct "
+            f"{CONFIG}"
+        )
+    wrong = [f"{name} {entry.dtype}" for name, entry in found.items() if entry.dtype not in DTYPES]
+    if wrong:
+        raise CheckpointError(
+            f"{directory} has {len(wrong)} weights of a dtype that is not one of {', '.join(DTYPES)} ({_listed(wrong)})"
+            ": quantised or converted weights are not VGGT's; use the original checkpoint"
+        )
+
+
+def _listed(names: Collection[str]) -> str:
+    shown = ", ".join(list(names)[:_LISTED]) or "nothing"
+    return shown if len(names) <= _LISTED else f"{shown} and {len(names) - _LISTED} more"

@@ -12,13 +12,13 @@ import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vggt_cache.errors import CheckpointError, SettingsError
 from vggt_cache.identity import PATCH_SIZE
 
 
-@dataclass(frozen=True, kw_only=True)
-class VitSize:
+class VitSize(NamedTuple):
     """Dimensions of a DINOv2 vision transformer; hidden width of its MLP is 4 x embed_dim."""
 
     embed_dim: int
@@ -27,19 +27,13 @@ class VitSize:
 
 
 VIT_SIZES = {
-    "dinov2_vits14_reg": VitSize(embed_dim=384, depth=12, num_heads=6),
-    "dinov2_vitb14_reg": VitSize(embed_dim=768, depth=12, num_heads=12),
-    "dinov2_vitl14_reg": VitSize(embed_dim=1024, depth=24, num_heads=16),
-    "dinov2_vitg2_reg": VitSize(embed_dim=1536, depth=40, num_heads=24),
+    "dinov2_vits14_reg": VitSize(384, depth=12, num_heads=6),
+    "dinov2_vitb14_reg": VitSize(768, depth=12, num_heads=12),
+    "dinov2_vitl14_reg": VitSize(1024, depth=24, num_heads=16),
+    "dinov2_vitg2_reg": VitSize(1536, depth=40, num_heads=24),
 }
 _SPELLING = re.compile(r"(?:dinov2_)?vit(s|b|l|g2)(?:14)?(?:_reg)?")
 """Short forms (`vitl`, `vitl14_reg`, `dinov2_vitl14`) mean the same four; VGGT has no tower without registers."""
-_FULL_NAME = {
-    "s": "dinov2_vits14_reg",
-    "b": "dinov2_vitb14_reg",
-    "l": "dinov2_vitl14_reg",
-    "g2": "dinov2_vitg2_reg",
-}
 
 _ONLY_VALUE: dict[str, object] = {
     "mlp_ratio": 4,
@@ -58,7 +52,8 @@ _WITHOUT_EFFECT = {
     # what saving libraries add; keys that begin with "_" also belong here
     *("architectures", "model_type", "torch_dtype", "dtype", "transformers_version"),
 }
-_LARGEST = {"embed_dim": 8192, "img_size": 4096, "depth": 256, "num_heads": 256}
+_LARGEST = {"embed_dim": 8192, "img_size": 4096, "patch_size": 4096, "depth": 256, "num_heads": 256}
+"""Of the whole numbers, which begin with 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,26 +74,22 @@ class EncoderConfig:
     """The patch tower: one of VIT_SIZES. Its width must be embed_dim."""
 
     def __post_init__(self) -> None:
-        for name in ("embed_dim", "img_size", "patch_size", "depth", "num_heads"):
-            _check_count(name, getattr(self, name))
+        for name, largest in _LARGEST.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
+                raise _nonsense(name, value, f"it must be a whole number from 1 to {largest}")
         if self.patch_size != PATCH_SIZE:
             raise _nonsense("patch_size", self.patch_size, f"DINOv2 patches have {PATCH_SIZE} pixels")
         if self.img_size % PATCH_SIZE:
             raise _nonsense("img_size", self.img_size, f"it must be a multiple of {PATCH_SIZE}")
         if self.embed_dim % self.num_heads or self.head_dim % 4:
-            raise _nonsense(
-                "num_heads",
-                self.num_heads,
-                f"embed_dim {self.embed_dim} must give heads of a multiple of 4 channels",
-            )
+            reason = f"embed_dim {self.embed_dim} must give heads of a multiple of 4 channels"
+            raise _nonsense("num_heads", self.num_heads, reason)
         if self.patch_embed not in VIT_SIZES:
             raise _nonsense("patch_embed", self.patch_embed, f"it must be one of {', '.join(VIT_SIZES)}")
         if self.vit.embed_dim != self.embed_dim:
-            raise _nonsense(
-                "embed_dim",
-                self.embed_dim,
-                f"patch_embed {self.patch_embed} has {self.vit.embed_dim} channels",
-            )
+            reason = f"patch_embed {self.patch_embed} has {self.vit.embed_dim} channels"
+            raise _nonsense("embed_dim", self.embed_dim, reason)
 
     @property
     def head_dim(self) -> int:
@@ -126,14 +117,8 @@ class EncoderConfig:
         taken = {key: value for key, value in values.items() if key in known}
         short = _SPELLING.fullmatch(str(taken.get("patch_embed")))
         if short:
-            taken["patch_embed"] = _FULL_NAME[short[1]]
+            taken["patch_embed"] = next(name for name in VIT_SIZES if f"vit{short[1]}" in name)
         return cls(**taken)  # type: ignore[arg-type]
-
-
-def _check_count(name: str, value: object) -> None:
-    largest = _LARGEST.get(name, 4096)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
-        raise _nonsense(name, value, f"it must be a whole number from 1 to {largest}")
 
 
 def _check_other_key(key: str, value: object) -> None:

@@ -23,27 +23,18 @@ class History:
     """
 
     def __init__(
-        self,
-        grid: Grid,
-        *,
-        pairs: int,
-        rows: int,
-        frames: int,
-        frame_shape: tuple[int, int, int],
-        dtype: torch.dtype,
-        device: torch.device,
+        self, grid: Grid, pairs: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> None:
-        """`frame_shape`: n tokens, heads, head_dim of one frame's keys."""
+        """`shape`: rows, frames, and of one frame's keys n tokens, heads, head_dim."""
         self.grid = grid
-        self.frames = frames
-        shape = (2, rows, frames, *frame_shape)
+        self.frames = shape[1]
         # One tensor per pair: [keys and values, rows, frames, n, heads, head_dim].
-        self._pairs = [torch.empty(shape, dtype=dtype, device=device) for _ in range(pairs)]
+        self._pairs = [torch.empty((2, *shape), dtype=dtype, device=device) for _ in range(pairs)]
 
     def put(self, pair: int, rows: Sequence[int], place: int, k: Tensor, v: Tensor) -> None:
         """Write one frame of each of `rows`: `k`, `v` [b, n, heads, head_dim], keys normed and rotated."""
+        even = evenly(rows)
         for kept, new in zip(self._pairs[pair], (k, v), strict=True):
-            even = evenly(rows)
             if even is not None:
                 kept[even, place] = new
             else:

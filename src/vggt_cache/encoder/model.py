@@ -17,11 +17,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from vggt_cache.encoder.blocks import Block, Grid, rope_table
+from vggt_cache.encoder.blocks import Block, Grid, PatchTower, rope_table
 from vggt_cache.encoder.config import EncoderConfig
 from vggt_cache.encoder.history import History, pick
 from vggt_cache.encoder.numerics import own_numerics
-from vggt_cache.encoder.vit import PatchTower
 from vggt_cache.errors import FrameError, SettingsError
 
 AGGREGATOR_EPS = 1e-5
@@ -47,19 +46,19 @@ class Encoder(nn.Module):
         self.config = config
         self.layer = config.absolute_layer(layer)
         self.compute_dtype = compute_dtype
-        dim = config.embed_dim
+        dim, heads, dtype = config.embed_dim, config.num_heads, _DTYPES[compute_dtype]
         # Variant 0 is for the first frame of a sequence, variant 1 for every later one.
         self.camera_token = nn.Parameter(torch.zeros(1, 2, 1, dim, dtype=torch.float32))
         self.register_token = nn.Parameter(torch.zeros(1, 2, REGISTERS, dim, dtype=torch.float32))
-        self.patch_embed = PatchTower(config, dtype=_DTYPES[compute_dtype])
+        self.patch_embed = PatchTower(config, dtype=dtype)
         self.frame_blocks, self.global_blocks = (
-            nn.ModuleList(self._new_block() for _ in range(self.layer + 1)) for _ in range(2)
+            nn.ModuleList(
+                Block(dim, heads, eps=AGGREGATOR_EPS, qk_norm=True, dtype=dtype)
+                for _ in range(self.layer + 1)
+            )
+            for _ in range(2)
         )
         self.requires_grad_(False).eval()
-
-    def _new_block(self) -> Block:
-        config, dtype = self.config, _DTYPES[self.compute_dtype]
-        return Block(config.embed_dim, config.num_heads, eps=AGGREGATOR_EPS, qk_norm=True, dtype=dtype)
 
     @property
     def device(self) -> torch.device:
@@ -68,10 +67,15 @@ class Encoder(nn.Module):
     def patch_tokens(self, pixels: Tensor) -> Tensor:
         """The patch tower's output, which depends on each image alone.
 
-        `pixels`: uint8 [b, H, W, 3] on any device, H and W multiples of 14. Returns float32 [b, h * w, C].
+        `pixels`: uint8 [b, H, W, 3] on any device, H and W multiples of 14, else ValueError. Returns float32
+        [b, h, w, C].
         """
-        grid = patch_grid(pixels)
-        with own_numerics(self.device, len(pixels), *grid):
+        if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or 0 in pixels.shape:
+            raise ValueError(f"pixels must be uint8 [b, H, W, 3], not {pixels.dtype} {list(pixels.shape)}")
+        b, height, width, _ = pixels.shape
+        if height % 14 or width % 14:
+            raise ValueError(f"image sides must be multiples of 14, not {height} x {width}")
+        with own_numerics(self.device, b, height // 14, width // 14):
             tokens: Tensor = self.patch_embed(pixels.to(self.device, non_blocking=True))
         return tokens
 
@@ -80,29 +84,19 @@ class Encoder(nn.Module):
 
         `pixels`: as for `patch_tokens`. Returns float32 [b, h, w, 2C].
         """
-        yes = [True] * len(pixels)
-        features = self.extend(self.patch_tokens(pixels), patch_grid(pixels), None, want_feature=yes)
+        features = self.extend(self.patch_tokens(pixels), None, want_feature=[True] * len(pixels))
         assert features is not None
         return features
 
     def new_history(self, grid: Grid, *, rows: int, frames: int) -> History:
         """Room for what `rows` sequences of up to `frames` frames will have seen."""
-        shape = (SPECIAL_TOKENS + grid[0] * grid[1], self.config.num_heads, self.config.head_dim)
-        dtype = _DTYPES[self.compute_dtype]
-        return History(
-            grid,
-            pairs=self.layer + 1,
-            rows=rows,
-            frames=frames,
-            frame_shape=shape,
-            dtype=dtype,
-            device=self.device,
-        )
+        tokens = SPECIAL_TOKENS + grid[0] * grid[1]
+        shape = (rows, frames, tokens, self.config.num_heads, self.config.head_dim)
+        return History(grid, self.layer + 1, shape, _DTYPES[self.compute_dtype], self.device)
 
     def extend(
         self,
         tokens: Tensor,
-        grid: Grid,
         history: History | None,
         rows: Sequence[int] = (),
         place: int = 0,
@@ -113,7 +107,7 @@ class Encoder(nn.Module):
     ) -> Tensor | None:
         """One causal step of b branches: each appends one frame to a sequence of equal length.
 
-        tokens: `patch_tokens` of the new frames, [b, h * w, C]; all have the patch grid `grid` = (h, w).
+        tokens: `patch_tokens` of the new frames, [b, h, w, C].
         history, rows: the branches' earlier frames: branch i is row rows[i]. The new frame is written into it at
             `place`. None: each frame is the first of its sequence, and no later one will see it.
         want_feature: per branch, whether its feature is needed. Work for the history alone stops at the last keys.
@@ -125,19 +119,26 @@ class Encoder(nn.Module):
         branch does). Raises FrameError when the history has another grid.
         """
         frames = place + 1 if frames is None else frames
-        _check_branches(tokens, grid, history, rows, place, frames, want_feature)
+        if not 0 < len(tokens) == len(want_feature):
+            raise ValueError("tokens and want_feature need one entry per branch")
+        b, h, w, _ = tokens.shape
+        if history is None:
+            if frames != 1:
+                raise ValueError("without a history a frame sees itself alone")
+        else:
+            _check_places(history, (h, w), b, rows, place, frames)
         wanted = [branch for branch, wants in enumerate(want_feature) if wants]
         if not wanted and history is None:
             return None
-        with own_numerics(self.device, len(tokens), len(wanted), tokens.shape[1], frames):
-            rope = rope_table(grid, SPECIAL_TOKENS, self.config.head_dim, self.device)
+        with own_numerics(self.device, b, len(wanted), h * w, frames):
+            rope = rope_table((h, w), SPECIAL_TOKENS, self.config.head_dim, self.device)
             x = self._with_special_tokens(tokens, first=frames == 1)
             for pair, (frame_block, global_block) in enumerate(self._pairs()):
                 inside = frame_block(x, rope)
                 q, k, v = global_block.project(inside, rope)
                 if history is not None:
                     history.put(pair, rows, place, k, v)
-                if pair == self.layer and len(wanted) < len(tokens):
+                if pair == self.layer and len(wanted) < b:
                     if not wanted:
                         return None
                     inside, q, k, v = (pick(part, wanted) for part in (inside, q, k, v))
@@ -147,46 +148,22 @@ class Encoder(nn.Module):
                 x = global_block.finish(inside, q, k, v)
                 if on_pair is not None:
                     on_pair(pair, torch.cat([inside, x], dim=-1))
-            patches = torch.cat([inside[:, SPECIAL_TOKENS:], x[:, SPECIAL_TOKENS:]], dim=-1)
-            return patches.view(len(x), *grid, -1)
+            patches = [half[:, SPECIAL_TOKENS:] for half in (inside, x)]
+            return torch.cat(patches, dim=-1).unflatten(1, (h, w))
 
     def _pairs(self) -> Iterator[tuple[Block, Block]]:
-        for pair in zip(self.frame_blocks, self.global_blocks, strict=True):
-            yield cast("tuple[Block, Block]", pair)
+        return cast("Iterator[tuple[Block, Block]]", zip(self.frame_blocks, self.global_blocks, strict=True))
 
     def _with_special_tokens(self, tokens: Tensor, *, first: bool) -> Tensor:
         variant = 0 if first else 1
         special = torch.cat([self.camera_token[:, variant], self.register_token[:, variant]], dim=1)
-        return torch.cat([special.expand(len(tokens), -1, -1), tokens], dim=1)
+        return torch.cat([special.expand(len(tokens), -1, -1), tokens.flatten(1, 2)], dim=1)
 
 
-def patch_grid(pixels: Tensor) -> Grid:
-    """(h, w) in patches of images uint8 [b, H, W, 3]. Raises ValueError for anything else."""
-    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3 or 0 in pixels.shape:
-        raise ValueError(f"pixels must be uint8 [b, H, W, 3], not {pixels.dtype} {list(pixels.shape)}")
-    if pixels.shape[1] % 14 or pixels.shape[2] % 14:
-        raise ValueError(f"image sides must be multiples of 14, not {pixels.shape[1]} x {pixels.shape[2]}")
-    return pixels.shape[1] // 14, pixels.shape[2] // 14
-
-
-def _check_branches(
-    tokens: Tensor,
-    grid: Grid,
-    history: History | None,
-    rows: Sequence[int],
-    place: int,
-    frames: int,
-    want_feature: Sequence[bool],
+def _check_places(
+    history: History, grid: Grid, branches: int, rows: Sequence[int], place: int, frames: int
 ) -> None:
-    if not 0 < len(tokens) == len(want_feature):
-        raise ValueError("tokens and want_feature need one entry per branch")
-    if tokens.shape[1] != grid[0] * grid[1]:
-        raise ValueError(f"{tokens.shape[1]} tokens do not fill a grid of {grid[0]} x {grid[1]} patches")
-    if history is None:
-        if frames != 1:
-            raise ValueError("without a history a frame sees itself alone")
-        return
-    if len(set(rows)) != len(rows) or len(rows) != len(tokens):
+    if len(set(rows)) != len(rows) or len(rows) != branches:
         raise ValueError("each branch needs a row of its own")
     if not place < frames <= history.frames:
         raise ValueError(f"place {place} of {frames} frames does not lie in the history's {history.frames}")

@@ -28,9 +28,12 @@ def own_numerics(device: torch.device, *shape: int) -> Iterator[None]:
 
     `shape`: all numbers that attention's shapes in this step follow from.
     """
+    # Reading the setting for all fails once a caller has used those of the backends, which came with torch 2.9.
+    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    newer = [backend for backend in backends if hasattr(backend, "fp32_precision")]
     with ExitStack() as stack:
-        for backend in _matmul_backends():
-            stack.enter_context(_exact(backend))
+        for exact in map(_exact, newer) if newer else [_all_exact()]:
+            stack.enter_context(exact)
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.autocast(device.type, enabled=False))
         if device.type == "cuda":
@@ -53,17 +56,8 @@ def _attention(shape: tuple[int, ...]) -> AbstractContextManager[Any]:
     _steps[shape] += 1
     if wanted == "flash" or (wanted == "auto" and _steps[shape] <= PLAN_AFTER):
         return sdpa_kernel(_PLAN_FREE)
-    order = [SDPBackend.CUDNN_ATTENTION, *_PLAN_FREE]
-    if "set_priority" in inspect.signature(sdpa_kernel).parameters:
-        return sdpa_kernel(order, set_priority=True)
-    return sdpa_kernel(order)
-
-
-def _matmul_backends() -> list[Any]:
-    """Where torch keeps the precision of float32 products; before 2.9 there was one setting for all."""
-    backends = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-    # Reading the old setting fails once a caller has used the new ones, so it is left alone where those exist.
-    return [backend for backend in backends if hasattr(backend, "fp32_precision")] or [_OldSetting()]
+    newer = "set_priority" in inspect.signature(sdpa_kernel).parameters
+    return sdpa_kernel([SDPBackend.CUDNN_ATTENTION, *_PLAN_FREE], **{"set_priority": True} if newer else {})
 
 
 @contextmanager
@@ -81,15 +75,11 @@ def _exact(backend: Any) -> Iterator[None]:
             backend.fp32_precision = before
 
 
-class _OldSetting:
-    """`torch.set_float32_matmul_precision` in the form of the newer settings."""
-
-    @property
-    def fp32_precision(self) -> str:
-        precision = torch.get_float32_matmul_precision()
-        return "ieee" if precision == "highest" else precision
-
-    @fp32_precision.setter
-    def fp32_precision(self, precision: str) -> None:
-        exact = precision in ("ieee", "none")
-        torch.set_float32_matmul_precision("highest" if exact else precision)
+@contextmanager
+def _all_exact() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
