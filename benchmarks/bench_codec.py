@@ -29,9 +29,8 @@ import zstandard
 import record
 from bench_encoder import SIZES, random_encoder
 from vggt_cache.codec import lossless
-from vggt_cache.codec.int8 import Int8
-from vggt_cache.codec.lossless import PIECE_VALUES, Lossless
-from vggt_cache.codec.planes import join
+from vggt_cache.codec.base import Int8
+from vggt_cache.codec.lossless import PIECE_VALUES, Lossless, join
 from vggt_cache.codec.quantise import decode_int8, encode_int8
 from vggt_cache.demo.dataset import write_dataset
 from vggt_cache.frames import decode_frame

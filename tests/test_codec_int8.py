@@ -11,7 +11,7 @@ import torch
 
 from codec_kit import BF16, INT8, KEYS, NUMBERS, given_back, write_packed
 from store_kit import equal, make_feature, make_key, make_spec, write_shard
-from vggt_cache.codec.int8 import Int8
+from vggt_cache.codec.base import Int8
 from vggt_cache.codec.quantise import EncodedFeature, _most, decode_int8, decode_rows, encode_int8
 from vggt_cache.errors import SettingsError
 from vggt_cache.identity import feature_key, frame_digest

@@ -17,8 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vggt_cache.codec import CODECS, codec_for, coded_form, lossless, shard_codec
-from vggt_cache.codec.lossless import PIECE_VALUES, Lossless
-from vggt_cache.codec.planes import join, split
+from vggt_cache.codec.lossless import PIECE_VALUES, Lossless, join, split
 from vggt_cache.errors import SettingsError
 
 CODEC = Lossless()
@@ -229,9 +228,15 @@ def test_a_codec_that_does_not_fit_is_refused(dtype: str, codec: str, sentence: 
         shard_codec(dtype, codec)
 
 
+@pytest.mark.parametrize("name", ["zip", "", "None", "Lossless"])
+def test_an_unknown_codec_is_refused_and_not_taken_for_none(name: str) -> None:
+    with pytest.raises(SettingsError, match=rf"codec is '{name}', which is not one of none, lossless, int8"):
+        codec_for(name)
+
+
 def test_without_zstandard_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    monkeypatch.setattr(lossless, "_PER_THREAD", lossless._PerThread())
+    lossless._tools.cache_clear()
     for use in (CODEC.prepare, lambda: packed(values_of("equal", 4))):
         with pytest.raises(SettingsError, match=r"pip install 'vggt-feature-cache\[codec\]'"):
             use()

@@ -21,7 +21,7 @@ import torch
 
 from janusvln.features.host_buffers import HostBuffers
 from vggt_cache.codec import INT8
-from vggt_cache.codec.int8 import Int8
+from vggt_cache.codec.base import Int8
 from vggt_cache.errors import CacheAccessError
 from vggt_cache.store import FeatureCache
 from vggt_cache.store.tensors import TORCH_DTYPES

@@ -25,18 +25,6 @@ DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 2}
 """Bytes of a value as it is given out."""
 
-__all__ = [
-    "CODECS",
-    "DTYPE_NAMES",
-    "INT8",
-    "ITEM_BYTES",
-    "LOSSLESS",
-    "NONE",
-    "codec_for",
-    "coded_form",
-    "shard_codec",
-]
-
 
 def shard_codec(feature_dtype: str, chosen: str = NONE) -> str:
     """Name of the codec of a new shard, for features of this dtype. Raises SettingsError where there is none."""
@@ -62,15 +50,17 @@ def coded_form(feature_dtype: str) -> str:
 
 
 def codec_for(name: str, feature_dtype: str = "bfloat16") -> Codec:
-    """The codec of this name, for features of this dtype."""
-    if name == LOSSLESS:
-        from vggt_cache.codec.lossless import Lossless
+    """The codec of this name, for features of this dtype. Raises SettingsError where there is none."""
+    from vggt_cache.codec.base import (
+        Int8,
+        Plain,
+    )  # here: the command line asks for names, and should start quickly
+    from vggt_cache.codec.lossless import Lossless
 
-        return Lossless()
-    if name == INT8:
-        from vggt_cache.codec.int8 import Int8
-
-        return Int8()
-    from vggt_cache.codec.plain import Plain
-
-    return Plain(ITEM_BYTES[feature_dtype])
+    if name == NONE:
+        return Plain(ITEM_BYTES[feature_dtype])
+    if name not in (LOSSLESS, INT8):
+        raise SettingsError(
+            f"codec is {name!r}, which is not one of {', '.join((*CODECS, INT8))}: choose one of these"
+        )
+    return Lossless() if name == LOSSLESS else Int8()

@@ -1,4 +1,4 @@
-"""What a codec is."""
+"""What a codec is, and the two whose records all have one length. `lossless.py` is the third."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 Cells = TypeVar("Cells", int, npt.NDArray[np.int64])
 """Patches of a feature: h * w; or an array of such numbers."""
+NORMALISER_BYTES, SCALE_BYTES = 2, 4
 
 
 class Codec(Protocol):
@@ -35,3 +36,52 @@ class Codec(Protocol):
         Both may be of any alignment. Raises ValueError for bytes that `encode` does not give; `feature` is
         then of any content. Allocates no more than a few pieces, whatever the bytes say.
         """
+
+
+class Plain(Codec):
+    """The bytes as they are, of features of any dtype."""
+
+    name = "none"
+
+    def __init__(self, item_bytes: int) -> None:
+        self._item_bytes = item_bytes
+
+    def size_limits(self, cells: Cells, channels: int) -> tuple[Cells, Cells]:
+        exact = cells * (channels * self._item_bytes)
+        return exact, exact
+
+    def encode(self, feature: memoryview, cells: int, channels: int) -> memoryview:
+        return feature
+
+    def decode(self, stored: memoryview, feature: memoryview, cells: int, channels: int) -> None:
+        if len(stored) != len(feature):
+            raise ValueError("its length does not fit its shape")
+        feature[:] = stored
+
+
+class Int8(Codec):
+    """One byte a value: channel-normalised, then one scale per token. About half a percent off, and the spec says so.
+
+    A record of a feature [h, w, C]: the channels' normalisers, bfloat16 [C]; the tokens' scales, float32 [h * w]; the
+    values, int8 [h * w, C]. A value is int8 * scale * normaliser, two products in float32, rounded to bfloat16: the
+    same bits on every device. The arithmetic is in `quantise.py`, which needs torch and is loaded on first use.
+    """
+
+    name = "int8"
+
+    def size_limits(self, cells: Cells, channels: int) -> tuple[Cells, Cells]:
+        exact = NORMALISER_BYTES * channels + SCALE_BYTES * cells + cells * channels
+        return exact, exact
+
+    def encode(self, feature: memoryview, cells: int, channels: int) -> memoryview:
+        from vggt_cache.codec.quantise import encode_int8, values_of
+
+        record: memoryview = encode_int8(values_of(feature, cells, channels)).numpy().data
+        return record
+
+    def decode(self, stored: memoryview, feature: memoryview, cells: int, channels: int) -> None:
+        from vggt_cache.codec.quantise import bytes_of, decode_rows, values_of
+
+        if len(stored) != self.size_limits(cells, channels)[0]:
+            raise ValueError("its length does not fit its shape")
+        decode_rows(bytes_of(stored), values_of(feature, cells, channels))

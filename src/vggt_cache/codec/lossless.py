@@ -3,6 +3,12 @@
 A record: the plane of signs and mantissas (one byte a value); a table of the lengths of the frames (u32,
 little-endian); the frames, one a piece, each a complete zstandard frame (RFC 8878) of the piece's exponents.
 A piece has 2^18 values, the last one what is left, so that what is unpacked stays in the processor's cache.
+
+The planes: a bfloat16 is a sign, 8 bits of exponent and 7 of mantissa. The values of one piece are taken as two halves,
+a and b, of equal length. Word i of the exponent plane has the exponents of a[i] (low byte) and b[i] (high byte);
+word i of the other plane has a[i] without its exponent, and in the place of the exponent b[i] without its own,
+its two bytes swapped. So every step works on whole words without a stride, which numpy does at the speed
+of the processor's cache; taking every second byte is three times slower.
 """
 
 from __future__ import annotations
@@ -10,25 +16,30 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Iterator
+from functools import cache
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from vggt_cache.codec.base import Cells
-from vggt_cache.codec.planes import Words, join, split
+from vggt_cache.codec.base import Cells, Codec
 from vggt_cache.errors import SettingsError
 
+Words = npt.NDArray[np.uint16]
 PIECE_VALUES = 1 << 18
 _LENGTH_BYTES = 4
 _LEAST_FRAME_BYTES = 4
 _SLACK_BYTES = 1024
 """What a frame of a piece that does not compress takes beyond the piece, at most: zstd's own bound."""
+_EXPONENT = np.uint16(0x7F80)
+_REST = np.uint16(0x807F)
+_LOW, _HIGH = np.uint16(0x00FF), np.uint16(0xFF00)
+_SEVEN, _ONE = np.uint16(7), np.uint16(1)
+_SWAPPED = np.dtype(np.uint16).newbyteorder()
 
 
-class Lossless:
-    """See `Codec`."""
-
+class Lossless(Codec):
     name = "lossless"
 
     def prepare(self) -> None:
@@ -64,6 +75,33 @@ class Lossless:
             join(exponents, rest[start // 2 : stop // 2], values[start:stop], tools.scratch[:half])
 
 
+def split(values: Words, exponents: Words, rest: Words) -> None:
+    """From an even number of values to both planes, each of half as many words."""
+    half = len(values) // 2
+    a, b = values[:half], values[half:]
+    np.bitwise_and(b, _REST, out=exponents)  # used here as scratch
+    rest[:] = exponents.view(_SWAPPED)
+    np.bitwise_or(rest, a & _REST, out=rest)
+    np.left_shift(b, _ONE, out=exponents)
+    np.bitwise_and(exponents, _HIGH, out=exponents)
+    np.bitwise_or(exponents, (a >> _SEVEN) & _LOW, out=exponents)
+
+
+def join(exponents: Words, rest: Words, values: Words, scratch: Words) -> None:
+    """The inverse of `split`. `scratch` has as many words as a plane."""
+    half = len(values) // 2
+    a, b = values[:half], values[half:]
+    np.left_shift(exponents, _SEVEN, out=scratch)
+    np.bitwise_and(scratch, _EXPONENT, out=scratch)
+    np.bitwise_and(rest, _REST, out=a)
+    np.bitwise_or(a, scratch, out=a)
+    np.right_shift(exponents, _ONE, out=scratch)
+    np.bitwise_and(scratch, _EXPONENT, out=scratch)
+    b[:] = rest.view(_SWAPPED)
+    np.bitwise_and(b, _REST, out=b)
+    np.bitwise_or(b, scratch, out=b)
+
+
 def _pieces(count: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + PIECE_VALUES, count)) for start in range(0, count, PIECE_VALUES))
 
@@ -97,7 +135,7 @@ def _zstandard() -> ModuleType:
     return zstandard
 
 
-class _Tools:
+class _Tools(threading.local):
     """What one thread reuses: zstandard's contexts are not for several threads at once."""
 
     def __init__(self) -> None:
@@ -125,14 +163,6 @@ class _Tools:
             raise ValueError(f"zstandard refuses a frame: {error}") from error
 
 
-class _PerThread(threading.local):
-    tools: _Tools | None = None
-
-
-_PER_THREAD = _PerThread()
-
-
+@cache
 def _tools() -> _Tools:
-    if _PER_THREAD.tools is None:
-        _PER_THREAD.tools = _Tools()
-    return _PER_THREAD.tools
+    return _Tools()

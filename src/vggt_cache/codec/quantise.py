@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vggt_cache.codec.int8 import NORMALISER_BYTES, SCALE_BYTES, Int8
+from vggt_cache.codec.base import NORMALISER_BYTES, SCALE_BYTES, Int8
 from vggt_cache.errors import SettingsError
 
 _LEVELS = 127
@@ -83,8 +83,7 @@ def quantised(values: Tensor) -> tuple[Tensor, Tensor]:
     # Divided by a tensor: by a number, a GPU multiplies with the reciprocal, whose last bit may differ.
     scales = _positive(scales / torch.full_like(scales, _LEVELS))
     levels = wide.div_(scales[:, None]).round_().clamp_(-_LEVELS, _LEVELS).to(torch.int8)
-    parts = [normalisers.view(torch.uint8), scales.view(torch.uint8), levels.view(-1).view(torch.uint8)]
-    record = torch.cat(parts)
+    record = torch.cat([part.view(-1).view(torch.uint8) for part in (normalisers, scales, levels)])
     assert len(record) == Int8().size_limits(tokens, channels)[0]
     return record, finite
 
@@ -120,9 +119,14 @@ def decode_rows(record: Tensor, values: Tensor) -> None:
         values[rows] = part.copy_(levels[rows]).mul_(scales[rows]).mul_(normalisers)
 
 
-def of_bytes(data: memoryview) -> Tensor:
+def bytes_of(data: memoryview) -> Tensor:
     """uint8 [bytes] over the same memory; of a copy where it may not be written to, which torch does not know."""
     return torch.frombuffer(bytearray(data) if data.readonly else data, dtype=torch.uint8)
+
+
+def values_of(feature: memoryview, tokens: int, channels: int) -> Tensor:
+    """bfloat16 [tokens, C] over the same memory, if it may be written to."""
+    return bytes_of(feature).view(torch.bfloat16).view(tokens, channels)
 
 
 def _parts(record: Tensor, tokens: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:

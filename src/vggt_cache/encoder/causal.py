@@ -216,7 +216,9 @@ class _Walk:
         for row, node in nodes.items():
             self._tower.release(node.frame)
             if node.children:
-                self._open(node, row)
+                self._row_of[node] = row
+                self._ready += [[] for _ in range(depth + 2 - len(self._ready))]
+                self._ready[depth + 1] += node.children
             else:
                 self._finish(node)
         if features is None:
@@ -230,13 +232,6 @@ class _Walk:
             self._history = None  # the old one's memory first
             self._history = self._encoder.new_history(grid, rows=self._rows, frames=self._longest)
         return self._history
-
-    def _open(self, node: _Node, row: int) -> None:
-        """The node's children can be computed now."""
-        self._row_of[node] = row
-        if len(self._ready) == node.depth + 1:
-            self._ready.append([])
-        self._ready[node.depth + 1].extend(node.children)
 
     def _finish(self, node: _Node) -> None:
         """The node's whole subtree is done: it, and all ancestors of which that is now true, need no row."""

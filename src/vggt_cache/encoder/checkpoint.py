@@ -175,7 +175,15 @@ def _available(device: torch.device | str) -> torch.device:
 def _checked_weights(directory: Path) -> tuple[EncoderConfig, dict[str, Place]]:
     """The architecture, and the place of every weight by its name below `aggregator.`. Raises CheckpointError."""
     prefix, places = _find_places(directory)
-    config = _read_config(directory) if prefix == VGGT_PREFIX else _infer_config(directory, places)
+    if prefix == JANUSVLN_PREFIX:
+        config = _infer_config(directory, places)
+    elif (directory / CONFIG).is_file():
+        config = EncoderConfig.from_dict(read_json(directory / CONFIG))
+    else:
+        raise CheckpointError(
+            f"{directory} has no {CONFIG}, so its architecture is not known: put the one from facebook/VGGT-1B beside "
+            'the weights (it says {"embed_dim": 1024, "img_size": 518, "patch_size": 14})'
+        )
     _check_weights(directory, config, places)
     return config, places
 
@@ -204,15 +212,6 @@ def _find_places(directory: Path) -> tuple[str, dict[str, Place]]:
         )
     start = len(found[0])
     return found[0], {name[start:]: place for name, place in places.items() if name.startswith(found[0])}
-
-
-def _read_config(directory: Path) -> EncoderConfig:
-    if not (directory / CONFIG).is_file():
-        raise CheckpointError(
-            f"{directory} has no {CONFIG}, so its architecture is not known: put the one from facebook/VGGT-1B beside "
-            'the weights (it says {"embed_dim": 1024, "img_size": 518, "patch_size": 14})'
-        )
-    return EncoderConfig.from_dict(read_json(directory / CONFIG))
 
 
 def _infer_config(directory: Path, places: Mapping[str, Place]) -> EncoderConfig:

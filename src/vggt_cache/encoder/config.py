@@ -113,23 +113,19 @@ class EncoderConfig:
         """The configuration of a parsed `config.json`. Raises CheckpointError, one sentence per refusal."""
         known = {field.name for field in dataclasses.fields(cls)}
         for key in values.keys() - known:
-            _check_other_key(key, values[key])
+            value, only = values[key], _ONLY_VALUE.get(key)
+            if key in _ONLY_VALUE and (value != only or isinstance(value, bool) != isinstance(only, bool)):
+                raise _nonsense(key, value, f"this encoder computes {only!r} only")
+            if key not in _ONLY_VALUE and key not in _WITHOUT_EFFECT and not key.startswith("_"):
+                raise CheckpointError(
+                    f"the encoder's config.json has the key {key!r}, which is unknown: it may change what the "
+                    "encoder computes; use an official VGGT checkpoint, or remove the key if it has no effect"
+                )
         taken = {key: value for key, value in values.items() if key in known}
         short = _SPELLING.fullmatch(str(taken.get("patch_embed")))
         if short:
             taken["patch_embed"] = next(name for name in VIT_SIZES if f"vit{short[1]}" in name)
         return cls(**taken)  # type: ignore[arg-type]
-
-
-def _check_other_key(key: str, value: object) -> None:
-    if key in _ONLY_VALUE:
-        if value != _ONLY_VALUE[key] or isinstance(value, bool) != isinstance(_ONLY_VALUE[key], bool):
-            raise _nonsense(key, value, f"this encoder computes {_ONLY_VALUE[key]!r} only")
-    elif key not in _WITHOUT_EFFECT and not key.startswith("_"):
-        raise CheckpointError(
-            f"the encoder's config.json has the key {key!r}, which is unknown: it may change what the "
-            "encoder computes; use an official VGGT checkpoint, or remove the key if it has no effect"
-        )
 
 
 def _nonsense(key: str, value: object, reason: str) -> CheckpointError:

@@ -1,8 +1,8 @@
 """What a Block does beside matrix products and attention, in as few passes over memory as possible (Triton).
 
-The plain path in `blocks.py` is the text: it says what is computed. Written so, each of its steps is a kernel of its
-own that reads and writes whole tensors, and on a Hopper GPU those take longer than the matrix products. Here the same
-steps are three passes, and GELU is part of the product before it:
+The plain path in `blocks.py` says what is computed. Written so, each of its steps is a kernel of its own that reads and
+writes whole tensors, and on a Hopper GPU those take longer than the matrix products. Here the same steps are three
+passes, and GELU is part of the product before it:
 
     add_scale_norm   [x +] y * gamma, LayerNorm, cast: the residual stream is read and written once
     rotate_qk        norm and rotation of queries and keys where they lie, inside the projection's output
@@ -85,42 +85,40 @@ def project(block: Block, x: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor,
 def finish(block: Block, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`Block.finish`; `x` is not modified."""
     with torch.cuda.device_of(x):
-        y = block.attn.attend(q, k, v)
-        x, normed = _add_and_norm(x.contiguous(), y, block.ls1.gamma, block.norm2)
+        x, y = x.contiguous(), block.attn.attend(q, k, v)
+        total, normed = torch.empty_like(x), torch.empty_like(y)
+        _launch_rows(x, y, block.ls1.gamma, block.norm2, total, normed)
         fc1 = block.mlp.fc1
         hidden = torch._addmm_activation(fc1.bias, normed.flatten(0, 1), fc1.weight.t(), use_gelu=True)
-        return _add(x, block.mlp.fc2(hidden), block.ls2.gamma)
+        _launch_rows(total, block.mlp.fc2(hidden), block.ls2.gamma, None, total)
+        return total
 
 
 def _norm(x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> Tensor:
     """LayerNorm of float32 `x`, in `dtype`."""
     out = torch.empty_like(x, dtype=dtype)
-    _launch_rows(x, (x, x, x, norm.weight, norm.bias, x, out, norm.eps), has_y=False, has_out=True)
+    _launch_rows(x, None, x, norm, x, out)
     return out
 
 
-def _add_and_norm(x: Tensor, y: Tensor, gamma: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """The new stream x + y * gamma in float32, and its LayerNorm in the dtype of `y`."""
-    total, out = torch.empty_like(x), torch.empty_like(y)
-    arguments = (x, y, gamma, norm.weight, norm.bias, total, out, norm.eps)
-    _launch_rows(x, arguments, has_y=True, has_out=True)
-    return total, out
-
-
-def _add(x: Tensor, y: Tensor, gamma: Tensor) -> Tensor:
-    """x + y * gamma, written into `x`, which is this module's own."""
-    _launch_rows(x, (x, y, gamma, gamma, gamma, x, y, 0.0), has_y=True, has_out=False)
-    return x
-
-
-def _launch_rows(x: Tensor, arguments: tuple[Any, ...], *, has_y: bool, has_out: bool) -> None:
+def _launch_rows(
+    x: Tensor,
+    y: Tensor | None,
+    gamma: Tensor,
+    norm: nn.LayerNorm | None,
+    total: Tensor,
+    out: Tensor | None = None,
+) -> None:
+    """total = x + y * gamma, if there is `y`; out = norm(total), if there is a norm. What is not used is any tensor."""
     channels = x.shape[-1]
+    weight, bias, eps = (norm.weight, norm.bias, norm.eps) if norm is not None else (gamma, gamma, 0.0)
+    arguments = (x, x if y is None else y, gamma, weight, bias, total, y if out is None else out, eps)
     add_scale_norm[(x.numel() // channels,)](
         *arguments,
         C=channels,
         BLOCK=triton.next_power_of_2(channels),
-        HAS_Y=has_y,
-        HAS_OUT=has_out,
+        HAS_Y=y is not None,
+        HAS_OUT=norm is not None,
         num_warps=WARPS,
     )
 
@@ -129,12 +127,10 @@ def _rotate(packed: Tensor, attention: Attention, rope: Rope) -> None:
     """Queries and keys inside `packed` [b, n, 3, H, D] normed and rotated in place."""
     q_norm, k_norm = cast("list[nn.LayerNorm]", [attention.q_norm, attention.k_norm])
     b, n, _, heads, head_dim = packed.shape
+    weights = q_norm.weight, q_norm.bias, k_norm.weight, k_norm.bias
     rotate_qk[(b * n,)](
         packed,
-        q_norm.weight,
-        q_norm.bias,
-        k_norm.weight,
-        k_norm.bias,
+        *weights,
         *rope,
         q_norm.eps,
         n,
@@ -218,9 +214,8 @@ def rotate_qk(
         scale = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / D + eps)[:, None]
         weight = q_weight if which == 0 else k_weight
         bias = q_bias if which == 0 else k_bias
-        a = a * scale * tl.load(weight + first, mask=there, other=0.0) + tl.load(
-            bias + first, mask=there, other=0.0
-        )
+        a = a * scale * tl.load(weight + first, mask=there, other=0.0)
+        a += tl.load(bias + first, mask=there, other=0.0)
         b = b * scale * tl.load(weight + first + Q, mask=there, other=0.0)
         b += tl.load(bias + first + Q, mask=there, other=0.0)
         tl.store(place, (a * c - b * s).to(qkv.dtype.element_ty), mask=real)
