@@ -28,20 +28,16 @@ ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 2}
 
 def shard_codec(feature_dtype: str, chosen: str = NONE) -> str:
     """Name of the codec of a new shard, for features of this dtype. Raises SettingsError where there is none."""
-    if chosen == feature_dtype == INT8:
-        return INT8
-    if chosen not in CODECS:
+    if chosen not in CODECS and not chosen == feature_dtype == INT8:
         raise SettingsError(
             f"codec is {chosen!r}, which is not one of {', '.join(CODECS)}: choose one of these"
         )
-    if chosen == NONE:
-        return INT8 if feature_dtype == INT8 else NONE
-    if feature_dtype != "bfloat16":
+    if chosen == LOSSLESS and feature_dtype != "bfloat16":
         raise SettingsError(
             f"codec {chosen} packs bfloat16, and these features are kept in {feature_dtype}: leave --codec out, or "
             "use --feature_dtype bfloat16"
         )
-    return chosen
+    return INT8 if feature_dtype == INT8 else chosen
 
 
 def coded_form(feature_dtype: str) -> str:
@@ -51,16 +47,13 @@ def coded_form(feature_dtype: str) -> str:
 
 def codec_for(name: str, feature_dtype: str = "bfloat16") -> Codec:
     """The codec of this name, for features of this dtype. Raises SettingsError where there is none."""
-    from vggt_cache.codec.base import (
-        Int8,
-        Plain,
-    )  # here: the command line asks for names, and should start quickly
+    # Imported here: the command line asks for the names alone, and should start quickly.
+    from vggt_cache.codec.base import Int8, Plain
     from vggt_cache.codec.lossless import Lossless
 
-    if name == NONE:
-        return Plain(ITEM_BYTES[feature_dtype])
-    if name not in (LOSSLESS, INT8):
+    codecs: dict[str, Codec] = {NONE: Plain(ITEM_BYTES[feature_dtype]), LOSSLESS: Lossless(), INT8: Int8()}
+    if name not in codecs:
         raise SettingsError(
-            f"codec is {name!r}, which is not one of {', '.join((*CODECS, INT8))}: choose one of these"
+            f"codec is {name!r}, which is not one of {', '.join(codecs)}: choose one of these"
         )
-    return Lossless() if name == LOSSLESS else Int8()
+    return codecs[name]

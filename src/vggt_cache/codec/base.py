@@ -13,16 +13,14 @@ NORMALISER_BYTES, SCALE_BYTES = 2, 4
 
 
 class Codec(Protocol):
-    """From the bytes of a feature [h, w, C] to those in the file, and back. Keeps nothing of a call.
-
-    Methods may be called from several threads at once.
-    """
+    """From the bytes of a feature [h, w, C] to those in the file, and back, in several threads at once."""
 
     name: str
     """As in a shard's header, and in its records' checksums."""
 
     def prepare(self) -> None:
         """Raises SettingsError where a package that this codec needs is missing."""
+        return
 
     def size_limits(self, cells: Cells, channels: int) -> tuple[Cells, Cells]:
         """The least and the most bytes that a record of so many patches can have in the file."""

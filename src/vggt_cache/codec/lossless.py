@@ -7,8 +7,8 @@ A piece has 2^18 values, the last one what is left, so that what is unpacked sta
 The planes: a bfloat16 is a sign, 8 bits of exponent and 7 of mantissa. The values of one piece are taken as two halves,
 a and b, of equal length. Word i of the exponent plane has the exponents of a[i] (low byte) and b[i] (high byte);
 word i of the other plane has a[i] without its exponent, and in the place of the exponent b[i] without its own,
-its two bytes swapped. So every step works on whole words without a stride, which numpy does at the speed
-of the processor's cache; taking every second byte is three times slower.
+its two bytes swapped. So every step works on whole words, which numpy does at the speed of the processor's cache;
+taking every second byte is three times slower.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import struct
 import threading
 from collections.abc import Iterator
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,12 +27,10 @@ from vggt_cache.errors import SettingsError
 
 Words = npt.NDArray[np.uint16]
 PIECE_VALUES = 1 << 18
-_LENGTH_BYTES = 4
-_LEAST_FRAME_BYTES = 4
+_LENGTH_BYTES, _LEAST_FRAME_BYTES = 4, 4
 _SLACK_BYTES = 1024
 """What a frame of a piece that does not compress takes beyond the piece, at most: zstd's own bound."""
-_EXPONENT = np.uint16(0x7F80)
-_REST = np.uint16(0x807F)
+_EXPONENT, _REST = np.uint16(0x7F80), np.uint16(0x807F)
 _LOW, _HIGH = np.uint16(0x00FF), np.uint16(0xFF00)
 _SEVEN, _ONE = np.uint16(7), np.uint16(1)
 _SWAPPED = np.dtype(np.uint16).newbyteorder()
@@ -43,7 +40,7 @@ class Lossless(Codec):
     name = "lossless"
 
     def prepare(self) -> None:
-        _zstandard()
+        _Tools()
 
     def size_limits(self, cells: Cells, channels: int) -> tuple[Cells, Cells]:
         values = cells * channels
@@ -52,23 +49,21 @@ class Lossless(Codec):
         return least, 2 * values + pieces * (_LENGTH_BYTES + _SLACK_BYTES)
 
     def encode(self, feature: memoryview, cells: int, channels: int) -> memoryview:
-        values, tools = _words(feature), _tools()
-        _, most = self.size_limits(cells, channels)
-        record = np.empty(most, np.uint8)
-        rest, lengths, frames = record[: len(values)].view(np.uint16), [], []
+        values, tools = np.frombuffer(feature, np.uint16), _tools()
+        record = np.empty(self.size_limits(cells, channels)[1], np.uint8)
+        rest, frames = record[: len(values)].view(np.uint16), []
         for start, stop in _pieces(len(values)):
             half = (stop - start) // 2
             split(values[start:stop], tools.exponents[:half], rest[start // 2 : stop // 2])
             frames.append(tools.compressor.compress(tools.exponents[:half]))
-            lengths.append(len(frames[-1]))
-        tail = struct.pack(f"<{len(lengths)}I", *lengths) + b"".join(frames)
+        tail = struct.pack(f"<{len(frames)}I", *map(len, frames)) + b"".join(frames)
         end = len(values) + len(tail)
         record[len(values) : end] = np.frombuffer(tail, np.uint8)
         return record[:end].data
 
     def decode(self, stored: memoryview, feature: memoryview, cells: int, channels: int) -> None:
-        values, tools = _words(feature), _tools()
-        rest = _words(stored[: len(values)])
+        values, tools = np.frombuffer(feature, np.uint16), _tools()
+        rest = np.frombuffer(stored[: len(values)], np.uint16)
         for (start, stop), frame in zip(_pieces(len(values)), _frames(stored, len(values)), strict=True):
             half = (stop - start) // 2
             exponents = tools.unpack(frame, stop - start)
@@ -106,10 +101,6 @@ def _pieces(count: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + PIECE_VALUES, count)) for start in range(0, count, PIECE_VALUES))
 
 
-def _words(data: memoryview) -> Words:
-    return np.frombuffer(data, np.uint16)
-
-
 def _frames(stored: memoryview, count: int) -> Iterator[memoryview]:
     """The frames of a record of `count` values. Raises ValueError unless they fill the rest of it exactly."""
     pieces = -(-count // PIECE_VALUES)
@@ -124,45 +115,36 @@ def _frames(stored: memoryview, count: int) -> Iterator[memoryview]:
         at += length
 
 
-def _zstandard() -> ModuleType:
-    try:
-        import zstandard
-    except ImportError as error:
-        raise SettingsError(
-            "the package zstandard, which codec lossless needs, is not installed: pip install "
-            "'vggt-feature-cache[codec]'"
-        ) from error
-    return zstandard
-
-
 class _Tools(threading.local):
     """What one thread reuses: zstandard's contexts are not for several threads at once."""
 
     def __init__(self) -> None:
-        zstandard = _zstandard()
+        try:
+            import zstandard
+        except ImportError as error:
+            raise SettingsError(
+                "the package zstandard, which codec lossless needs, is not installed: pip install "
+                "'vggt-feature-cache[codec]'"
+            ) from error
         # The smallest table of matches: almost none are found, and what is left is plain Huffman coding. Exponents
         # hardly repeat in sequences: matches would make both directions much slower and gain next to nothing.
         parameters = zstandard.ZstdCompressionParameters.from_level(
             1, hash_log=6, min_match=7, write_content_size=True, write_checksum=False, write_dict_id=False
         )
         self.compressor: Any = zstandard.ZstdCompressor(compression_params=parameters)
-        self._decompressor: Any = zstandard.ZstdDecompressor(max_window_size=PIECE_VALUES)
-        self._content_bytes = zstandard.frame_content_size
-        self._error: type[Exception] = zstandard.ZstdError
-        self.exponents: Words = np.empty(PIECE_VALUES // 2, np.uint16)
-        self.scratch: Words = np.empty(PIECE_VALUES // 2, np.uint16)
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=PIECE_VALUES)
+        self._zstandard = zstandard
+        self.exponents, self.scratch = (np.empty(PIECE_VALUES // 2, np.uint16) for _ in range(2))
 
     def unpack(self, frame: memoryview, length: int) -> Words:
         """The exponents in a frame, which must be `length` bytes. Raises ValueError."""
         try:
             # zstandard allocates what a frame claims to hold, so the claim is looked at first.
-            if self._content_bytes(frame) != length:
+            if self._zstandard.frame_content_size(frame) != length:
                 raise ValueError("a frame's length does not fit its piece")
             return np.frombuffer(self._decompressor.decompress(frame, allow_extra_data=False), np.uint16)
-        except self._error as error:
+        except self._zstandard.ZstdError as error:
             raise ValueError(f"zstandard refuses a frame: {error}") from error
 
 
-@cache
-def _tools() -> _Tools:
-    return _Tools()
+_tools = cache(_Tools)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vggt_cache.codec.base import NORMALISER_BYTES, SCALE_BYTES, Int8
+from vggt_cache.codec.base import NORMALISER_BYTES, SCALE_BYTES
 from vggt_cache.errors import SettingsError
 
 _LEVELS = 127
@@ -72,11 +72,9 @@ def quantised(values: Tensor) -> tuple[Tensor, Tensor]:
     Both are on the device of the values, and nothing waits for it. The same bits on every device: each step is one
     that IEEE 754 defines, or a sum that is exact in any order.
     """
-    tokens, channels = values.shape
     wide = values.float()
     sizes = wide.abs()
     largest = sizes.amax(0)
-    finite = largest.isfinite().all()
     normalisers = _positive(torch.minimum(largest, _most(sizes, largest)).to(torch.bfloat16))
     wide /= normalisers.float()
     scales = torch.abs(wide, out=sizes).amax(1)
@@ -84,8 +82,7 @@ def quantised(values: Tensor) -> tuple[Tensor, Tensor]:
     scales = _positive(scales / torch.full_like(scales, _LEVELS))
     levels = wide.div_(scales[:, None]).round_().clamp_(-_LEVELS, _LEVELS).to(torch.int8)
     record = torch.cat([part.view(-1).view(torch.uint8) for part in (normalisers, scales, levels)])
-    assert len(record) == Int8().size_limits(tokens, channels)[0]
-    return record, finite
+    return record, largest.isfinite().all()
 
 
 def _most(sizes: Tensor, largest: Tensor) -> Tensor:
@@ -94,11 +91,10 @@ def _most(sizes: Tensor, largest: Tensor) -> Tensor:
     The sizes are rounded down to a multiple of a power of two that is 2^-20 or less of the largest one. So the sum is
     one of whole numbers, below 2^53 for up to 2^32 tokens: exact, in whatever order a device adds them.
     """
-    power = (largest.view(torch.int32) & _EXPONENT).view(torch.float32).clamp_(min=_LEAST_POWER)
-    unit = power * _UNIT_OF_POWER
+    power = (largest.view(torch.int32) & _EXPONENT).view(torch.float32)
+    unit = power.clamp_(min=_LEAST_POWER) * _UNIT_OF_POWER
     total = (sizes / unit).trunc_().sum(0, dtype=torch.float64)
-    mean = total * unit / torch.full_like(total, len(sizes))
-    return (mean * _PEAK_OVER_MEAN).float()
+    return (total * unit / torch.full_like(total, len(sizes)) * _PEAK_OVER_MEAN).float()
 
 
 def decode_int8(record: Tensor, tokens: int, channels: int) -> Tensor:
@@ -109,14 +105,12 @@ def decode_int8(record: Tensor, tokens: int, channels: int) -> Tensor:
 
 def decode_rows(record: Tensor, values: Tensor) -> None:
     """The same on a CPU, into `values`, bfloat16 [tokens, C]."""
-    tokens, channels = values.shape
-    normalisers, scales, levels = _parts(record, tokens, channels)
-    wide = torch.empty((min(_ROWS, tokens), channels), dtype=torch.float32, device=record.device)
-    for start in range(0, tokens, _ROWS):
-        rows = slice(start, min(start + _ROWS, tokens))
-        part = wide[: rows.stop - start]
+    normalisers, scales, levels = _parts(record, *values.shape)
+    wide = torch.empty_like(values[:_ROWS], dtype=torch.float32)
+    pieces = (torch.split(whole, _ROWS) for whole in (values, levels, scales))
+    for rows, level, scale in zip(*pieces, strict=True):
         # Mixed dtypes in one product would be converted value by value.
-        values[rows] = part.copy_(levels[rows]).mul_(scales[rows]).mul_(normalisers)
+        rows.copy_(wide[: len(rows)].copy_(level).mul_(scale).mul_(normalisers))
 
 
 def bytes_of(data: memoryview) -> Tensor:
@@ -131,13 +125,10 @@ def values_of(feature: memoryview, tokens: int, channels: int) -> Tensor:
 
 def _parts(record: Tensor, tokens: int, channels: int) -> tuple[Tensor, Tensor, Tensor]:
     """Normalisers, float32 [C]; scales, float32 [tokens, 1]; levels, int8 [tokens, C]."""
-    scales_at = NORMALISER_BYTES * channels
-    levels_at = scales_at + SCALE_BYTES * tokens
-    return (
-        record[:scales_at].view(torch.bfloat16).float(),
-        record[scales_at:levels_at].view(torch.float32)[:, None],
-        record[levels_at:].view(torch.int8).view(tokens, channels),
-    )
+    sizes = [NORMALISER_BYTES * channels, SCALE_BYTES * tokens, tokens * channels]
+    normalisers, scales, levels = torch.split(record, sizes)
+    normalisers, levels = normalisers.view(torch.bfloat16).float(), levels.view(torch.int8)
+    return normalisers, scales.view(torch.float32)[:, None], levels.view(tokens, channels)
 
 
 def _positive(sizes: Tensor) -> Tensor:

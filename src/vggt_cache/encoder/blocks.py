@@ -5,13 +5,13 @@ Shapes: b images or branches, n tokens, C channels. Tensors of queries, keys and
 
 Precision: the residual stream, LayerNorm, LayerScale and rotation are float32; matrix products, attention and
 GELU are in the dtype of the block's matrices. This is what autocast does to the published model.
-
 What stands here runs everywhere and says what is computed; `fused.py` is the same for bfloat16 on CUDA, faster.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ Grid = tuple[int, int]
 """Rows and columns of patches."""
 Rope = tuple[Tensor, Tensor]
 """cos and signed sin, each float32 [n, 1, head_dim]."""
+layer_norm = partial(nn.LayerNorm, dtype=torch.float32)
+"""float32 whatever the default dtype is."""
 
 
 @lru_cache(maxsize=64)
@@ -139,21 +141,6 @@ class Block(nn.Module):
         return x
 
 
-class PatchProjection(nn.Module):
-    """14 x 14 pixels of 3 channels to one token."""
-
-    def __init__(self, dim: int, patch_size: int, *, dtype: torch.dtype) -> None:
-        super().__init__()
-        # Holds the weights under their official name and shape. It is applied as a matrix product:
-        # cuDNN would compute a float32 convolution in TF32.
-        self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size, dtype=dtype)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        """`patches` float32 [b, h * w, 3 * 14 * 14] to [b, h * w, C]."""
-        weight = self.proj.weight.flatten(1)
-        return functional.linear(patches.to(weight.dtype), weight, self.proj.bias)
-
-
 class PatchTower(nn.Module):
     """DINOv2 with registers (arXiv:2309.16588): images uint8 [b, H, W, 3] to patch tokens float32 [b, h, w, C]."""
 
@@ -165,7 +152,9 @@ class PatchTower(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim, dtype=torch.float32))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.side**2, dim, dtype=torch.float32))
         self.register_tokens = nn.Parameter(torch.zeros(1, REGISTERS, dim, dtype=torch.float32))
-        self.patch_embed = PatchProjection(dim, config.patch_size, dtype=dtype)
+        # Holds the weights under their official name and shape. It is applied as a matrix product:
+        # cuDNN would compute a float32 convolution in TF32.
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, config.patch_size, dtype=dtype)})
         self.blocks = nn.ModuleList(
             Block(dim, vit.num_heads, eps=DINO_EPS, qk_norm=False, dtype=dtype) for _ in range(vit.depth)
         )
@@ -178,14 +167,16 @@ class PatchTower(nn.Module):
         mean, std = _normalisation(pixels.device)
         tiles = ((pixels.float() / 255 - mean) / std).reshape(b, h, size, w, size, 3)
         # A patch's values in the order of the convolution's weight: channel, row, column.
-        patches = self.patch_embed(tiles.permute(0, 1, 3, 5, 2, 4).reshape(b, h * w, -1))
+        values = tiles.permute(0, 1, 3, 5, 2, 4).reshape(b, h * w, -1)
+        proj = cast("nn.Conv2d", self.patch_embed["proj"])
+        patches = functional.linear(values.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)
         patches = patches + self._position_of_patches((h, w))
         first = torch.cat([self.cls_token + self.pos_embed[:, :1], self.register_tokens], dim=1)
         x = torch.cat([first.expand(b, -1, -1), patches], dim=1)
         for block in self.blocks:
             x = block(x)
         out: Tensor = self.norm(x)[:, 1 + REGISTERS :]
-        return out.unflatten(1, (h, w))
+        return out.view(b, h, w, -1)
 
     def _position_of_patches(self, grid: Grid) -> Tensor:
         """The learned square of embeddings resized to `grid`: float32 [1, h * w, C]."""
@@ -201,13 +192,7 @@ class PatchTower(nn.Module):
         return self._resized[key]
 
 
-def layer_norm(dim: int, eps: float) -> nn.LayerNorm:
-    """float32 whatever the default dtype is."""
-    return nn.LayerNorm(dim, eps=eps, dtype=torch.float32)
-
-
 @lru_cache(maxsize=16)
-def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
+def _normalisation(device: torch.device) -> Tensor:
     """ImageNet mean and standard deviation per RGB channel, as DINOv2 was trained."""
-    mean = torch.tensor([0.485, 0.456, 0.406], dtype=torch.float32, device=device)
-    return mean, torch.tensor([0.229, 0.224, 0.225], dtype=torch.float32, device=device)
+    return torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], dtype=torch.float32, device=device)

@@ -56,9 +56,7 @@ def encode_lists(
         raise ValueError(f"batch_size must be at least 1, not {batch_size}")
     stats = stats if stats is not None else CausalStats()
     stats.unshared_passes += sum(map(len, lists))
-    nodes = _prefix_tree(lists)
-    tower = _Tower(encoder, nodes, pixels, batch_size, stats)
-    yield from _Walk(encoder, nodes, tower, batch_size, stats)
+    yield from _Walk(encoder, _prefix_tree(lists), pixels, batch_size, stats)
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -100,13 +98,13 @@ def _prefix_tree(lists: Iterable[Sequence[Hashable]]) -> list[_Node]:
     return nodes
 
 
-class _Tower:
-    """Patch tokens of frames: each computed once, in full batches, and dropped after its last use."""
+class _Walk:
+    """One walk over a tree; iterating it does the work."""
 
     def __init__(
         self,
         encoder: Encoder,
-        nodes: Iterable[_Node],
+        nodes: Sequence[_Node],
         pixels: Callable[[Hashable], Tensor],
         batch_size: int,
         stats: CausalStats,
@@ -115,46 +113,12 @@ class _Tower:
         self._pixels = pixels
         self._batch_size = batch_size
         self._stats = stats
-        self._uses = Counter(node.frame for node in nodes)
-        self._upcoming = deque(self._uses)
-        self.tokens: dict[Hashable, Tensor] = {}
-        """[h, w, C] of each frame that is prepared and still needed."""
-
-    def prepare(self, frames: Iterable[Hashable]) -> None:
-        """Compute `frames`, and with them the next ones of the walk as far as the batch has room."""
-        batch = dict.fromkeys(frame for frame in frames if frame not in self.tokens)
-        while batch and self._upcoming and len(batch) < self._batch_size:
-            frame = self._upcoming.popleft()
-            if self._uses[frame] and frame not in self.tokens:
-                batch[frame] = None
-        by_shape: dict[torch.Size, list[tuple[Hashable, Tensor]]] = {}
-        for frame in batch:
-            image = self._pixels(frame)
-            by_shape.setdefault(image.shape, []).append((frame, image))
-        for images in by_shape.values():
-            tokens = self._encoder.patch_tokens(torch.stack([image for _, image in images]))
-            self._stats.tower_passes += len(images)
-            # Copies, so that one frame that is needed long does not keep its whole batch.
-            self.tokens.update((frame, own.clone()) for (frame, _), own in zip(images, tokens, strict=True))
-
-    def release(self, frame: Hashable) -> None:
-        """One of the frame's nodes is done."""
-        self._uses[frame] -= 1
-        if not self._uses[frame]:
-            del self.tokens[frame]
-
-
-class _Walk:
-    """One walk over a tree; iterating it does the work."""
-
-    def __init__(
-        self, encoder: Encoder, nodes: Sequence[_Node], tower: _Tower, batch_size: int, stats: CausalStats
-    ) -> None:
-        self._encoder = encoder
-        self._tower = tower
         self._rows = min(batch_size, sum(not node.children for node in nodes))
         self._longest = 1 + max((node.depth for node in nodes), default=0)
-        self._stats = stats
+        self._uses = Counter(node.frame for node in nodes)
+        self._upcoming = deque(self._uses)
+        self._tokens: dict[Hashable, Tensor] = {}
+        """Patch tokens [h, w, C] of frames: computed once, in full batches, and dropped after the last use."""
         self._ready = [[node for node in nodes if node.parent is None]]
         """By depth: nodes that are not computed, whose parent is."""
         self._history: History | None = None
@@ -190,10 +154,27 @@ class _Walk:
         self._ready[-1] = others[len(free) :]
         return dict(sorted(taken.items()))
 
+    def _prepare(self, frames: Iterable[Hashable]) -> None:
+        """Have tokens of `frames`, and with them of the next ones of the walk as far as the batch has room."""
+        batch = dict.fromkeys(frame for frame in frames if frame not in self._tokens)
+        while batch and self._upcoming and len(batch) < self._batch_size:
+            frame = self._upcoming.popleft()
+            if self._uses[frame] and frame not in self._tokens:
+                batch[frame] = None
+        by_shape: dict[torch.Size, list[tuple[Hashable, Tensor]]] = {}
+        for frame in batch:
+            image = self._pixels(frame)
+            by_shape.setdefault(image.shape, []).append((frame, image))
+        for images in by_shape.values():
+            tokens = self._encoder.patch_tokens(torch.stack([image for _, image in images]))
+            self._stats.tower_passes += len(images)
+            # Copies, so that one frame that is needed long does not keep its whole batch.
+            self._tokens.update((frame, own.clone()) for (frame, _), own in zip(images, tokens, strict=True))
+
     def _of_one_grid(self, nodes: dict[int, _Node]) -> dict[int, _Node]:
         """First frames may have several grids: those of the first one's now, the others later."""
         first = next(iter(nodes.values()))
-        grids = {node: tuple(self._tower.tokens[node.frame].shape[:2]) for node in nodes.values()}
+        grids = {node: tuple(self._tokens[node.frame].shape[:2]) for node in nodes.values()}
         grid = self._history.grid if self._history and first.parent else grids[first]
         others = [node for node in nodes.values() if grids[node] != grid]
         if others and first.parent:
@@ -202,10 +183,10 @@ class _Walk:
         return {row: node for row, node in nodes.items() if node not in others}
 
     def _compute(self, nodes: dict[int, _Node]) -> Iterator[tuple[int, Tensor]]:
-        self._tower.prepare(node.frame for node in nodes.values())
+        self._prepare(node.frame for node in nodes.values())
         nodes = self._of_one_grid(nodes)
         depth = next(iter(nodes.values())).depth
-        tokens = torch.stack([self._tower.tokens[node.frame] for node in nodes.values()])
+        tokens = torch.stack([self._tokens[node.frame] for node in nodes.values()])
         history = self._history_for((tokens.shape[1], tokens.shape[2]))
         for row, node in nodes.items():
             if history is not None and node.parent is not None and self._row_of[node.parent] != row:
@@ -214,7 +195,9 @@ class _Walk:
         features = self._encoder.extend(tokens, history, list(nodes), depth, want_feature=wanted)
         self._stats.frame_passes += len(nodes)
         for row, node in nodes.items():
-            self._tower.release(node.frame)
+            self._uses[node.frame] -= 1
+            if not self._uses[node.frame]:
+                del self._tokens[node.frame]
             if node.children:
                 self._row_of[node] = row
                 self._ready += [[] for _ in range(depth + 2 - len(self._ready))]

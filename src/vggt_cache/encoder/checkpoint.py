@@ -16,21 +16,12 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from vggt_cache.encoder.config import VIT_SIZES, EncoderConfig
-from vggt_cache.encoder.files import (
-    CONFIG,
-    DTYPES,
-    TensorEntry,
-    TensorFile,
-    find_directory,
-    find_files,
-    read_json,
-)
+from vggt_cache.encoder.files import CONFIG, DTYPES, Entry, TensorFile, find_directory, find_files, read_json
 from vggt_cache.encoder.model import Encoder
 from vggt_cache.errors import CheckpointError, SettingsError
 from vggt_cache.identity import EncoderSpec
@@ -39,20 +30,10 @@ VGGT_PREFIX, JANUSVLN_PREFIX = PREFIXES = "aggregator.", "vggt.aggregator."
 _LISTED = 10
 
 
-class Place(NamedTuple):
-    """Where a weight is stored, and under which name."""
-
-    path: Path
-    name: str
-    entry: TensorEntry
-
-
 class Checkpoint:
     """Checked against its architecture, nothing loaded yet. Make one with `open`."""
 
-    def __init__(
-        self, *, location: str, config: EncoderConfig, layer: int, places: Mapping[str, Place]
-    ) -> None:
+    def __init__(self, location: str, config: EncoderConfig, layer: int, places: Mapping[str, Entry]) -> None:
         self.location = location
         self.config = config
         self.layer = layer
@@ -74,7 +55,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{location} cannot be read ({error.strerror or error}): check the path and its permissions"
             ) from error
-        return cls(location=location, config=config, layer=config.absolute_layer(layer), places=places)
+        return cls(location, config, config.absolute_layer(layer), places)
 
     def weights_digest(self) -> str:
         """sha256 (hex) over the weights that `layer` needs, in their stored dtypes.
@@ -124,10 +105,10 @@ class Checkpoint:
                 if place.path not in files:
                     files[place.path] = stack.enter_context(TensorFile(place.path))
                 file = files[place.path]
-                if file.entries.get(place.name) != place.entry:
+                if file.entries.get(place.name) != place:
                     raise self._changed()
                 weight = file.read(place.name)
-                hasher.update(json.dumps([name, place.entry.dtype, place.entry.shape]).encode() + b"\n")
+                hasher.update(json.dumps([name, place.dtype, place.shape]).encode() + b"\n")
                 hasher.update(weight.view(-1).view(torch.uint8).numpy().data)
                 yield name, weight
         if self._digest not in (None, hasher.hexdigest()):
@@ -172,7 +153,7 @@ def _available(device: torch.device | str) -> torch.device:
     return target
 
 
-def _checked_weights(directory: Path) -> tuple[EncoderConfig, dict[str, Place]]:
+def _checked_weights(directory: Path) -> tuple[EncoderConfig, dict[str, Entry]]:
     """The architecture, and the place of every weight by its name below `aggregator.`. Raises CheckpointError."""
     prefix, places = _find_places(directory)
     if prefix == JANUSVLN_PREFIX:
@@ -188,9 +169,9 @@ def _checked_weights(directory: Path) -> tuple[EncoderConfig, dict[str, Place]]:
     return config, places
 
 
-def _find_places(directory: Path) -> tuple[str, dict[str, Place]]:
+def _find_places(directory: Path) -> tuple[str, dict[str, Entry]]:
     """The prefix in use, and where each weight below it is stored, by its name without prefix."""
-    places: dict[str, Place] = {}
+    places: dict[str, Entry] = {}
     for path, expected in find_files(directory).items():
         if expected is not None and not any(name.startswith(PREFIXES) for name in expected):
             continue
@@ -202,7 +183,7 @@ def _find_places(directory: Path) -> tuple[str, dict[str, Place]]:
                     "checkpoints were mixed; download or copy all of them again"
                 )
             for name in file.entries if expected is None else expected:
-                places[name] = Place(path, name, file.entries[name])
+                places[name] = file.entries[name]
     found = [prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in places)]
     if len(found) != 1:
         names = " and ".join(f"{prefix}*" for prefix in found) or _listed(sorted(places))
@@ -214,29 +195,26 @@ def _find_places(directory: Path) -> tuple[str, dict[str, Place]]:
     return found[0], {name[start:]: place for name, place in places.items() if name.startswith(found[0])}
 
 
-def _infer_config(directory: Path, places: Mapping[str, Place]) -> EncoderConfig:
+def _infer_config(directory: Path, places: Mapping[str, Entry]) -> EncoderConfig:
     """The architecture that the shapes imply; `_check_weights` then compares every one of them with it."""
-    shapes = {name: place.entry.shape for name, place in places.items()}
+    shapes = {name: place.shape for name, place in places.items()}
     try:
         embed_dim = shapes["camera_token"][-1]
         patch_size = shapes["patch_embed.patch_embed.proj.weight"][-1]
-        side = math.isqrt(shapes["patch_embed.pos_embed"][1] - 1)
-        num_heads = embed_dim // shapes["frame_blocks.0.attn.q_norm.weight"][0]
         size = (embed_dim, _count(r"patch_embed\.blocks", shapes))
-        tower = next(name for name, vit in VIT_SIZES.items() if (vit.embed_dim, vit.depth) == size)
+        return EncoderConfig(
+            embed_dim=embed_dim,
+            img_size=math.isqrt(shapes["patch_embed.pos_embed"][1] - 1) * patch_size,
+            patch_size=patch_size,
+            depth=_count("(?:frame|global)_blocks", shapes),
+            num_heads=embed_dim // shapes["frame_blocks.0.attn.q_norm.weight"][0],
+            patch_embed=next(name for name, vit in VIT_SIZES.items() if (vit.embed_dim, vit.depth) == size),
+        )
     except (KeyError, IndexError, ValueError, ZeroDivisionError, StopIteration) as error:
         raise CheckpointError(
             f"the VGGT in {directory} is not of a known architecture, or lacks the weights that show which: it is "
             "damaged or of another model; use a complete JanusVLN checkpoint, or facebook/VGGT-1B"
         ) from error
-    return EncoderConfig(
-        embed_dim=embed_dim,
-        img_size=side * patch_size,
-        patch_size=patch_size,
-        depth=_count("(?:frame|global)_blocks", shapes),
-        num_heads=num_heads,
-        patch_embed=tower,
-    )
 
 
 def _count(blocks: str, names: Collection[str]) -> int:
@@ -244,8 +222,8 @@ def _count(blocks: str, names: Collection[str]) -> int:
     return 1 + max(int(match[1]) for match in matches if match)
 
 
-def _check_weights(directory: Path, config: EncoderConfig, places: Mapping[str, Place]) -> None:
-    shapes, found = expected_shapes(config), {name: places[name].entry for name in sorted(places)}
+def _check_weights(directory: Path, config: EncoderConfig, places: Mapping[str, Entry]) -> None:
+    shapes, found = expected_shapes(config), {name: places[name] for name in sorted(places)}
     misshapen = [
         f"{name} {list(entry.shape)} instead of {list(shapes[name])}"
         for name, entry in found.items()

@@ -1,14 +1,12 @@
 """The architecture of a VGGT aggregator, as `config.json` gives it.
 
-Official keys are `embed_dim`, `img_size` and `patch_size`; `depth`, `num_heads` and `patch_embed` are optional
-and default to VGGT-1B. Three kinds of other keys may occur: those that the official code takes as arguments
-and that change what is computed (accepted only with the value computed here), those that cannot change
-a feature (ignored), and unknown ones (refused: nobody can tell whether they change a feature).
+Official keys are `embed_dim`, `img_size` and `patch_size`; `depth`, `num_heads` and `patch_embed` are optional and
+default to VGGT-1B. Other keys may be those that the official code takes as arguments and that change what is computed
+(accepted only with the value computed here), those that cannot change a feature (ignored), and unknown ones (refused).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -53,7 +51,6 @@ _WITHOUT_EFFECT = {
     *("architectures", "model_type", "torch_dtype", "dtype", "transformers_version"),
 }
 _LARGEST = {"embed_dim": 8192, "img_size": 4096, "patch_size": 4096, "depth": 256, "num_heads": 256}
-"""Of the whole numbers, which begin with 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +108,7 @@ class EncoderConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> EncoderConfig:
         """The configuration of a parsed `config.json`. Raises CheckpointError, one sentence per refusal."""
-        known = {field.name for field in dataclasses.fields(cls)}
+        known = cls.__dataclass_fields__.keys()
         for key in values.keys() - known:
             value, only = values[key], _ONLY_VALUE.get(key)
             if key in _ONLY_VALUE and (value != only or isinstance(value, bool) != isinstance(only, bool)):

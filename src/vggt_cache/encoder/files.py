@@ -137,9 +137,11 @@ def _download(repository: str) -> Path:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TensorEntry:
-    """One line of a header. `begin` and `end` are byte offsets in the file."""
+class Entry:
+    """A tensor in a file. `begin` and `end` are byte offsets."""
 
+    path: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
     begin: int
@@ -156,7 +158,7 @@ class TensorFile:
         self.path = path
         with self._named_errors(), ExitStack() as stack:
             self._file = stack.enter_context(FileIO(path))
-            self.entries = _parse_header(self._file)
+            self.entries = _parse_header(path, self._file)
             stack.pop_all()
 
     def __enter__(self) -> TensorFile:
@@ -196,7 +198,7 @@ class TensorFile:
             ) from error
 
 
-def _parse_header(file: FileIO) -> dict[str, TensorEntry]:
+def _parse_header(path: Path, file: FileIO) -> dict[str, Entry]:
     size = file.seek(0, 2)
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
@@ -206,21 +208,21 @@ def _parse_header(file: FileIO) -> dict[str, TensorEntry]:
     if not isinstance(fields, dict):
         raise ValueError("the header is not a JSON object")
     fields.pop("__metadata__", None)
-    entries = {name: _entry(name, field, 8 + length) for name, field in fields.items()}
+    entries = {name: _entry(path, name, field, 8 + length) for name, field in fields.items()}
     needed = max((entry.end for entry in entries.values()), default=8 + length)
     if needed != size:
         raise ValueError(f"it has {size} bytes where its header names {needed}")
     return entries
 
 
-def _entry(name: str, field: dict[str, Any], start: int) -> TensorEntry:
+def _entry(path: Path, name: str, field: dict[str, Any], start: int) -> Entry:
     dtype, shape, (begin, end) = field["dtype"], tuple(field["shape"]), field["data_offsets"]
     counts = (*shape, begin, end)
     if not (isinstance(dtype, str) and all(type(n) is int and n >= 0 for n in counts) and begin <= end):
         raise ValueError(f"the entry of {name!r} has impossible values")
     if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ValueError(f"the bytes of {name!r} do not match its shape")
-    return TensorEntry(dtype=dtype, shape=shape, begin=start + begin, end=start + end)
+    return Entry(path=path, name=name, dtype=dtype, shape=shape, begin=start + begin, end=start + end)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

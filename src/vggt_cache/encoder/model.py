@@ -4,14 +4,13 @@ A frame is n = 5 + h * w tokens: camera, four registers, patches row-major. Each
 block (attention inside the frame) and a global block (attention to the frame itself and all earlier frames
 of its sequence). Output i is [after frame block i, after global block i] side by side: 2C channels.
 
-Earlier frames enter only as keys and values of the global blocks, already normed and rotated (`History`),
-so a prefix that many sequences share is computed once. Module and parameter names are the official ones
-below `aggregator.`.
+Earlier frames enter only as keys and values of the global blocks, already normed and rotated (`History`), so a prefix
+that many sequences share is computed once. Module and parameter names are the official ones below `aggregator.`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
 import torch
@@ -51,13 +50,9 @@ class Encoder(nn.Module):
         self.camera_token = nn.Parameter(torch.zeros(1, 2, 1, dim, dtype=torch.float32))
         self.register_token = nn.Parameter(torch.zeros(1, 2, REGISTERS, dim, dtype=torch.float32))
         self.patch_embed = PatchTower(config, dtype=dtype)
-        self.frame_blocks, self.global_blocks = (
-            nn.ModuleList(
-                Block(dim, heads, eps=AGGREGATOR_EPS, qk_norm=True, dtype=dtype)
-                for _ in range(self.layer + 1)
-            )
-            for _ in range(2)
-        )
+        pairs = self.layer + 1
+        blocks = [Block(dim, heads, eps=AGGREGATOR_EPS, qk_norm=True, dtype=dtype) for _ in range(2 * pairs)]
+        self.frame_blocks, self.global_blocks = nn.ModuleList(blocks[:pairs]), nn.ModuleList(blocks[pairs:])
         self.requires_grad_(False).eval()
 
     @property
@@ -122,18 +117,20 @@ class Encoder(nn.Module):
         if not 0 < len(tokens) == len(want_feature):
             raise ValueError("tokens and want_feature need one entry per branch")
         b, h, w, _ = tokens.shape
-        if history is None:
-            if frames != 1:
-                raise ValueError("without a history a frame sees itself alone")
-        else:
+        if history is not None:
             _check_places(history, (h, w), b, rows, place, frames)
+        elif frames != 1:
+            raise ValueError("without a history a frame sees itself alone")
         wanted = [branch for branch, wants in enumerate(want_feature) if wants]
         if not wanted and history is None:
             return None
         with own_numerics(self.device, b, len(wanted), h * w, frames):
             rope = rope_table((h, w), SPECIAL_TOKENS, self.config.head_dim, self.device)
-            x = self._with_special_tokens(tokens, first=frames == 1)
-            for pair, (frame_block, global_block) in enumerate(self._pairs()):
+            variant = 0 if frames == 1 else 1
+            special = torch.cat([self.camera_token[:, variant], self.register_token[:, variant]], dim=1)
+            x = torch.cat([special.expand(b, -1, -1), tokens.flatten(1, 2)], dim=1)
+            blocks = zip(self.frame_blocks, self.global_blocks, strict=True)
+            for pair, (frame_block, global_block) in enumerate(cast("Iterable[tuple[Block, Block]]", blocks)):
                 inside = frame_block(x, rope)
                 q, k, v = global_block.project(inside, rope)
                 if history is not None:
@@ -148,16 +145,8 @@ class Encoder(nn.Module):
                 x = global_block.finish(inside, q, k, v)
                 if on_pair is not None:
                     on_pair(pair, torch.cat([inside, x], dim=-1))
-            patches = [half[:, SPECIAL_TOKENS:] for half in (inside, x)]
-            return torch.cat(patches, dim=-1).unflatten(1, (h, w))
-
-    def _pairs(self) -> Iterator[tuple[Block, Block]]:
-        return cast("Iterator[tuple[Block, Block]]", zip(self.frame_blocks, self.global_blocks, strict=True))
-
-    def _with_special_tokens(self, tokens: Tensor, *, first: bool) -> Tensor:
-        variant = 0 if first else 1
-        special = torch.cat([self.camera_token[:, variant], self.register_token[:, variant]], dim=1)
-        return torch.cat([special.expand(len(tokens), -1, -1), tokens.flatten(1, 2)], dim=1)
+            patches = torch.cat([half[:, SPECIAL_TOKENS:] for half in (inside, x)], dim=-1)
+            return patches.view(len(x), h, w, -1)
 
 
 def _check_places(
@@ -171,7 +160,7 @@ def _check_places(
         raise mixed_grids(grid, history.grid)
 
 
-def mixed_grids(grid: Grid, earlier: Grid) -> FrameError:
+def mixed_grids(grid: Sequence[int], earlier: Sequence[int]) -> FrameError:
     """Keys are kept rotated for their own grid, and VGGT gives no meaning to a sequence of several sizes."""
     return FrameError(
         f"a frame has {grid[0]} x {grid[1]} patches (rows x columns), but an earlier frame of its list has "
