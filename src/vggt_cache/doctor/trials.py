@@ -53,8 +53,6 @@ _CALLS = {
 }  # fmt: skip
 """Of the operating system, that a mount may not do well, and what the finding is called."""
 
-# ---------------------------------------------------------------- the second process
-
 
 class Partner:
     """Raises OSError where the process cannot be started, fails, or does not answer."""
@@ -136,9 +134,6 @@ def _won(claims: Claims, blocks: list[str], start_at_s: float) -> list[str]:
     return [block for block in blocks if claims.try_claim(block)]
 
 
-# ---------------------------------------------------------------- the store, watched
-
-
 class WatchedSystem(store.FileSystem):
     """The operating system as the store uses it, with notes of the calls that a mount may not do well."""
 
@@ -187,9 +182,6 @@ def _read_back(cache_dir: Path, shard: Path, payloads: list[bytes]) -> float | N
         ):
             return took_s
     return None
-
-
-# ---------------------------------------------------------------- one process
 
 
 def commit(folder: Path) -> Iterator[Finding]:
@@ -266,8 +258,6 @@ def file_names(folder: Path) -> Finding:
 
 
 ALONE = (commit, clock, file_names)
-
-# ---------------------------------------------------------------- two processes
 
 
 def exclusive_create(folder: Path, partner: Partner) -> Finding:
