@@ -155,7 +155,7 @@ def test_an_interrupt_leaves_no_folder_and_no_process_behind(
 
     def interrupt(folder: Path, other: Partner) -> Finding:
         started.append(other)
-        other.ask(trials.watch, trials.content_of, folder / "never", "new", 1e6)
+        other.ask(trials.watch, trials.content_of, folder / "never", "last", 1e6)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(trials, "TOGETHER", (interrupt,))
@@ -210,7 +210,7 @@ def test_a_replacement_that_is_not_atomic_is_found(
             file.write(data[len(data) // 2 :])
 
     monkeypatch.setattr(trials.os, "replace", in_two_halves)
-    finding = trials.atomic_rename(tmp_path, other)
+    finding = by_name(list(trials.atomic_rename(tmp_path, other)))["atomic rename"]
     assert finding.status == "fail"
     assert "torn" in finding.value
 
@@ -222,19 +222,25 @@ def named(how: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trials.os, "replace", lambda *names: how(replace, *names))
 
 
-@pytest.mark.parametrize("trial", [trials.new_name_visible, trials.new_contents_visible])
+@pytest.mark.parametrize(
+    ("trial", "name"),
+    [(trials.new_name_visible, "new name visible"), (trials.atomic_rename, "new contents visible")],
+)
 def test_a_rename_that_nobody_sees_is_found(
-    trial: Callable[..., Finding], tmp_path: Path, other: Partner, monkeypatch: pytest.MonkeyPatch
+    trial: Callable[..., Any], name: str, tmp_path: Path, other: Partner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trials, "VISIBILITY_TIMEOUT_S", 0.1)
     named(lambda call, *names, **where: None, monkeypatch)
-    finding = trial(tmp_path, other)
+    finding = by_name(doctor._attempt(trial, tmp_path, other))[name]
     assert (finding.status, finding.value) == ("fail", "not within 0 s")
 
 
-@pytest.mark.parametrize("trial", [trials.new_name_visible, trials.new_contents_visible])
+@pytest.mark.parametrize(
+    ("trial", "name"),
+    [(trials.new_name_visible, "new name visible"), (trials.atomic_rename, "new contents visible")],
+)
 def test_the_visibility_delay_is_measured_and_a_long_one_is_a_warning(
-    trial: Callable[..., Finding], tmp_path: Path, other: Partner, monkeypatch: pytest.MonkeyPatch
+    trial: Callable[..., Any], name: str, tmp_path: Path, other: Partner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def late(call: Callable[..., None], *names: object, **where: object) -> None:
         time.sleep(0.3)
@@ -242,7 +248,7 @@ def test_the_visibility_delay_is_measured_and_a_long_one_is_a_warning(
 
     monkeypatch.setattr(trials, "SLOW_VISIBILITY_S", 0.25)
     named(late, monkeypatch)
-    finding = trial(tmp_path, other)
+    finding = by_name(doctor._attempt(trial, tmp_path, other))[name]
     assert finding.status == "warn"
     assert float(finding.value.removesuffix(" ms")) >= 300
 
