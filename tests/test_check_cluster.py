@@ -13,7 +13,7 @@ import pytest
 
 from launch_kit import Launch
 from store_kit import make_spec, write_shard
-from vggt_cache.cluster import network
+from vggt_cache.cluster import check, network
 from vggt_cache.cluster.check import NONE, NodeFacts, Places, check_cluster, judge, look_around
 from vggt_cache.cluster.meeting import Meeting, MeetingError, unreachable
 from vggt_cache.cluster.network import Rendezvous, interfaces
@@ -160,6 +160,14 @@ def test_connections_are_really_tried() -> None:
     with socket.create_server(("", 0)) as listener:
         doors = [("127.0.0.1", listener.getsockname()[1]), ("127.0.0.1", network.free_port())]
         assert unreachable(doors, timeout_s=30) == [1]
+
+
+def test_what_each_node_could_not_reach_is_in_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "unreachable", lambda addresses, timeout_s: [len(addresses) - 1])
+    table = tables([places(tmp_path, cache_dir="")] * 2)[0]
+    assert table["connections"].value == "none from node 0 to node 1, node 1 to node 1"
 
 
 def test_a_node_says_what_it_has(tmp_path: Path) -> None:

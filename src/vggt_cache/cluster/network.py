@@ -7,6 +7,7 @@ import ipaddress
 import socket
 import struct
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 from vggt_cache.errors import SettingsError
@@ -152,13 +153,11 @@ def _interface_by_route(address: str) -> str | None:
     if ":" in address:
         return None
     wanted, matches = int(ipaddress.IPv4Address(address)), []
-    for line in _lines("/proc/net/route")[1:]:
-        name, destination, _, _, _, _, _, mask = line.split()[:8]
-        network, bits = (socket.ntohl(int(digits, 16)) for digits in (destination, mask))
-        if wanted & bits == network:
-            matches.append((bits, name))
-    # Of equal ones the first, as the kernel lists them.
-    return max(matches, key=lambda match: match[0])[1] if matches else None
+    for entry in map(str.split, _lines("/proc/net/route")[1:]):
+        destination, mask = (socket.ntohl(int(entry[column], 16)) for column in (1, 7))
+        if wanted & mask == destination:
+            matches.append((mask, entry[0]))
+    return max(matches, key=itemgetter(0), default=(0, None))[1]
 
 
 def free_port() -> int:
