@@ -31,7 +31,7 @@ import torch
 
 import record
 from bench_writing import CHANNELS, GRID, spec_of
-from vggt_cache.doctor.place import mount_of
+from vggt_cache.doctor import mount_of
 from vggt_cache.precompute.outgoing import all_finite
 from vggt_cache.precompute.write import DEFAULT_SHARD_BYTES, FeatureWriter
 from vggt_cache.store import ShardWriter, create_store

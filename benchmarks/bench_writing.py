@@ -42,7 +42,7 @@ import torch
 
 import record
 from vggt_cache.codec import NONE, codec_for
-from vggt_cache.doctor.place import mount_of
+from vggt_cache.doctor import mount_of
 from vggt_cache.identity import EncoderSpec, FeatureSpec, Preprocessing
 from vggt_cache.store import FileSystem, ShardWriter, create_store
 from vggt_cache.store.filesystem import OPERATING_SYSTEM

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,12 +13,10 @@ import pytest
 
 from launch_kit import Launch
 from store_kit import make_spec, write_shard
-from vggt_cache.cluster import network
-from vggt_cache.cluster.check import check_cluster
-from vggt_cache.cluster.facts import NONE, NodeFacts, Places, look_around
-from vggt_cache.cluster.meeting import Listener, Meeting, MeetingError, unreachable
-from vggt_cache.cluster.rendezvous import Rendezvous, interfaces
-from vggt_cache.cluster.verdicts import Report, judge
+from vggt_cache.cluster import check, network
+from vggt_cache.cluster.check import NONE, NodeFacts, Places, check_cluster, judge, look_around
+from vggt_cache.cluster.meeting import Meeting, MeetingError, unreachable
+from vggt_cache.cluster.network import Rendezvous, interfaces
 from vggt_cache.doctor.findings import Finding
 from vggt_cache.errors import SettingsError
 
@@ -125,10 +124,12 @@ FACTS = NodeFacts(
 def compare(
     other: NodeFacts = FACTS, clocks_s: tuple[float, float] = (0.0, 0.0), broken: tuple[int, ...] = ()
 ) -> dict[str, Finding]:
-    report = Report(
-        facts=[FACTS, other], clocks_s=clocks_s, sees_output=[True, True], unreachable=[(), broken]
-    )
-    return {finding.name: finding for finding in judge(report)}
+    here, there = clocks_s
+    facts = [
+        dataclasses.replace(FACTS, clock_s=here),
+        dataclasses.replace(other, clock_s=there, unreachable=list(broken)),
+    ]
+    return {finding.name: finding for finding in judge(facts)}
 
 
 def test_what_differs_is_told_with_the_value_of_each_node() -> None:
@@ -156,13 +157,17 @@ def test_a_connection_that_is_refused_is_told_with_its_direction() -> None:
 
 
 def test_connections_are_really_tried() -> None:
-    listener = Listener()
-    closed = network.free_port()
-    doors = [("127.0.0.1", listener.port), ("127.0.0.1", closed)]
-    try:
+    with socket.create_server(("", 0)) as listener:
+        doors = [("127.0.0.1", listener.getsockname()[1]), ("127.0.0.1", network.free_port())]
         assert unreachable(doors, timeout_s=30) == [1]
-    finally:
-        listener.close()
+
+
+def test_what_each_node_could_not_reach_is_in_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "unreachable", lambda addresses, timeout_s: [len(addresses) - 1])
+    table = tables([places(tmp_path, cache_dir="")] * 2)[0]
+    assert table["connections"].value == "none from node 0 to node 1, node 1 to node 1"
 
 
 def test_a_node_says_what_it_has(tmp_path: Path) -> None:
@@ -216,7 +221,7 @@ def test_the_same_port_serves_again_at_once(tmp_path: Path) -> None:
     for _ in range(3):
         with ThreadPoolExecutor(2) as pool:
             assert list(pool.map(meet, range(2))) == [[0, 1], [0, 1]]
-        assert network.port_is_free(port)
+        assert network.can_bind("", port)
 
 
 # ---------------------------------------------------------------- network
@@ -226,8 +231,8 @@ def test_the_interface_is_the_one_that_has_the_address_or_leads_to_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert network.interface_towards("127.0.0.1") == "lo"
-    assert network.is_own("127.0.0.1")
-    assert not network.is_own("192.0.2.1")
+    assert network.can_bind("127.0.0.1", 0)
+    assert not network.can_bind("192.0.2.1", 0)
     # A second address of an interface: by the kernel's table, the longest match.
     table = [
         "Iface Destination Gateway Flags RefCnt Use Metric Mask MTU Window IRTT",

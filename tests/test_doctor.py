@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from vggt_cache import doctor
-from vggt_cache.doctor import Finding, commit, examine, format_findings, partner, place, together
-from vggt_cache.doctor.partner import Partner
+from vggt_cache.doctor import Finding, examine, format_findings, trials
+from vggt_cache.doctor.trials import Partner
 from vggt_cache.errors import CacheAccessError
 from vggt_cache.precompute.claims import Claims
 from vggt_cache.store import FileSystem
@@ -24,8 +24,8 @@ from vggt_cache.store import FileSystem
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commit, "THROUGHPUT_BYTES", 1 << 20)
-    monkeypatch.setattr(together, "_SWAP_S", 0.05)
+    monkeypatch.setattr(trials, "THROUGHPUT_BYTES", 1 << 20)
+    monkeypatch.setattr(trials, "_SWAP_S", 0.05)
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def refuse(code: int) -> Callable[..., Any]:
 
 def committed(folder: Path) -> dict[str, Finding]:
     folder.mkdir(exist_ok=True)
-    return by_name(list(commit.tried_commit(folder)))
+    return by_name(list(trials.commit(folder)))
 
 
 def by_name(findings: list[Finding]) -> dict[str, Finding]:
@@ -106,7 +106,7 @@ def test_a_stale_mount_is_one_typed_sentence(tmp_path: Path, monkeypatch: pytest
 def test_without_a_second_process_the_examination_still_ends_with_findings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(partner.SPAWN.Process, "start", refuse(errno.EAGAIN))
+    monkeypatch.setattr(trials.SPAWN.Process, "start", refuse(errno.EAGAIN))
     found = by_name(examine(tmp_path))
     assert found["second process"].status == "fail"
     assert found["read speed"].status == "ok"
@@ -140,7 +140,7 @@ def test_a_claim_that_cannot_be_made_is_a_fault_and_not_the_end(
     else:
         (tmp_path / "folder").write_text("")  # in whose place the second process wants to make its own
         folder = tmp_path / "folder"
-    (found,) = doctor._attempt("exclusive create", together.exclusive_create, folder, other)
+    (found,) = doctor._attempt(trials.exclusive_create, folder, other)
     assert (found.status, "no work can be claimed" in found.value) == ("fail", True)
 
 
@@ -155,11 +155,10 @@ def test_an_interrupt_leaves_no_folder_and_no_process_behind(
 
     def interrupt(folder: Path, other: Partner) -> Finding:
         started.append(other)
-        other.ask(partner.watch_content, folder / "never", b"x", 1e6)
-        other.answer()
+        other.ask(trials.watch, trials.content_of, folder / "never", "last", 1e6)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(together, "TRIALS", (interrupt,))
+    monkeypatch.setattr(trials, "TOGETHER", (interrupt,))
     with pytest.raises(KeyboardInterrupt):
         examine(tmp_path)
     assert os.listdir(tmp_path) == []
@@ -193,9 +192,9 @@ def test_the_table_has_a_line_for_each_finding_of_one_sentence_and_counts_them(t
 def test_a_create_that_is_not_exclusive_is_found(
     tmp_path: Path, other: Partner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert together.exclusive_create(tmp_path / "first", other).status == "ok"
+    assert trials.exclusive_create(tmp_path / "first", other).status == "ok"
     monkeypatch.setattr(Claims, "try_claim", lambda self, block: True)
-    finding = together.exclusive_create(tmp_path / "other", other)
+    finding = trials.exclusive_create(tmp_path / "other", other)
     assert finding.status == "fail"
     assert "twice" in finding.value
 
@@ -210,8 +209,8 @@ def test_a_replacement_that_is_not_atomic_is_found(
             time.sleep(0.005)
             file.write(data[len(data) // 2 :])
 
-    monkeypatch.setattr(together.os, "replace", in_two_halves)
-    finding = together.atomic_replace(tmp_path, other)
+    monkeypatch.setattr(trials.os, "replace", in_two_halves)
+    finding = by_name(list(trials.atomic_rename(tmp_path, other)))["atomic rename"]
     assert finding.status == "fail"
     assert "torn" in finding.value
 
@@ -220,30 +219,36 @@ def named(how: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on a shard gets its name, and a file its successor, in this way."""
     link, replace = FileSystem.link, os.replace
     monkeypatch.setattr(FileSystem, "link", lambda *names, **where: how(link, *names, **where))
-    monkeypatch.setattr(together.os, "replace", lambda *names: how(replace, *names))
+    monkeypatch.setattr(trials.os, "replace", lambda *names: how(replace, *names))
 
 
-@pytest.mark.parametrize("trial", [together.visible_name, together.visible_content])
+@pytest.mark.parametrize(
+    ("trial", "name"),
+    [(trials.new_name_visible, "new name visible"), (trials.atomic_rename, "new contents visible")],
+)
 def test_a_rename_that_nobody_sees_is_found(
-    trial: Callable[..., Finding], tmp_path: Path, other: Partner, monkeypatch: pytest.MonkeyPatch
+    trial: Callable[..., Any], name: str, tmp_path: Path, other: Partner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(together, "VISIBILITY_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(trials, "VISIBILITY_TIMEOUT_S", 0.1)
     named(lambda call, *names, **where: None, monkeypatch)
-    finding = trial(tmp_path, other)
+    finding = by_name(doctor._attempt(trial, tmp_path, other))[name]
     assert (finding.status, finding.value) == ("fail", "not within 0 s")
 
 
-@pytest.mark.parametrize("trial", [together.visible_name, together.visible_content])
+@pytest.mark.parametrize(
+    ("trial", "name"),
+    [(trials.new_name_visible, "new name visible"), (trials.atomic_rename, "new contents visible")],
+)
 def test_the_visibility_delay_is_measured_and_a_long_one_is_a_warning(
-    trial: Callable[..., Finding], tmp_path: Path, other: Partner, monkeypatch: pytest.MonkeyPatch
+    trial: Callable[..., Any], name: str, tmp_path: Path, other: Partner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def late(call: Callable[..., None], *names: object, **where: object) -> None:
         time.sleep(0.3)
         call(*names, **where)
 
-    monkeypatch.setattr(together, "SLOW_VISIBILITY_S", 0.25)
+    monkeypatch.setattr(trials, "SLOW_VISIBILITY_S", 0.25)
     named(late, monkeypatch)
-    finding = trial(tmp_path, other)
+    finding = by_name(doctor._attempt(trial, tmp_path, other))[name]
     assert finding.status == "warn"
     assert float(finding.value.removesuffix(" ms")) >= 300
 
@@ -294,16 +299,16 @@ def test_a_refused_commit_is_a_fault_with_the_stores_own_words(
 def test_a_file_server_with_another_time_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert commit.clock(tmp_path).status == "ok"
+    assert trials.clock(tmp_path).status == "ok"
     real = time.time
-    monkeypatch.setattr(commit.time, "time", lambda: real() - 100)
-    finding = commit.clock(tmp_path)
+    monkeypatch.setattr(trials.time, "time", lambda: real() - 100)
+    finding = trials.clock(tmp_path)
     assert (finding.status, finding.value) == ("warn", "+100.0 s")
 
 
 def test_a_file_time_that_stands_still_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commit.os, "utime", lambda path: None)
-    assert commit.clock(tmp_path).value == "does not advance"
+    monkeypatch.setattr(trials.os, "utime", lambda path: None)
+    assert trials.clock(tmp_path).value == "does not advance"
 
 
 @pytest.mark.parametrize(("umask", "value", "status"), [(0o077, "0600", "warn"), (0o027, "0640", "ok")])
@@ -321,12 +326,12 @@ def test_new_files_that_the_group_cannot_read_are_a_warning(
 @pytest.mark.parametrize(("mode", "status"), [(0o750, "ok"), (0o700, "warn")])
 def test_a_directory_that_the_group_cannot_enter_is_a_warning(mode: int, status: str, tmp_path: Path) -> None:
     tmp_path.chmod(mode)
-    assert place.access(tmp_path).status == status
+    assert doctor.directory_mode(tmp_path).status == status
 
 
 def test_too_short_file_names_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commit, "NAME_BYTES", 300)
-    finding = commit.long_name(tmp_path)
+    monkeypatch.setattr(trials, "NAME_BYTES", 300)
+    finding = trials.file_names(tmp_path)
     assert finding.status == "fail"
     assert "File name too long" in finding.value
 
@@ -346,8 +351,8 @@ def space(**values: int) -> Callable[[object], SimpleNamespace]:
 def test_little_free_space_is_reported_in_features(
     blocks: int, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(place.os, "statvfs", space(f_bavail=blocks))
-    finding = place.free_space(tmp_path)
+    monkeypatch.setattr(doctor.os, "statvfs", space(f_bavail=blocks))
+    finding = by_name(list(doctor.room(tmp_path)))["free space"]
     assert finding.status == status
     assert f"{int(blocks * 4096 / 4.24e6):,} features" in finding.meaning
 
@@ -358,17 +363,17 @@ def test_little_free_space_is_reported_in_features(
 def test_exhausted_inodes_are_found_and_none_counted_is_no_limit(
     total: int, left: int, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(place.os, "statvfs", space(f_files=total, f_favail=left))
-    assert place.free_inodes(tmp_path).status == status
+    monkeypatch.setattr(doctor.os, "statvfs", space(f_files=total, f_favail=left))
+    assert by_name(list(doctor.room(tmp_path)))["free inodes"].status == status
 
 
 def test_a_full_disk_leaves_the_speed_unmeasured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commit.os, "statvfs", space(f_bavail=0))
+    monkeypatch.setattr(trials.os, "statvfs", space(f_bavail=0))
     found = committed(tmp_path)
     assert found["write speed"].value == "not measured"
     assert found["read speed"].value == "not measured"
     written = (path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
-    assert sum(written) < commit.THROUGHPUT_BYTES / 4
+    assert sum(written) < trials.THROUGHPUT_BYTES / 4
 
 
 # ---------------------------------------------------------------- the kind of file system
@@ -401,12 +406,12 @@ def test_the_file_system_is_that_of_the_longest_and_latest_mount(
 ) -> None:
     table = tmp_path / "mounts"
     table.write_text(MOUNTS)
-    finding = place.file_system(Path(path), str(table))
+    finding = doctor.file_system(Path(path), str(table))
     assert (finding.value, finding.status) == (f"{kind} at {point}", status)
 
 
 def test_without_a_mount_table_the_type_is_unknown_and_no_fault(tmp_path: Path) -> None:
-    finding = place.file_system(tmp_path, str(tmp_path / "absent"))
+    finding = doctor.file_system(tmp_path, str(tmp_path / "absent"))
     assert (finding.value, finding.status) == ("unknown at /", "ok")
 
 
@@ -415,4 +420,4 @@ def test_a_symbolic_link_is_examined_where_it_leads(tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "target")
     table.write_text(f"/dev/sda / ext4 rw 0 0\nfast {tmp_path}/target tmpfs rw 0 0\n")
-    assert place.mount_of(tmp_path / "link", str(table))[0] == "tmpfs"
+    assert doctor.mount_of(tmp_path / "link", str(table))[0] == "tmpfs"

@@ -183,7 +183,7 @@ def run_trial(trial: Any, arguments: argparse.Namespace, results: Results) -> No
 
 
 def _begin(trial: Any, arguments: argparse.Namespace, results: Results) -> dict[str, Any]:
-    from vggt_cache.doctor.place import mount_of
+    from vggt_cache.doctor import mount_of
 
     old, digest = results.of(trial.name), source_digest(trial.exercises)
     same_seeds = arguments.seed in (None, old.get("first_seed"))

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
-from types import TracebackType
 from typing import Any
 
 from torch.distributed import DistError, TCPStore  # type: ignore[attr-defined]
 
-from vggt_cache.cluster.rendezvous import Rendezvous
+from vggt_cache.cluster.network import Rendezvous
 from vggt_cache.errors import VggtCacheError
 
 
@@ -31,35 +29,42 @@ class Meeting:
     def __init__(self, place: Rendezvous, *, timeout_s: float) -> None:
         """Raises MeetingError where node 0 cannot be reached in time, or another node has the same rank."""
         self.place = place
-        self._deadline = time.monotonic() + timeout_s
-        self._timeout_s = timeout_s
-        self._store = self._open()
+        self._deadline, self._timeout_s = time.monotonic() + timeout_s, timeout_s
+        self._where = f"{place.master_addr}:{place.master_port}"
+        leads = place.node_rank == 0
+        host = "0.0.0.0" if leads else place.master_addr
+        try:
+            self._store = TCPStore(
+                host, place.master_port, is_master=leads, wait_for_workers=False, timeout=self._left()
+            )
+        except DistError as error:
+            raise MeetingError(
+                f"node 0 did not answer at {self._where} within {timeout_s:.0f} s: run check_cluster.sh there too, "
+                "check MASTER_ADDR and MASTER_PORT, and that no firewall closes the port"
+            ) from error
         if self._store.add(f"came/{place.node_rank}", 1) > 1:
             raise MeetingError(
-                f"two nodes say that they are NODE_RANK {place.node_rank}, so one of the {place.nodes} is "
-                "missing: give each node a rank of its own"
+                f"two nodes say that they are NODE_RANK {place.node_rank}, so one of the {place.nodes} is missing: "
+                "give each node a rank of its own"
             )
 
     def __enter__(self) -> Meeting:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         # The store ends with node 0, and the others may still be reading from it.
         with suppress(DistError, MeetingError):
             self._store.set(f"left/{self.place.node_rank}", "1")
             if self.place.node_rank == 0 and kind is None:
-                self.collect("left")
+                self._collect("left")
         del self._store  # closes the port, also where an error keeps this object alive
 
     def exchange(self, topic: str, value: Any) -> list[Any]:
         """Every node's value, in order of rank; each node must call it. Raises MeetingError when one does not."""
         self._store.set(f"{topic}/{self.place.node_rank}", json.dumps(value))
-        return [json.loads(text) for text in self.collect(topic)]
+        return [json.loads(text) for text in self._collect(topic)]
 
-    def collect(self, topic: str) -> list[bytes]:
-        """What each node has set under a topic. Raises MeetingError with the ranks that have not."""
+    def _collect(self, topic: str) -> list[bytes]:
         keys = [f"{topic}/{rank}" for rank in range(self.place.nodes)]
         try:
             self._store.wait(keys, self._left())
@@ -71,59 +76,22 @@ class Meeting:
         try:
             names = ", ".join(f"node {rank}" for rank, key in enumerate(keys) if not self._store.check([key]))
         except DistError:
-            return f"node 0 at {self._where()} ended before all had answered: see what it says"
+            return f"node 0 at {self._where} ended before all had answered: see what it says"
         return (
-            f"{names} did not answer within {self._timeout_s:.0f} s: run check_cluster.sh there too, with "
-            f"the same MASTER_ADDR, MASTER_PORT and NNODES {self.place.nodes}, and see what it says"
+            f"{names} did not answer within {self._timeout_s:.0f} s: run check_cluster.sh there too, with the same "
+            f"MASTER_ADDR, MASTER_PORT and NNODES {self.place.nodes}, and see what it says"
         )
-
-    def _open(self) -> TCPStore:
-        leads = self.place.node_rank == 0
-        try:
-            return TCPStore(
-                "0.0.0.0" if leads else self.place.master_addr,
-                self.place.master_port,
-                is_master=leads,
-                wait_for_workers=False,
-                timeout=self._left(),
-            )
-        except DistError as error:
-            raise MeetingError(
-                f"node 0 did not answer at {self._where()} within {self._timeout_s:.0f} s: run "
-                "check_cluster.sh there too, check MASTER_ADDR and MASTER_PORT, and that no firewall "
-                "closes the port"
-            ) from error
-
-    def _where(self) -> str:
-        return f"{self.place.master_addr}:{self.place.master_port}"
 
     def _left(self) -> timedelta:
         return timedelta(seconds=max(0.5, self._deadline - time.monotonic()))
 
 
-class Listener:
-    """Accepts connections on any free port: NCCL and gloo choose theirs so, and firewalls often forbid it."""
-
-    def __init__(self) -> None:
-        self._socket = socket.create_server(("", 0))
-        self.port = int(self._socket.getsockname()[1])
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                self._socket.accept()[0].close()
-
-    def close(self) -> None:
-        self._socket.close()
-
-
-def unreachable(addresses: Sequence[tuple[str, int]], *, timeout_s: float) -> list[int]:
+def unreachable(addresses: Sequence[Sequence[Any]], *, timeout_s: float) -> list[int]:
     """Which of these (address, port) do not accept a connection from here, by position."""
     failed = []
-    for position, place in enumerate(addresses):
+    for position, (host, port) in enumerate(addresses):
         try:
-            socket.create_connection(place, timeout=timeout_s).close()
+            socket.create_connection((host, port), timeout=timeout_s).close()
         except OSError:
             failed.append(position)
     return failed

@@ -1,18 +1,98 @@
-"""Addresses, interfaces and ports of this machine, as the kernel knows them; no tool needs to be
-installed."""
+"""Where the processes of a run meet: address, port and interface, as the kernel knows them; no tool is needed."""
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import ipaddress
 import socket
 import struct
+from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 from vggt_cache.errors import SettingsError
 
 _SIOCGIFADDR = 0x8915
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rendezvous:
+    """One node's settings for meeting the others. Raises SettingsError for values that cannot be meant."""
+
+    nodes: int
+    node_rank: int
+    master_addr: str
+    """Host name or IP address of node 0."""
+    master_port: int
+    """A free TCP port of node 0."""
+
+    def __post_init__(self) -> None:
+        if self.nodes < 1:
+            raise SettingsError(f"NNODES is {self.nodes}, and a run has at least one node: give their number")
+        if not 0 <= self.node_rank < self.nodes:
+            raise SettingsError(
+                f"NODE_RANK is {self.node_rank}, and the ranks of {self.nodes} nodes are 0 to {self.nodes - 1}: "
+                "give each node one of them, 0 to the one whose address MASTER_ADDR is"
+            )
+        if not 0 < self.master_port < 65536:
+            raise SettingsError(
+                f"MASTER_PORT is {self.master_port}, and ports are 1 to 65535: give one that is free on node 0"
+            )
+
+    def check(self) -> list[str]:
+        """Look at this machine's network; returns remarks. Raises SettingsError."""
+        address = resolve(self.master_addr)
+        if self.nodes > 1 and ipaddress.ip_address(address).is_loopback:
+            raise SettingsError(
+                f"MASTER_ADDR is '{self.master_addr}', which means {address} on this machine, an address that no "
+                "other node can reach: give the IP address of node 0 in the network that the nodes share"
+            )
+        if self.node_rank == 0 and not can_bind("", self.master_port):
+            raise SettingsError(
+                f"MASTER_PORT {self.master_port} is in use on this machine, so the nodes could not meet there: "
+                "end the program that has it, or set MASTER_PORT to another, the same on every node"
+            )
+        if self.node_rank == 0 and self.nodes > 1 and not can_bind(address, 0):
+            return [
+                f"NODE_RANK is 0, and MASTER_ADDR {self.master_addr} is not an address of this machine: "
+                "unless something forwards it here, give node 0's own"
+            ]
+        return []
+
+
+def interfaces(master_addr: str, nccl: str, gloo: str) -> dict[str, str]:
+    """NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME: as given, else the interface towards the master.
+
+    Raises SettingsError where a given name fits no interface of this machine.
+    """
+    given = {"NCCL_SOCKET_IFNAME": nccl, "GLOO_SOCKET_IFNAME": gloo}
+    for variable, setting in given.items():
+        # gloo takes one exact name.
+        if setting and not chosen_interfaces(setting if variable.startswith("NCCL") else f"={setting}"):
+            raise SettingsError(
+                f"{variable} is '{setting}', and this machine has {', '.join(interface_names())}: give one of "
+                "them, or unset it, and the interface towards MASTER_ADDR is used"
+            )
+    found = "" if nccl and gloo else interface_towards(master_addr)
+    return {variable: setting or found for variable, setting in given.items()}
+
+
+def chosen_interfaces(setting: str) -> list[str]:
+    """What NCCL takes by NCCL_SOCKET_IFNAME: `eth,ib` prefixes, `=eth0` exact names, `^lo` all others."""
+    is_other, listed = setting.startswith("^"), setting.removeprefix("^")
+    parts = [part for part in listed.removeprefix("=").split(",") if part]
+
+    def is_listed(name: str) -> bool:
+        return name in parts or (not listed.startswith("=") and name.startswith(tuple(parts)))
+
+    return [name for name in interface_names() if is_listed(name) != is_other]
+
+
+def interface_names() -> list[str]:
+    return [name for _, name in socket.if_nameindex()]
+
+
+# ---------------------------------------------------------------- addresses
 
 
 def resolve(host: str) -> str:
@@ -21,8 +101,8 @@ def resolve(host: str) -> str:
         return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
     except (OSError, UnicodeError) as error:
         raise SettingsError(
-            f"MASTER_ADDR is '{host}', and this machine cannot find an address for it ({error}): give the "
-            "IP address of node 0, the same on every node"
+            f"MASTER_ADDR is '{host}', and this machine cannot find an address for it ({error}): give the IP "
+            "address of node 0, the same on every node"
         ) from error
 
 
@@ -34,19 +114,9 @@ def local_address_towards(address: str) -> str:
             return str(probe.getsockname()[0])
     except OSError as error:
         raise SettingsError(
-            f"there is no route from this machine to MASTER_ADDR {address} ({error.strerror}): check the "
-            "address and that the network interface is up"
+            f"there is no route from this machine to MASTER_ADDR {address} ({error.strerror}): check the address "
+            "and that the network interface is up"
         ) from error
-
-
-def is_own(address: str) -> bool:
-    """Whether this machine has the address."""
-    with socket.socket(_family(address), socket.SOCK_STREAM) as probe:
-        try:
-            probe.bind((address, 0))
-        except OSError as error:
-            return error.errno != errno.EADDRNOTAVAIL
-    return True
 
 
 def interface_towards(host: str) -> str:
@@ -54,13 +124,10 @@ def interface_towards(host: str) -> str:
 
     Raises SettingsError where there is no route.
     """
-    address = resolve(host)
-    local = local_address_towards(address)
-    for name in interface_names():
-        if local in addresses_of(name):
-            return name
+    local = local_address_towards(resolve(host))
+    owners = (name for name in interface_names() if local in addresses_of(name))
     # A second address of an interface is not among those that the kernel lists first.
-    found = _interface_by_route(local)
+    found = next(owners, None) or _interface_by_route(local)
     if found is None:
         raise SettingsError(
             f"the interface towards MASTER_ADDR {host} cannot be determined (it has the address {local}): set "
@@ -69,52 +136,28 @@ def interface_towards(host: str) -> str:
     return found
 
 
-def interface_names() -> list[str]:
-    return [name for _, name in socket.if_nameindex()]
-
-
 def addresses_of(interface: str) -> list[str]:
     """An interface's first IPv4 address and all IPv6 addresses."""
-    found = []
+    entries = (line.split() for line in _lines("/proc/net/if_inet6"))
+    found = [str(ipaddress.IPv6Address(int(entry[0], 16))) for entry in entries if entry[-1] == interface]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             reply = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
-            found.append(socket.inet_ntoa(reply[20:24]))
-        except OSError:
-            pass  # an interface without an IPv4 address
-    for line in _lines("/proc/net/if_inet6"):
-        digits, *_, name = line.split()
-        if name == interface:
-            found.append(str(ipaddress.IPv6Address(int(digits, 16))))
-    return found
+        except OSError:  # it has no IPv4 address
+            return found
+    return [socket.inet_ntoa(reply[20:24]), *found]
 
 
 def _interface_by_route(address: str) -> str | None:
     """By the longest matching entry of the kernel's IPv4 table."""
-    try:
-        wanted = int(ipaddress.IPv4Address(address))
-    except ValueError:
+    if ":" in address:
         return None
-    best: tuple[int, str] | None = None
-    for line in _lines("/proc/net/route")[1:]:
-        name, destination, _, _, _, _, _, mask = line.split()[:8]
-        network, bits = (socket.ntohl(int(digits, 16)) for digits in (destination, mask))
-        if wanted & bits == network and (best is None or bits > best[0]):
-            best = (bits, name)
-    return best[1] if best else None
-
-
-def chosen_interfaces(setting: str) -> list[str]:
-    """The interfaces that NCCL takes by NCCL_SOCKET_IFNAME: `eth,ib` prefixes, `=eth0` exact names, `^lo`
-    all others."""
-    names, exact, other = interface_names(), False, False
-    if setting.startswith("^"):
-        setting, other = setting[1:], True
-    if setting.startswith("="):
-        setting, exact = setting[1:], True
-    parts = [part for part in setting.split(",") if part]
-    hit = {name for name in names for part in parts if name == part or (not exact and name.startswith(part))}
-    return [name for name in names if (name in hit) != other]
+    wanted, matches = int(ipaddress.IPv4Address(address)), []
+    for entry in map(str.split, _lines("/proc/net/route")[1:]):
+        destination, mask = (socket.ntohl(int(entry[column], 16)) for column in (1, 7))
+        if wanted & mask == destination:
+            matches.append((mask, entry[0]))
+    return max(matches, key=itemgetter(0), default=(0, None))[1]
 
 
 def free_port() -> int:
@@ -124,12 +167,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def port_is_free(port: int) -> bool:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+def can_bind(address: str, port: int) -> bool:
+    """Whether the address is this machine's (`` ``: any), and nobody uses the port (0: any)."""
+    with socket.socket(_family(address), socket.SOCK_STREAM) as probe:
         # As the store of torchrun does: a connection of the last run that is being closed is no obstacle.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("", port))
+            probe.bind((address, port))
         except OSError:
             return False
     return True

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import re
+import sys
+import tempfile
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
-from vggt_cache.cluster import equipment
 from vggt_cache.errors import CacheAccessError, CacheNotFoundError, DataError, NotACacheError, SettingsError
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.store import list_stores
@@ -48,11 +52,11 @@ def inspect(launch: Launch) -> list[str]:
         f"model: {_model(launch.model_path)}",
         f"data: {_data(launch)}",
         f"features: {_features(launch)}",
-        f"processes: {launch.nodes} x {launch.processes} on {launch.device}, {equipment.engine(launch.ds_config)}",
+        f"processes: {launch.nodes} x {launch.processes} on {launch.device}, {_engine(launch.ds_config)}",
         batch,
-        f"output: {equipment.output(launch.output_dir)}",
+        f"output: {_output(launch.output_dir)}",
     ]
-    equipment.check_packages(ds_config=launch.ds_config, device=launch.device, report_to=launch.report_to)
+    _check_packages(launch)
     return lines
 
 
@@ -66,13 +70,8 @@ def _batch(launch: Launch) -> str:
             raise SettingsError(f"{name} is {value}, so nothing would be trained: give 1 or more")
     processes = launch.nodes * launch.processes
     samples = processes * launch.batch_size * launch.accumulation
-    return (
-        f"batch: {samples} samples an optimizer step "
-        f"({processes} processes x {launch.batch_size} x {launch.accumulation} accumulated)"
-    )
-
-
-# ---------------------------------------------------------------- models
+    terms = f"{processes} processes x {launch.batch_size} x {launch.accumulation} accumulated"
+    return f"batch: {samples} samples an optimizer step ({terms})"
 
 
 def _model(path: str) -> str:
@@ -80,13 +79,12 @@ def _model(path: str) -> str:
         raise SettingsError(
             "MODEL_PATH is empty, so there is nothing to train: set it to the directory of Qwen2.5-VL"
         )
-    if Path(path).is_dir():
-        if not (Path(path) / "config.json").is_file():
-            raise SettingsError(
-                f"MODEL_PATH {path} has no config.json, so it holds no model: give the directory of "
-                "Qwen2.5-VL itself"
-            )
+    if (Path(path) / "config.json").is_file():
         return path
+    if Path(path).is_dir():
+        raise SettingsError(
+            f"MODEL_PATH {path} has no config.json, so it holds no model: give the directory of Qwen2.5-VL itself"
+        )
     if not HUB_ID.fullmatch(path):
         raise SettingsError(
             f"MODEL_PATH {path} does not exist on this machine, so there is nothing to train: give the "
@@ -95,19 +93,15 @@ def _model(path: str) -> str:
     return f"{path} (no directory here, so it is taken for a hub id)"
 
 
-def _encoder_is_here(path: str) -> bool:
-    return bool(path) and (Path(path).exists() or HUB_ID.fullmatch(path) is not None)
-
-
 # ---------------------------------------------------------------- data
 
 
 def _data(launch: Launch) -> str:
     if bool(launch.data_root) == bool(launch.annotation_path):
-        given = "both DATA_ROOT and" if launch.data_root else "neither DATA_ROOT nor"
+        both, neither = "both DATA_ROOT and ANNOTATION_PATH are", "neither DATA_ROOT nor ANNOTATION_PATH is"
         raise SettingsError(
-            f"{given} ANNOTATION_PATH {'are' if launch.data_root else 'is'} set, so it is not clear what to train on: "
-            "set DATA_ROOT to the folder of annotations or episodes, or ANNOTATION_PATH (and DATA_PATH) instead"
+            f"{both if launch.data_root else neither} set, so it is not clear what to train on: set DATA_ROOT to the "
+            "folder of annotations or episodes, or ANNOTATION_PATH (and DATA_PATH) instead"
         )
     if launch.data_root:
         _require_folder("DATA_ROOT", launch.data_root)
@@ -127,44 +121,54 @@ def _data(launch: Launch) -> str:
 def _require_folder(variable: str, path: str) -> None:
     try:
         with os.scandir(path) as entries:
-            empty = next(entries, None) is None
+            if next(entries, None) is not None:
+                return
     except OSError as error:
         raise DataError(
-            f"{variable} {path} cannot be read on this machine ({error.strerror}), so there is nothing to "
-            "train on: correct the path, or check the mount and its rights"
+            f"{variable} {path} cannot be read on this machine ({error.strerror}), so there is nothing to train "
+            "on: correct the path, or check the mount and its rights"
         ) from error
-    if empty:
-        raise DataError(
-            f"{variable} {path} is empty, so there is nothing to train on: is the file system mounted?"
-        )
+    raise DataError(
+        f"{variable} {path} is empty, so there is nothing to train on: is the file system mounted?"
+    )
 
 
 # ---------------------------------------------------------------- features
 
 
 def _features(launch: Launch) -> str:
+    encoder = launch.vggt_model_path
+    has_encoder = os.path.exists(encoder) or HUB_ID.fullmatch(encoder) is not None
     if not launch.cache_dir:
-        if not _encoder_is_here(launch.vggt_model_path):
+        if not has_encoder:
             raise SettingsError(
-                f"VGGT_CACHE_DIR is not set and VGGT_MODEL_PATH '{launch.vggt_model_path}' does not exist, so "
-                "there are no features to train on: set VGGT_CACHE_DIR to a cache, or VGGT_MODEL_PATH to "
-                "VGGT-1B"
+                f"VGGT_CACHE_DIR is not set and VGGT_MODEL_PATH '{encoder}' does not exist, so there are no features "
+                "to train on: set VGGT_CACHE_DIR to a cache, or VGGT_MODEL_PATH to VGGT-1B"
             )
-        return f"computed live by {launch.vggt_model_path} in every step (VGGT_CACHE_DIR is not set)"
+        return f"computed live by {encoder} in every step (VGGT_CACHE_DIR is not set)"
+    if launch.cache_miss == "error":
+        missing = "a missing feature ends the run"
+    elif has_encoder:
+        missing = "missing ones are computed" + " and put into the cache" * (launch.cache_miss == "fill")
+    else:
+        missing = f"there is no VGGT at '{encoder}': that is no fault as long as no feature is missing"
+    return f"cache {launch.cache_dir} ({' | '.join(_stores(launch)) or 'empty'}); {missing}"
+
+
+def _stores(launch: Launch) -> list[str]:
     may_be_empty = launch.cache_miss == "fill"
     try:
         specs = list_stores(launch.cache_dir)
     except CacheNotFoundError:
-        specs = []
         if not may_be_empty:
             raise
+        specs = []
     if not specs and not may_be_empty:
         raise NotACacheError(
-            f"VGGT_CACHE_DIR {launch.cache_dir} holds no feature cache: give the --cache_dir of the "
-            "precompute command, or set VGGT_CACHE_MISS=fill to fill it while training"
+            f"VGGT_CACHE_DIR {launch.cache_dir} holds no feature cache: give the --cache_dir of the precompute "
+            "command, or set VGGT_CACHE_MISS=fill to fill it while training"
         )
-    stores = [f"context {spec.context}, {_shards(launch.cache_dir, spec)} shards" for spec in specs]
-    return f"cache {launch.cache_dir} ({' | '.join(stores) or 'empty'}); {_missing(launch)}"
+    return [f"context {spec.context}, {_shards(launch.cache_dir, spec)} shards" for spec in specs]
 
 
 def _shards(cache_dir: str, spec: FeatureSpec) -> int:
@@ -176,19 +180,60 @@ def _shards(cache_dir: str, spec: FeatureSpec) -> int:
             (folder / names[0]).open("rb").close()
     except OSError as error:
         raise CacheAccessError(
-            f"VGGT_CACHE_DIR {cache_dir} cannot be read ({error.strerror}: {error.filename}), so training "
-            f"would find no feature: let its owner run chmod -R 755 {cache_dir}"
+            f"VGGT_CACHE_DIR {cache_dir} cannot be read ({error.strerror}: {error.filename}), so training would "
+            f"find no feature: let its owner run chmod -R 755 {cache_dir}"
         ) from error
     return len(names)
 
 
-def _missing(launch: Launch) -> str:
-    """What becomes of features that the cache has not."""
-    if launch.cache_miss == "error":
-        return "a missing feature ends the run"
-    put_back = " and put into the cache" if launch.cache_miss == "fill" else ""
-    if _encoder_is_here(launch.vggt_model_path):
-        return f"missing ones are computed{put_back}"
-    return (
-        f"there is no VGGT at '{launch.vggt_model_path}': that is no fault as long as no feature is missing"
-    )
+# ---------------------------------------------------------------- equipment
+
+
+def _engine(ds_config: str) -> str:
+    if ds_config == "none":
+        return "no DeepSpeed"
+    try:
+        stage = json.loads(Path(ds_config).read_text(encoding="utf-8"))["zero_optimization"]["stage"]
+    except OSError as error:
+        raise SettingsError(
+            f"DS_CONFIG {ds_config} cannot be read ({error.strerror}): give one of scripts/zero3.json, "
+            "scripts/zero2.json and scripts/zero2_offload.json, or none"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise SettingsError(
+            f"DS_CONFIG {ds_config} is no DeepSpeed configuration ({type(error).__name__}: {error}): it must be "
+            "JSON and say zero_optimization.stage; compare it with scripts/zero3.json"
+        ) from error
+    return f"DeepSpeed ZeRO-{stage} ({ds_config})"
+
+
+def _output(path: str) -> str:
+    """The directory, and the checkpoint in it to go on from."""
+    try:
+        os.makedirs(path, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise SettingsError(
+            f"OUTPUT_DIR {path} cannot be written ({error.strerror}), so no checkpoint could be saved: set "
+            "OUTPUT_DIR to a directory that you can write"
+        ) from error
+    steps = [int(name[11:]) for name in os.listdir(path) if re.fullmatch(r"checkpoint-\d+", name)]
+    return f"{path}, going on from checkpoint-{max(steps)}" if steps else path
+
+
+def _check_packages(launch: Launch) -> None:
+    wanted = ["torch", "transformers", "accelerate"]
+    wanted += [] if launch.ds_config == "none" else ["deepspeed"]
+    wanted += ["tensorboard"] if launch.report_to in ("tensorboard", "all") else []
+    for name in wanted:
+        if importlib.util.find_spec(name) is None:
+            raise SettingsError(
+                f"the package {name} is not installed for {sys.executable}, and training needs it: run "
+                f"{sys.executable} -m pip install '.[train]' in the project, or set PYTHON to another interpreter"
+            )
+    if launch.device == "cuda" and version("torch").endswith("+cpu"):
+        raise SettingsError(
+            f"torch {version('torch')} of {sys.executable} is a build without CUDA, so it would not see the GPUs: "
+            "install a build with CUDA, or set PYTHON to another interpreter"
+        )

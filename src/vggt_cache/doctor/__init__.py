@@ -7,20 +7,36 @@ removed again; nothing else in the directory is touched.
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vggt_cache.doctor import together
-from vggt_cache.doctor.commit import clock, long_name, tried_commit
-from vggt_cache.doctor.findings import Finding, format_findings
-from vggt_cache.doctor.partner import Partner
-from vggt_cache.doctor.place import access, file_system, free_inodes, free_space
+from vggt_cache.doctor import trials
+from vggt_cache.doctor.findings import Finding, finding, format_findings, reason
 from vggt_cache.errors import CacheAccessError, CommitError
 
 __all__ = ["Finding", "examine", "format_findings"]
+
+LOW_SPACE_BYTES, NO_SPACE_BYTES = 20 * 10**9, 200 * 10**6
+LOW_INODES = 1000
+_MOUNT_KINDS = (
+    ("ext2 ext3 ext4 xfs btrfs zfs f2fs apfs", "ok", "a local disk: other machines cannot see a cache here"),
+    ("nfs nfs4", "ok",
+     "a network file system: other machines see a new shard only after their attribute cache expires (3 to 60 s, "
+     "mount option actimeo), and a training job should start after precompute has ended"),
+    ("lustre gpfs beegfs ceph wekafs", "ok",
+     "a cluster file system: all nodes see a commit at once, and many small files are slow, which shards avoid"),
+    ("tmpfs ramfs", "warn", "main memory: a cache here takes RAM and is lost when the machine restarts"),
+    ("overlay", "warn", "the container's own layer: a cache here is lost with the container, so mount a volume for it"),
+    ("cifs smb3 9p vfat exfat", "warn",
+     "a file system with weak POSIX promises: prefer a local disk, NFS or a cluster file system"),
+    ("fuse", "warn",
+     "a file system in user space: whether fsync really reaches the disk depends on the program behind it"),
+)  # fmt: skip
 
 
 def examine(directory: str | os.PathLike[str]) -> list[Finding]:
@@ -31,96 +47,114 @@ def examine(directory: str | os.PathLike[str]) -> list[Finding]:
     cannot be read.
     """
     asked = Path(directory)
-    place = _nearest_existing(asked)
-    _check_readable(place)
-    findings = []
-    if place != asked:
-        meaning = f"{asked} does not exist yet, so its nearest parent is examined."
-        findings.append(Finding("directory", "ok", str(place), meaning))
-    findings += [*_attempt("file system", file_system, place), *_attempt("directory mode", access, place)]
-    return [*findings, *_written(place)]
-
-
-def _nearest_existing(path: Path) -> Path:
-    for candidate in (path, *path.absolute().parents):
-        try:
-            os.stat(candidate)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError as error:
-            raise _refused(candidate, error) from error
-        return candidate
-    return Path("/")
-
-
-def _check_readable(place: Path) -> None:
-    if not place.is_dir():
-        raise CacheAccessError(f"{place} is not a directory, so no cache can be there: give a directory")
-    try:
-        with os.scandir(place) as entries:
-            next(entries, None)
-    except OSError as error:
-        raise _refused(place, error) from error
-
-
-def _refused(place: Path, error: OSError) -> CacheAccessError:
-    return CacheAccessError(
-        f"{place} cannot be read ({error.strerror or error}), so a cache there could not be used: "
-        "ask its owner for read access (chmod g+rx), or check the mount"
-    )
-
-
-def _written(place: Path) -> list[Finding]:
-    """The findings that need a file to be written."""
+    place = _nearest_readable(asked)
+    findings = [] if place == asked else [finding("directory", "ok", str(place), asked=asked)]
+    findings += [*_attempt(file_system, place), *_attempt(directory_mode, place)]
     try:
         folder = Path(tempfile.mkdtemp(prefix=".doctor-", dir=place))
     except OSError as error:
-        meaning = (
-            "You can read a cache here but not write one, and the checks that write are left out: for precompute, "
-            "get write access."
-        )
-        return [Finding("writable", "warn", f"no ({error.strerror or error})", meaning)]
-    findings = [Finding("writable", "ok", "yes", "You can write a cache here.")]
-    findings += [*_attempt("free space", free_space, place), *_attempt("free inodes", free_inodes, place)]
+        return [*findings, finding("writable", "warn", f"no ({reason(error)})")]
+    findings += [finding("writable", "ok", "yes"), *_attempt(room, place)]
     try:
         findings += _tried_together(folder)
-        for name, trial in (("commit", tried_commit), ("clock", clock), ("file names", long_name)):
-            findings += _attempt(name, trial, _fresh(folder))
+        for trial in trials.ALONE:
+            findings += _attempt(trial, _fresh(folder))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     if folder.exists():
-        meaning = "This temporary folder of the examination could not be removed: remove it by hand."
-        findings.append(Finding("cleaning up", "warn", str(folder), meaning))
+        findings.append(finding("cleaning up", "warn", str(folder)))
     return findings
 
 
+def _nearest_readable(asked: Path) -> Path:
+    for place in (asked, *asked.absolute().parents):
+        try:
+            if not stat.S_ISDIR(os.stat(place).st_mode):
+                raise CacheAccessError(
+                    f"{place} is not a directory, so no cache can be there: give a directory"
+                )
+            with os.scandir(place) as entries:
+                next(entries, None)
+            return place
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise CacheAccessError(
+                f"{place} cannot be read ({reason(error)}), so a cache there could not be used: "
+                "ask its owner for read access (chmod g+rx), or check the mount"
+            ) from error
+    return Path("/")
+
+
 def _tried_together(folder: Path) -> list[Finding]:
+    findings: list[Finding] = []
     try:
-        with Partner() as partner:
-            return [
-                finding
-                for trial in together.TRIALS
-                for finding in _attempt(trial.__name__.replace("_", " "), trial, _fresh(folder), partner)
-            ]
+        with trials.Partner() as partner:
+            for trial in trials.TOGETHER:
+                findings += _attempt(trial, _fresh(folder), partner)
     except OSError as error:
-        meaning = (
-            "No second process could be started, so nothing that needs one was tried out: see the reason."
-        )
-        return [Finding("second process", "fail", str(error.strerror or error), meaning)]
+        return [finding("second process", "fail", reason(error))]
+    return findings
 
 
 def _fresh(folder: Path) -> Path:
     return Path(tempfile.mkdtemp(dir=folder))
 
 
-def _attempt(name: str, trial: Callable[..., Finding | Iterable[Finding]], *arguments: Any) -> list[Finding]:
+def _attempt(trial: Callable[..., Finding | Iterable[Finding]], *arguments: Any) -> list[Finding]:
     """What a trial finds; a refusal of the operating system is a finding too."""
     findings: list[Finding] = []
     try:
         found = trial(*arguments)
         findings.extend([found] if isinstance(found, Finding) else found)
     except (OSError, ValueError, CacheAccessError, CommitError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        meaning = "The operating system refused an operation that a cache needs: see the reason."
-        findings.append(Finding(name, "fail", reason, meaning))
+        findings.append(finding(trial.__name__.replace("_", " "), "fail", reason(error), case="any: refused"))
     return findings
+
+
+def file_system(directory: Path, mounts: str = "/proc/mounts") -> Finding:
+    """Type and mount point of the file system that holds the directory."""
+    kind, point = mount_of(directory, mounts)
+    family = "fuse" if kind.startswith("fuse") else kind
+    known = ((status, meaning) for kinds, status, meaning in _MOUNT_KINDS if family in kinds.split())
+    status, meaning = next(known, ("ok", "a type that this check does not know"))
+    return Finding("file system", status, f"{kind} at {point}", f"It is {meaning}.")
+
+
+def mount_of(directory: Path, mounts: str = "/proc/mounts") -> tuple[str, str]:
+    """(type, mount point) by the longest mount point that contains the directory; ("unknown", "/") without a table."""
+    try:
+        lines = Path(mounts).read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return "unknown", "/"
+    real, best = Path(os.path.realpath(directory)), ("unknown", "/")
+    for line in lines:
+        _, escaped, kind, *_ = [*line.split(), "", "", ""]
+        # The kernel writes blanks, tabs, line feeds and backslashes as \040 and the like.
+        point = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), escaped)
+        # Of two mounts on one point the later one hides the earlier one.
+        if point.startswith("/") and real.is_relative_to(point) and len(point) >= len(best[1]):
+            best = (kind, point)
+    return best
+
+
+def directory_mode(directory: Path) -> Finding:
+    """Who can enter the directory."""
+    mode = stat.S_IMODE(os.stat(directory).st_mode)
+    return finding("directory mode", "ok" if mode & 0o050 == 0o050 else "warn", f"{mode:04o}")
+
+
+def room(directory: Path) -> Iterator[Finding]:
+    """Bytes that an ordinary user can still write, and files that can still be created."""
+    found = os.statvfs(directory)
+    free_bytes = found.f_bavail * found.f_frsize
+    status = "fail" if free_bytes < NO_SPACE_BYTES else "warn" if free_bytes < LOW_SPACE_BYTES else "ok"
+    remedy = "" if status == "ok" else ": free some space or choose another file system"
+    features = int(free_bytes / trials.FEATURE_BYTES)
+    value = f"{free_bytes / 1e9:.1f} GB"
+    yield finding("free space", status, value, case="free space: room", features=features, remedy=remedy)
+    if found.f_files == 0:
+        yield finding("free inodes", "ok", "no limit", case="free inodes: no limit")
+    else:
+        status = "fail" if found.f_favail < LOW_INODES else "ok"
+        yield finding("free inodes", status, f"{found.f_favail:,}")
