@@ -90,7 +90,7 @@ class Stepper:
         """Samples with a full history, enough for all batches."""
         data = write_dataset(folder / "data", episodes=2 * self.arguments.batch_size, steps=_STEPS)
         qwen = write_tiny_qwen(folder / "qwen")
-        index = SampleIndex.build(find_sources(str(data.root / "conversations")), on_problem=print)
+        index = SampleIndex(find_sources(str(data.root / "conversations")), on_problem=print)
         dataset = NavigationDataset(
             index,
             AutoTokenizer.from_pretrained(qwen),

@@ -106,11 +106,11 @@ def test_names_that_lead_to_one_file_are_one_frame(tmp_path):
     third = table.add(_sample(["ep/a.png"], tmp_path))
     assert first[0] == first[2] == third[0]
     table.resolve(threads=2)
-    frames = [[table.frame_of(reference) for reference in ids] for ids in (first, second, third)]
+    frames = [[table.frame_ids()[reference] for reference in ids] for ids in (first, second, third)]
     assert frames == [[0, 1, 0], [0, 0, 2], [0]]
     assert list(table.paths) == [str(target), str(other), str(tmp_path / "ep" / "missing.png")]
     assert [table.state(frame) for frame in range(3)] == [_state(target), _state(other), None]
-    assert list(table.frame_ids()) == [table.frame_of(reference) for reference in range(5)]
+    assert list(table.frame_ids()) == [table.frame_ids()[reference] for reference in range(5)]
 
 
 def test_hard_links_and_symbolic_links_stay_frames_of_their_own(tmp_path):
@@ -136,7 +136,7 @@ def test_tables_agree_with_looking_up_each_name(samples, threads, portion):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(frame_table, "_NAMES_PER_CALL", portion)
         table.resolve(threads)
-    found = [[table.paths[table.frame_of(reference)] for reference in references] for references in ids]
+    found = [[table.paths[table.frame_ids()[reference]] for reference in references] for references in ids]
     assert found == [[locate_frame(folders, name)[0] for name in frames] for folders, frames in samples]
     assert len(set(table.paths)) == len(table)
     flat = [path for sample in found for path in sample]

@@ -43,9 +43,7 @@ def test_both_readers_agree_at_every_depth_and_with_any_stack(tmp_path: Path, re
         (tmp_path / f"train.{end}").write_text(text)
         sources, problems = find_sources(tmp_path), list[Problem]()
         samples = list(iter_samples(sources, on_problem=problems.append))
-        index = deeper(
-            150, lambda sources=sources: SampleIndex.build(sources, on_problem=lambda problem: None)
-        )
+        index = deeper(150, lambda sources=sources: SampleIndex(sources, on_problem=lambda problem: None))
         assert len(samples) == len(index) == deeper(300, lambda index=index: len(list(index)))
         assert len(problems) == (0 if depth <= MAX_NESTING and record == RECORDS[-1] else 1)
         assert depth <= MAX_NESTING or "nested too deeply" in problems[0].reason

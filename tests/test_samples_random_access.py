@@ -37,12 +37,12 @@ def in_one_pass(sources: Sources) -> tuple[list[Sample], list[Problem]]:
 
 def by_number(sources: Sources) -> tuple[list[Sample], list[Problem]]:
     problems: list[Problem] = []
-    index = SampleIndex.build(sources, on_problem=problems.append)
+    index = SampleIndex(sources, on_problem=problems.append)
     return [index[at] for at in range(len(index))], problems
 
 
 def build(root: Path) -> SampleIndex:
-    return SampleIndex.build(find_sources(root), on_problem=lambda _: None)
+    return SampleIndex(find_sources(root), on_problem=lambda _: None)
 
 
 def write_lines(path: Path, records: list[object]) -> Path:
@@ -108,7 +108,7 @@ def test_lines_are_found_again_whatever_stands_between_them(
         patch.setattr(annotations, "MAX_RECORD_BYTES", 300)
         path = Path(folder) / "a.jsonl"
         path.write_bytes(data)
-        sources = Sources(root=folder, jsonl_files=(str(path),))
+        sources = Sources(root=folder, files=(str(path),))
         assert by_number(sources) == in_one_pass(sources)
 
 
@@ -129,7 +129,7 @@ def test_items_are_found_again_in_lists_of_any_form(
         patch.setattr(annotations, "_CHUNK_BYTES", portion)
         path = Path(folder) / "a.json"
         path.write_bytes(data)
-        sources = Sources(root=folder, json_files=(str(path),))
+        sources = Sources(root=folder, files=(str(path),))
         assert by_number(sources) == in_one_pass(sources)
 
 
@@ -243,7 +243,7 @@ def test_a_shorter_item_in_an_items_place_is_not_taken_for_it(tmp_path: Path) ->
     status = path.stat()
     path.write_text("[" + '{"image": "b.png"},'.ljust(status.st_size - 2) + "]")
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    with pytest.raises(DataError, match="is not one JSON value"):
+    with pytest.raises(DataError, match="Extra data"):
         index[0]
 
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vggt_cache.errors import DataError
-from vggt_cache.samples import Problem, find_sources
+from vggt_cache.samples import Problem, annotations, find_sources
 from vggt_cache.samples import sources as sources_module
 
 SAMPLE = {"images": ["a.png"], "conversations": []}
@@ -153,7 +153,7 @@ def test_only_the_beginning_of_a_file_is_read(tmp_path, monkeypatch):
             portions.append(len(data or b""))
             return data or b""
 
-    monkeypatch.setattr(sources_module, "open", Counted, raising=False)
+    monkeypatch.setattr(annotations, "open", Counted, raising=False)
     assert len(find_sources(tmp_path).json_files) == 1
     assert sum(portions) <= 256 * 1024
 

@@ -195,14 +195,14 @@ def missing_for_rank_0(kit: Kit) -> set[str]:
     """The sources of some samples that rank 0 gets, as `order.EpochOrder` deals them out: every other one is its."""
     from janusvln.train.order import EpochOrder
 
-    index = SampleIndex.build(find_sources(str(kit.data)), on_problem=print)
+    index = SampleIndex(find_sources(str(kit.data)), on_problem=print)
     dealt = list(EpochOrder(len(index), seed=42))
     return {index[at].source for at in dealt[0 : 2 * STEPS : 4]}
 
 
 def store_without(kit: Kit, cache_dir: Path, sources: set[str]) -> None:
     """A cache of the whole data set except for these samples."""
-    index = SampleIndex.build(find_sources(str(kit.data)), on_problem=print)
+    index = SampleIndex(find_sources(str(kit.data)), on_problem=print)
     whole = FeatureCache.open(kit.cache, context="causal", root=kit.data)
     store = cache_dir / whole.spec.short_name
     shutil.copytree(kit.cache / whole.spec.short_name, store)

@@ -59,7 +59,7 @@ def write_records(root: Path, records: Sequence[dict[str, Any]], name: str = "tr
 
 
 def make_dataset(root: Path, spec: FeatureSpec = SPEC, **options: Any) -> NavigationDataset:
-    index = SampleIndex.build(sources_of(str(root), None, None), on_problem=_fail)
+    index = SampleIndex(sources_of(str(root), None, None), on_problem=_fail)
     settings = DataOptions(model_dir=str(tiny_qwen()), **options)
     return NavigationDataset(index, tiny_tokenizer(), spec=spec, options=settings)
 

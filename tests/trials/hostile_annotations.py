@@ -76,7 +76,7 @@ def _read(root: Path) -> None:
     for sample in samples:
         _check_sample(sample)
     assert all(problem.reason and len(problem.reason) < 500 for problem in problems)
-    _check_index(SampleIndex.build(sources, on_problem=lambda problem: None), samples)
+    _check_index(SampleIndex(sources, on_problem=lambda problem: None), samples)
     _check_frames(samples)
     for sample in samples:
         if sample.layout == "episode":
@@ -108,6 +108,6 @@ def _check_frames(samples: list[Sample]) -> None:
     table.resolve(threads=1)
     for numbers in references:
         for number in numbers:
-            frame = table.frame_of(number)
+            frame = table.frame_ids()[number]
             assert os.path.isabs(table.paths[frame])
             table.state(frame)

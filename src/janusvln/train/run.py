@@ -162,7 +162,7 @@ class TrainingRun:
 
     def _index(self, sources: Sources) -> SampleIndex:
         problems: list[Problem] = []
-        index = SampleIndex.build(sources, on_problem=problems.append)
+        index = SampleIndex(sources, on_problem=problems.append)
         for problem in problems[:_MAX_PROBLEMS_TOLD]:
             self._say(f"{problem.where} {problem.reason}", "WARN")
         if len(problems) > _MAX_PROBLEMS_TOLD:

@@ -21,7 +21,7 @@ from vggt_cache.precompute.decode import decode_file, reason_without_path
 from vggt_cache.precompute.digests import DigestTable, read_in_state
 from vggt_cache.precompute.encode import BatchEncoder
 from vggt_cache.precompute.plan import Plan
-from vggt_cache.samples.in_order import parts_of
+from vggt_cache.samples.paths import parts_of
 from vggt_cache.store import FeatureCache
 
 LARGEST_RELATIVE_ERROR = 0.05

@@ -8,15 +8,12 @@ Precompute and training see the same ordered frame lists because both read them 
 package opens an image. `docs/data.md` describes the layouts.
 """
 
-from vggt_cache.samples.by_number import SampleIndex
-from vggt_cache.samples.episodes import EpisodeText, read_episode_text
+from vggt_cache.samples.episodes import EpisodeText, history_indexes, read_episode_text
 from vggt_cache.samples.frame_table import FrameTable
-from vggt_cache.samples.history import history_indexes
-from vggt_cache.samples.named_files import sources_of_files
 from vggt_cache.samples.paths import locate_frame
-from vggt_cache.samples.reader import iter_samples
+from vggt_cache.samples.reader import SampleIndex, iter_samples
 from vggt_cache.samples.sample import Problem, Sample
-from vggt_cache.samples.sources import Sources, find_sources
+from vggt_cache.samples.sources import Sources, find_sources, sources_of_files
 from vggt_cache.small_files import FileState
 
 __all__ = [

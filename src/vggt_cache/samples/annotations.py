@@ -7,11 +7,14 @@ objects without end are each told with their place, and reading goes on behind t
 from __future__ import annotations
 
 import codecs
+import errno
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
+
+from vggt_cache.errors import FileKindError
+from vggt_cache.small_files import open_plain
 
 MAX_RECORD_BYTES = 16 * 2**20
 """Of one sample. Bounds the memory that a file without line ends, or without closing brackets, can take."""
@@ -19,10 +22,10 @@ MAX_NESTING = 100
 """Lists and objects in each other. Python's own limit depends on who calls: the same file would be read or not."""
 _CHUNK_BYTES = 2**20
 _SPACE = re.compile(r"[ \t\r\n]*")
+_KINDS = {list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(NamedTuple):
     """One line of a JSON Lines file, or one item of a JSON list: a record, or the reason why there is none."""
 
     number: int
@@ -31,16 +34,30 @@ class Entry:
     offset: int = 0
     """Where a record begins in its file, in bytes."""
     length: int = 0
-    """Bytes of a record; 0 where there is none."""
-
-    def at(self, offset: int, length: int) -> Entry:
-        """The same, with its place in the file."""
-        return (
-            Entry(self.number, self.record, self.reason, offset, length) if self.record is not None else self
-        )
+    """Bytes of a record."""
 
 
-# ---------------------------------------------------------------- JSON Lines
+def open_annotations(path: str) -> IO[bytes]:
+    """An annotation file; links are followed, pipes and devices are not waited for. Raises OSError."""
+    try:
+        return open(open_plain(path), "rb")
+    except FileKindError as error:
+        raise OSError(errno.EINVAL, "not a plain file", path) from error
+
+
+def has_lines(path: str) -> bool:
+    """Whether the file is JSON Lines; else it is a JSON list."""
+    return path.lower().endswith(".jsonl")
+
+
+def iter_entries(file: IO[bytes], path: str) -> Iterator[Entry]:
+    """What an annotation file holds, in the order of the file."""
+    return iter_json_lines(file) if has_lines(path) else iter_json_list(file)
+
+
+def parse_record(data: bytes, number: int) -> Entry:
+    """The entry that was found at an entry's place, once more."""
+    return _Values().whole(data, number, 0)
 
 
 def iter_json_lines(file: IO[bytes]) -> Iterator[Entry]:
@@ -49,89 +66,44 @@ def iter_json_lines(file: IO[bytes]) -> Iterator[Entry]:
     number = offset = 0
     while line := file.readline(MAX_RECORD_BYTES + 1):
         number += 1
-        length = len(line)
-        if length > MAX_RECORD_BYTES:
-            length += _skip_line(file, line)
+        offset += len(line)
+        if len(line) > MAX_RECORD_BYTES:
+            while line and not line.endswith(b"\n"):
+                line = file.readline(_CHUNK_BYTES)
+                offset += len(line)
             yield Entry(
                 number, None, f"is longer than {MAX_RECORD_BYTES} bytes: no sample is; check the file"
             )
-        elif not line.isspace():
-            yield from _read_line(values, number, line, offset)
-        offset += length
-
-
-def _read_line(values: _Values, number: int, line: bytes, offset: int) -> Iterator[Entry]:
-    text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-    if text and not text.isspace():
-        yield _parsed_line(values, number, text).at(offset + len(line) - len(text), len(text))
-
-
-def _parsed_line(values: _Values, number: int, line: bytes) -> Entry:
-    try:
-        return values.whole(number, line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        reason = f"is not UTF-8 text (byte {error.start + 1} of the line): convert the file to UTF-8"
-        return Entry(number, None, reason)
-
-
-def _skip_line(file: IO[bytes], part: bytes) -> int:
-    """Read on to the end of the line; returns how many bytes that took."""
-    skipped = 0
-    while part and not part.endswith(b"\n"):
-        part = file.readline(_CHUNK_BYTES)
-        skipped += len(part)
-    return skipped
-
-
-def parse_line(data: bytes, number: int) -> Entry:
-    """The line that `iter_json_lines` found at an entry's place, once more."""
-    return _parsed_line(_Values(), number, data)
-
-
-# ---------------------------------------------------------------- JSON lists
+            continue
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if line and not line.isspace():
+            yield values.whole(line, number, offset - len(line))
 
 
 def iter_json_list(file: IO[bytes]) -> Iterator[Entry]:
     """The items of a list; `number` counts them from 1. Behind a syntax error nothing can be read: it ends there."""
-    window, values = _Window(file), _Values()
+    window, number = _Window(file), 0
+    if window.next_character() == "\ufeff" and not window.offset:
+        window.go_to(window.at + 1)
     if window.next_character() != "[":
         yield Entry(0, None, "is not a JSON list: expected [ at its beginning")
         return
-    window.at += 1
-    number = 0
-    if window.next_character() == "]":
-        return
-    while True:
-        number += 1
-        entry, goes_on = window.take(values, number)
-        yield entry
-        if not goes_on:
-            return
-        separator = window.next_character()
-        if separator == "]":
-            return
-        if separator != ",":
-            yield Entry(
-                number + 1, None, f"and everything after it cannot be read: {_instead_of_comma(separator)}"
-            )
-            return
-        window.at += 1
-
-
-def parse_item(data: bytes, number: int) -> Entry:
-    """The item that `iter_json_list` found at an entry's place, once more."""
-    text = data.decode("utf-8", "surrogateescape")
+    window.go_to(window.at + 1)
+    separator = "]" if window.next_character() == "]" else ","
     try:
-        entry, end = _Values().first(number, text, 0)
-    except (ValueError, RecursionError) as error:
-        return Entry(number, None, f"is not valid JSON ({error})")
-    return entry if end == len(text) else Entry(number, None, "is not one JSON value")
-
-
-def _instead_of_comma(found: str) -> str:
-    if not found:
-        return "the file ends before its list does; make it again"
-    return f"expected a comma or ] before it, not {found!a}; correct the file"
+        while separator != "]":
+            number += 1
+            yield window.take(number)
+            separator = window.next_character()
+            if separator not in {",", "]"}:
+                number += 1
+                found = f"expected a comma or ] before it, not {separator!a}"
+                raise ValueError(found if separator else "the file ends before its list does")
+            window.go_to(window.at + 1)
+    except ValueError as error:
+        reason = f"and everything after it cannot be read: {error}; correct the file or make it again"
+        yield Entry(number, None, reason)
 
 
 class _Window:
@@ -139,71 +111,55 @@ class _Window:
 
     def __init__(self, file: IO[bytes]) -> None:
         self.at = 0
-        self._file = file
-        self._text = ""
-        self._counted = 0
-        self._offset = 0
-        self._ended = False
+        self.offset = 0
+        """Where `at` is in the file, in bytes."""
+        self._file, self._values = file, _Values()
+        self._text, self._ended = "", False
         # Bytes that are no text become lone surrogates, so that only the items that hold them are lost.
-        self._decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+
+    def go_to(self, at: int) -> None:
+        """Pass over what stands before `at`."""
+        passed = self._text[self.at : at]
+        self.offset += len(passed) if passed.isascii() else len(passed.encode("utf-8", "surrogateescape"))
+        self.at = at
 
     def next_character(self) -> str:
         """Go to the next character that is not white space; "" at the end of the file."""
         while True:
             match = _SPACE.match(self._text, self.at)
-            self.at = match.end() if match else self.at
+            self.go_to(match.end() if match else self.at)
             if self.at < len(self._text) or self._ended:
                 return self._text[self.at : self.at + 1]
             self._read_on()
 
-    def take(self, values: _Values, number: int) -> tuple[Entry, bool]:
-        """Parse one item and go behind it; also whether there is a behind."""
+    def take(self, number: int) -> Entry:
+        """Parse one item and go behind it. Raises ValueError where nothing can be read any more."""
         self.next_character()
-        start = self._byte_offset()
         while True:
-            length = len(self._text) - self.at
             try:
-                entry, end = values.first(number, self._text, self.at)
-            except RecursionError:
-                return _lost(number, "it is nested too deeply"), False
+                record, reason, end = self._values.first(self._text, self.at)
+            except RecursionError as error:
+                raise ValueError("it is nested too deeply") from error
             except ValueError as error:
                 if self._ended:
-                    return _lost(number, f"the file is cut short or not JSON ({error})"), False
-                if length > MAX_RECORD_BYTES:
-                    return _lost(number, f"it is not JSON or over {MAX_RECORD_BYTES} bytes ({error})"), False
+                    raise ValueError(f"the file is cut short or not JSON ({error})") from error
+                if len(self._text) - self.at > MAX_RECORD_BYTES:
+                    raise ValueError(f"it is not JSON or over {MAX_RECORD_BYTES} bytes ({error})") from error
             else:
                 if end < len(self._text) or self._ended:  # else a number might go on behind what was read
-                    self.at = end
-                    return entry.at(start, self._byte_offset() - start), True
+                    start = self.offset
+                    self.go_to(end)
+                    return Entry(number, record, reason, start, self.offset - start)
             self._read_on()
-
-    def _byte_offset(self) -> int:
-        """Where `at` is in the file."""
-        part = self._text[self._counted : self.at]
-        self._offset += len(part) if part.isascii() else len(part.encode("utf-8", "surrogateescape"))
-        self._counted = self.at
-        return self._offset
 
     def _read_on(self) -> None:
         """Read at least as much again as is waiting, so that a long item is not parsed once per chunk."""
-        begins = not self._byte_offset() and not self._text
         waiting = self._text[self.at :]
         wanted = max(_CHUNK_BYTES, len(waiting))
         data = self._file.read(wanted)
         self._ended = len(data) < wanted
-        self._text = waiting + self._decoder.decode(data, self._ended)
-        self.at = self._counted = 0
-        if begins and data.startswith(codecs.BOM_UTF8):
-            self._offset = len(codecs.BOM_UTF8)  # which the decoder leaves out
-
-
-def _lost(number: int, why: str) -> Entry:
-    return Entry(
-        number, None, f"and everything after it cannot be read: {why}; correct the file or make it again"
-    )
-
-
-# ---------------------------------------------------------------- values
+        self._text, self.at = waiting + self._decoder.decode(data, self._ended), 0
 
 
 class _Values:
@@ -213,65 +169,53 @@ class _Values:
         self._constants: list[str] = []
         self._decoder = json.JSONDecoder(parse_constant=self._constants.append)
 
-    def whole(self, number: int, text: str) -> Entry:
-        """The one value that a text consists of."""
+    def whole(self, data: bytes, number: int, offset: int) -> Entry:
+        """The one value that some bytes consist of."""
         self._constants.clear()
         try:
+            text = data.decode("utf-8")
             value = self._decoder.decode(text)
             _check_nesting(value, text)
-            return self._entry(number, value)
+            return Entry(number, *self._record(value), offset, len(data))
+        except UnicodeDecodeError as error:
+            reason = f"is not UTF-8 text (byte {error.start + 1} of the line): convert the file to UTF-8"
         except RecursionError:
-            return Entry(number, None, "is nested too deeply: no sample is; correct or remove it")
+            reason = "is nested too deeply: no sample is; correct or remove it"
         except json.JSONDecodeError as error:
-            place = f"{error.msg}, character {error.pos + 1}"
-            return Entry(number, None, f"is not valid JSON ({place}): correct or remove it")
+            reason = f"is not valid JSON ({error.msg}, character {error.pos + 1}): correct or remove it"
         except ValueError as error:  # an integer of thousands of digits
-            return Entry(number, None, f"is not usable JSON ({error}): correct or remove it")
+            reason = f"is not usable JSON ({error}): correct or remove it"
+        return Entry(number, None, reason)
 
-    def first(self, number: int, text: str, at: int) -> tuple[Entry, int]:
-        """The value that begins at `at`, and where it ends. Raises ValueError, RecursionError."""
+    def first(self, text: str, at: int) -> tuple[dict[str, Any] | None, str, int]:
+        """The record at `at`, or why it is none, and where the value ends. Raises ValueError, RecursionError."""
         self._constants.clear()
         value, end = self._decoder.raw_decode(text, at)
         item = text[at:end]
         _check_nesting(value, item)
-        if not item.isascii() and _holds_other_bytes(item):
-            return Entry(number, None, "is not UTF-8 text: convert the file to UTF-8"), end
-        return self._entry(number, value), end
+        try:
+            if not item.isascii():
+                item.encode("utf-8")
+        except UnicodeEncodeError:
+            return None, "is not UTF-8 text: convert the file to UTF-8", end
+        return *self._record(value), end
 
-    def _entry(self, number: int, value: object) -> Entry:
+    def _record(self, value: object) -> tuple[dict[str, Any] | None, str]:
         if self._constants:
-            return Entry(
-                number, None, f"holds {self._constants[0]}, which is no JSON value: correct or remove it"
-            )
+            return None, f"holds {self._constants[0]}, which is no JSON value: correct or remove it"
         if not isinstance(value, dict):
-            return Entry(number, None, f"is a JSON {_kind(value)}, not an object: correct or remove it")
-        return Entry(number, value)
+            kind = _KINDS.get(type(value), "null")
+            return None, f"is a JSON {kind}, not an object: correct or remove it"
+        return value, ""
 
 
 def _check_nesting(value: object, text: str) -> None:
     """Raises RecursionError over the limit. `text` is what the value was read from."""
     if text.count("[") + text.count("{") <= MAX_NESTING:
         return  # so few cannot be nested too deeply: true of nearly all samples
-    level = [value]
-    for _ in range(MAX_NESTING):
-        inner = [
-            part.values() if isinstance(part, dict) else part
-            for part in level
-            if isinstance(part, dict | list)
-        ]
-        level = [part for parts in inner for part in parts]
-    if any(isinstance(part, dict | list) for part in level):
+    level: list[Any] = [[value]]
+    for _ in range(MAX_NESTING + 1):
+        inner = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [part for parts in inner for part in parts if isinstance(part, dict | list)]
+    if level:
         raise RecursionError
-
-
-def _holds_other_bytes(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
-def _kind(value: object) -> str:
-    kinds = {list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
-    return kinds.get(type(value), "null")

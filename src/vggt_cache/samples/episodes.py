@@ -10,36 +10,38 @@ Listing a folder is all that precompute needs. The texts are read when training 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 from vggt_cache.errors import DataError, SmallFileError
-from vggt_cache.samples.history import padded_history_indexes
 from vggt_cache.samples.sample import Problem, Sample
 from vggt_cache.samples.sources import EPISODE_FILE
 from vggt_cache.small_files import read_text
 
+FRAMES_PER_SAMPLE = 9
 _STEP_IMAGE = re.compile(r"(step_([0-9]{1,9})_(.+))\.(?:png|jpe?g|webp)", re.IGNORECASE | re.ASCII)
 _ANY_STEP_IMAGE = re.compile(r"step_.*\.(?:png|jpe?g|webp)", re.IGNORECASE | re.ASCII)
 _MAX_TEXT_BYTES = 16 * 2**20
 
 
-def iter_episode(folder: str, on_problem: Callable[[Problem], None]) -> Iterator[Sample]:
-    """The steps of one episode in order.
+def history_indexes(step: int, count: int = FRAMES_PER_SAMPLE) -> list[int]:
+    """Indexes of the frames that step `step` sees, oldest first; the last one is `step` itself (JanusVLN's sampling).
 
-    `record` has `episode` (the folder), `step` (the number in the image's name), `action` (upper case) and
-    `sidecar` (the path that the step's descriptions have, if there are any).
+    All of 0..step where these are at most `count`, else `numpy.linspace(0, step, count, dtype=int)`,
+    computed with numpy's own float operations (the quotient first) so that every index is the same.
     """
-    names, problems = list_steps(folder)
-    for problem in problems:
-        on_problem(problem)
-    for position in range(len(names)):
-        yield step_sample(folder, position, names.__getitem__)
+    if step < count:
+        return list(range(step + 1))
+    if count < 2:
+        return [step]
+    stride = step / (count - 1)
+    return [math.floor(index * stride) for index in range(count - 1)] + [step]
 
 
 def list_steps(folder: str) -> tuple[list[str], list[Problem]]:
@@ -47,63 +49,49 @@ def list_steps(folder: str) -> tuple[list[str], list[Problem]]:
     try:
         names = sorted(os.listdir(folder))
     except OSError as error:
-        reason = f"cannot be listed ({error.strerror or error}): check its mode and its mount"
-        return [], [_of(folder, reason)]
-    steps = sorted(_Step.of(match) for name in names if (match := _STEP_IMAGE.fullmatch(name)))
+        return [], [
+            _of(folder, f"cannot be listed ({error.strerror or error}): check its mode and its mount")
+        ]
     problems = [
         _of(folder, f"has an image {name!r} whose name gives no step and action: rename it")
         for name in names
         if _ANY_STEP_IMAGE.fullmatch(name) and not _STEP_IMAGE.fullmatch(name)
     ]
-    if reason := _complaint(steps):
+    steps = sorted((int(match[2]), name) for name in names if (match := _STEP_IMAGE.fullmatch(name)))
+    if not steps:
+        reason = (
+            "holds no image called step_<number>_<action>.png (.jpg, .jpeg, .webp), so it gives no sample"
+        )
         return [], [*problems, _of(folder, reason)]
-    return [step.name for step in steps], problems
-
-
-def step_sample(folder: str, position: int, name_at: Callable[[int], str]) -> Sample:
-    """The sample at a position among the steps of an episode; `name_at` gives the image at a position."""
-    match = _STEP_IMAGE.fullmatch(name_at(position))
-    assert match is not None, "list_steps gives no other names"
-    frames = tuple([name_at(at) for at in padded_history_indexes(position)])
-    return _sample(folder, _Step.of(match), frames)
+    for (number, before), (following, after) in pairwise(steps):
+        if number == following:
+            reason = f"has two images for step {number} ({before}, {after}): remove one"
+            return [], [*problems, _of(folder, reason)]
+    return [name for _, name in steps], problems
 
 
 def _of(folder: str, reason: str) -> Problem:
     return Problem(path=folder, line=0, reason=reason)
 
 
-def _complaint(steps: Sequence[_Step]) -> str:
-    """Why the steps make no episode."""
-    if not steps:
-        return "holds no image called step_<number>_<action>.png (.jpg, .jpeg, .webp), so it gives no sample"
-    for before, after in pairwise(steps):
-        if before.number == after.number:
-            return f"has two images for step {after.number} ({before.name}, {after.name}): remove one"
-    return ""
+def step_sample(folder: str, position: int, name_at: Callable[[int], str]) -> Sample:
+    """The sample at a position among the steps of an episode; `name_at` gives the image at a position.
 
-
-@dataclass(frozen=True, order=True, slots=True)
-class _Step:
-    number: int
-    name: str
-    stem: str
-    action: str
-
-    @classmethod
-    def of(cls, match: re.Match[str]) -> _Step:
-        return cls(int(match[2]), match[0], match[1], match[3].upper())
-
-
-def _sample(folder: str, step: _Step, frames: tuple[str, ...]) -> Sample:
+    A short history repeats the first frame at the front. `record` has `episode` (the folder), `step` (the number in the
+    image's name), `action` (upper case) and `sidecar` (the path that the step's descriptions have, if there are any).
+    """
+    match = _STEP_IMAGE.fullmatch(name_at(position))
+    assert match is not None, "list_steps gives no other names"
+    seen, number = history_indexes(position), int(match[2])
     return Sample(
-        frames=frames,
+        frames=tuple([name_at(at) for at in [0] * (FRAMES_PER_SAMPLE - len(seen)) + seen]),
         bases=(folder,),
-        source=f"{folder}:{step.number}",
+        source=f"{folder}:{number}",
         record={
             "episode": folder,
-            "step": step.number,
-            "action": step.action,
-            "sidecar": os.path.join(folder, f"{step.stem}.json"),
+            "step": number,
+            "action": match[3].upper(),
+            "sidecar": os.path.join(folder, f"{match[1]}.json"),
         },
         layout="episode",
     )
@@ -122,46 +110,34 @@ class EpisodeText:
     description_3d: str | None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Milestones:
-    instruction: str
-    subinstructions: tuple[str, ...]
-    checkpoints: tuple[int, ...]
-
-
 def read_episode_text(sample: Sample) -> EpisodeText:
     """The texts of a sample of an episode folder. Raises DataError for a file that cannot be used.
 
     The sub-instruction is the first one that is not complete yet: at the frame of its checkpoint it is
     complete, so that frame's action belongs to the next one. After the last checkpoint, the last one holds.
     """
-    milestones = _milestones(os.path.join(sample.record["episode"], EPISODE_FILE))
-    sidecar = sample.record["sidecar"]
+    path, sidecar = os.path.join(sample.record["episode"], EPISODE_FILE), sample.record["sidecar"]
+    instruction, parts, checkpoints = _milestones(path)
+    complete = sum(checkpoint <= sample.record["step"] for checkpoint in checkpoints)
     words = _read_object(sidecar) if os.path.exists(sidecar) else {}
     return EpisodeText(
-        instruction=milestones.instruction,
-        subinstruction=_subinstruction(milestones, sample.record["step"]),
+        instruction=instruction,
+        subinstruction=parts[min(complete, len(parts) - 1)] if parts else None,
         description_2d=_text(words, "landmark_description", sidecar),
         description_3d=_text(words, "spatial_description", sidecar),
     )
 
 
-def _subinstruction(milestones: _Milestones, step: int) -> str | None:
-    if not milestones.subinstructions:
-        return None
-    complete = sum(checkpoint <= step for checkpoint in milestones.checkpoints)
-    return milestones.subinstructions[min(complete, len(milestones.subinstructions) - 1)]
-
-
 @lru_cache(maxsize=256)
-def _milestones(path: str) -> _Milestones:
+def _milestones(path: str) -> tuple[str, list[str], list[int]]:
+    """Instruction, sub-instructions, and the frames at which these are complete."""
     record = _read_object(path)
     instruction = _text(record, "instruction_text", path)
     if not instruction:
         raise DataError(f"{path} has no instruction_text, so its steps cannot be trained on: add it")
     parts, checkpoints = record.get("subinstructions") or [], record.get("completion_checkpoints") or []
     try:
-        frames = tuple(checkpoint["checkpoint_frame_index"] for checkpoint in checkpoints)
+        frames = [checkpoint["checkpoint_frame_index"] for checkpoint in checkpoints]
         valid = all(type(frame) is int for frame in frames) and all(isinstance(part, str) for part in parts)
     except (TypeError, KeyError):
         valid = False
@@ -170,7 +146,7 @@ def _milestones(path: str) -> _Milestones:
             f"{path} has subinstructions that are not texts or completion_checkpoints without a whole number "
             "checkpoint_frame_index: correct it"
         )
-    return _Milestones(instruction=instruction, subinstructions=tuple(parts), checkpoints=frames)
+    return instruction, list(parts), frames
 
 
 def _text(record: dict[str, Any], field: str, path: str) -> str | None:

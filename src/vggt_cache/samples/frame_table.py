@@ -10,10 +10,9 @@ import struct
 from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import overload
+from typing import Any
 
-from vggt_cache.samples.in_order import map_in_order, parts_of
-from vggt_cache.samples.paths import locate_frame
+from vggt_cache.samples.paths import locate_frame, map_in_order, parts_of
 from vggt_cache.samples.sample import Sample
 from vggt_cache.small_files import FileState
 
@@ -51,9 +50,7 @@ class FrameTable:
         """The reference ids of a sample's frames, in order."""
         if self._resolved:
             raise ValueError("a FrameTable takes no samples after resolve(): make a new one")
-        known = self._names.get(sample.bases)
-        if known is None:
-            known = self._names[sample.bases] = {}
+        known = self._names.setdefault(sample.bases, {})
         references = []
         for name in sample.frames:
             reference = known.get(name)
@@ -80,12 +77,8 @@ class FrameTable:
         self.paths = paths
         self._resolved = True
 
-    def frame_of(self, reference: int) -> int:
-        """The frame that a reference leads to."""
-        return self._frame_of[reference]
-
     def frame_ids(self) -> array[int]:
-        """`frame_of` for all references, as a flat array of int64."""
+        """For each reference the frame that it leads to, as a flat array of int64."""
         return self._frame_of
 
     def state(self, frame: int) -> FileState | None:
@@ -95,21 +88,15 @@ class FrameTable:
 
     def _take_references(self) -> Iterator[Reference]:
         """All references in order. Names are let go on the way: they are most of the memory."""
-        names, groups, group_of = self._take_names()
-        for reference, group in enumerate(group_of):
-            yield groups[group], names[reference]
-            names[reference] = ""
-
-    def _take_names(self) -> tuple[list[str], list[tuple[str, ...]], array[int]]:
-        """For each reference its name and the number of its group; for each group the folders to look in."""
         names = [""] * self._reference_count
         group_of = array("l", bytes(array("l").itemsize * self._reference_count))
         groups = list(self._names)
         for group, bases in enumerate(groups):
             for name, reference in self._names.pop(bases).items():
-                names[reference] = name
-                group_of[reference] = group
-        return names, groups, group_of
+                names[reference], group_of[reference] = name, group
+        for reference, group in enumerate(group_of):
+            yield groups[group], names[reference]
+            names[reference] = ""
 
 
 class PathList(Sequence[str]):
@@ -133,13 +120,8 @@ class PathList(Sequence[str]):
     def __len__(self) -> int:
         return len(self._folder_of)
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-
-    def __getitem__(self, index: int | slice) -> str | list[str]:
+    def __getitem__(self, index: Any) -> Any:
+        """A path; of a slice, a list."""
         if isinstance(index, slice):
             return [self[at] for at in range(*index.indices(len(self)))]
         at = range(len(self))[index]  # negative indexes, and IndexError, as for a list

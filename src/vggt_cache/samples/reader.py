@@ -1,32 +1,47 @@
-"""All samples of a data root, one after the other."""
+"""All samples of a data root: one after the other, or by number.
+
+    iter_samples(sources) ──> Sample, Sample, ...                                  the plan of a precompute
+    SampleIndex(sources)  ──> 28 bytes a sample, in flat arrays ──> index[i] ──> Sample        training
+
+Both are one pass of the same reader. An index keeps no file open, so that it can be used after fork and sent to
+processes started with spawn.
+"""
 
 from __future__ import annotations
 
+import copy
 import os
+import struct
+from array import array
 from collections.abc import Callable, Iterator
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
-from vggt_cache.samples.annotations import (
-    Entry,
-    iter_json_lines,
-    iter_json_list,
-    parse_item,
-    parse_line,
-)
-from vggt_cache.samples.episodes import iter_episode
-from vggt_cache.samples.paths import tidy
+from vggt_cache.errors import DataError
+from vggt_cache.samples.annotations import Entry, iter_entries, open_annotations, parse_record
+from vggt_cache.samples.episodes import list_steps, step_sample
+from vggt_cache.samples.paths import map_in_order, tidy
 from vggt_cache.samples.sample import (
+    WORDS_PER_FRAME,
     Problem,
     Sample,
     UnusableSampleError,
     checked_name,
     frame_names,
-    layout_of,
+    text_length,
 )
-from vggt_cache.samples.sources import Sources, open_samples
+from vggt_cache.samples.sources import Sources
+from vggt_cache.small_files import file_state, state_of
+
+OnProblem = Callable[[Problem], None]
+
+_LISTING_THREADS = 16
+_PLACE = struct.Struct("<iiqi")
+"""Of a sample: the number of its file or episode folder, its number there, and the bytes that it takes there: the
+offset and the length of a record, or of the step's image among all such names."""
 
 
-def iter_samples(sources: Sources, *, on_problem: Callable[[Problem], None]) -> Iterator[Sample]:
+def iter_samples(sources: Sources, *, on_problem: OnProblem) -> Iterator[Sample]:
     """Samples in a fixed order: JSON Lines files, JSON lists, episode folders, each sorted by path.
 
     What cannot be used is told to `on_problem`, and the rest is read. Samples without frames come too.
@@ -35,25 +50,96 @@ def iter_samples(sources: Sources, *, on_problem: Callable[[Problem], None]) -> 
     for problem in sources.problems:
         on_problem(problem)
     for path in sources.files:
-        for _, sample in iter_file(path, sources.folder_of(path), on_problem):
+        for _, sample in _iter_file(sources, path, on_problem):
             yield sample
-    for folder in sources.episode_dirs:
-        yield from iter_episode(folder, on_problem)
+    for folder, names in _iter_episodes(sources, on_problem):
+        for position in range(len(names)):
+            yield step_sample(folder, position, names.__getitem__)
 
 
-def iter_file(
-    path: str, folder: str, on_problem: Callable[[Problem], None]
-) -> Iterator[tuple[Entry, Sample]]:
-    """The samples of one annotation file with their places; relative names belong below `folder`."""
-    bases = _Bases(folder, path)
+class SampleIndex:
+    """`len(index)` samples, those of `iter_samples` in its order; `index[i]` reads one again.
+
+    All annotations are read once; what cannot be used is told to `on_problem`.
+    """
+
+    frame_counts: array[int]
+    """For each sample how many frames it names; 0 for text alone. As `lengths` int32, which numpy reads in place."""
+    lengths: array[int]
+    """For each sample the words of its text plus 252 a frame: an estimate of tokens, for grouping by length."""
+
+    def __init__(self, sources: Sources, *, on_problem: OnProblem) -> None:
+        self.frame_counts, self.lengths = array("i"), array("i")
+        self._sources = sources
+        self._places = bytearray()
+        self._states = [_size_and_time(file_state(path)) for path in sources.files]
+        self._step_names = bytearray()
+        """Of the images of episode folders: listing a folder again for each sample would be slow."""
+        for problem in sources.problems:
+            on_problem(problem)
+        for number, path in enumerate(sources.files):
+            for entry, sample in _iter_file(sources, path, on_problem):
+                words = text_length(sample.record)
+                self._add(number, entry.number, entry.offset, entry.length, len(sample.frames), words)
+        for number, (folder, names) in enumerate(_iter_episodes(sources, on_problem), len(sources.files)):
+            frames = len(step_sample(folder, 0, names.__getitem__).frames) if names else 0
+            for position, name in enumerate(map(os.fsencode, names)):
+                self._add(number, position, len(self._step_names), len(name), frames, 0)
+                self._step_names += name
+
+    def _add(self, source: int, number: int, offset: int, length: int, frames: int, words: int) -> None:
+        self._places += _PLACE.pack(source, number, offset, length)
+        self.frame_counts.append(frames)
+        self.lengths.append(words + WORDS_PER_FRAME * frames)
+
+    def first(self, count: int) -> SampleIndex:
+        """An index of the first `count` samples."""
+        index = copy.copy(self)
+        index.frame_counts, index.lengths = self.frame_counts[:count], self.lengths[:count]
+        index._places = self._places[: count * _PLACE.size]
+        return index
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, at: int) -> Sample:
+        """Sample number `at`; its annotation is read again. Raises DataError where that is no longer possible."""
+        at = range(len(self))[at]
+        source, number, offset, length = self._place(at)
+        files = self._sources.files
+        if source >= len(files):
+            folder = self._sources.episode_dirs[source - len(files)]
+            return step_sample(folder, number, lambda step: self._step_name(at - number + step))
+        data = _read_again(files[source], self._states[source], offset, length)
+        try:
+            return _sample(parse_record(data, number), self._sources, files[source])
+        except UnusableSampleError as error:
+            raise _changed(files[source], f"{files[source]}:{number} {error}") from error
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[at] for at in range(len(self)))
+
+    def _place(self, at: int) -> tuple[int, int, int, int]:
+        source, number, offset, length = _PLACE.unpack_from(self._places, at * _PLACE.size)
+        return source, number, offset, length
+
+    def _step_name(self, at: int) -> str:
+        _, _, offset, length = self._place(at)
+        return os.fsdecode(bytes(self._step_names[offset : offset + length]))
+
+
+# ---------------------------------------------------------------- the pass
+
+
+def _iter_file(sources: Sources, path: str, on_problem: OnProblem) -> Iterator[tuple[Entry, Sample]]:
+    """The samples of one annotation file with their places."""
     number = 0
     try:
-        with open_samples(path) as file:
-            entries = iter_json_lines(file) if _has_lines(path) else iter_json_list(file)
-            for entry in entries:
+        with open_annotations(path) as file:
+            for entry in iter_entries(file, path):
                 number = entry.number
                 try:
-                    yield entry, _sample(entry, path, bases)
+                    yield entry, _sample(entry, sources, path)
                 except UnusableSampleError as error:
                     on_problem(Problem(path=path, line=number, reason=str(error)))
     except OSError as error:
@@ -61,46 +147,62 @@ def iter_file(
         on_problem(Problem(path=path, line=number + 1, reason=reason))
 
 
-def parse_sample(data: bytes, number: int, path: str, folder: str) -> Sample:
-    """The sample that `iter_file` found at an entry's place, once more. Raises UnusableSampleError."""
-    entry = parse_line(data, number) if _has_lines(path) else parse_item(data, number)
-    return _sample(entry, path, _Bases(folder, path))
+def _iter_episodes(sources: Sources, on_problem: OnProblem) -> Iterator[tuple[str, list[str]]]:
+    """Each episode folder with the images of its steps, in order."""
+    with ThreadPoolExecutor(_LISTING_THREADS) as pool:
+        listed = map_in_order(pool, list_steps, sources.episode_dirs, 4 * _LISTING_THREADS)
+        for folder, (names, problems) in zip(sources.episode_dirs, listed, strict=True):
+            for problem in problems:
+                on_problem(problem)
+            yield folder, names
 
 
-def _has_lines(path: str) -> bool:
-    return path.lower().endswith(".jsonl")
-
-
-def _sample(entry: Entry, path: str, bases: _Bases) -> Sample:
+def _sample(entry: Entry, sources: Sources, path: str) -> Sample:
+    """Raises UnusableSampleError."""
     if entry.record is None:
         raise UnusableSampleError(entry.reason)
+    data_path = entry.record.get("data_path") or ""
+    root = sources.folders.get(path, sources.root)
     return Sample(
         frames=frame_names(entry.record),
-        bases=bases.of(entry.record),
+        bases=_bases(root, path, checked_name(data_path, "data_path") if data_path else ""),
         source=f"{path}:{entry.number}",
         record=entry.record,
-        layout=layout_of(entry.record),
+        layout="conversation" if "conversations" in entry.record else "structured",
     )
 
 
-class _Bases:
-    """Where the relative names of one annotation file are looked for: below the data root, then beside the file."""
+@lru_cache(maxsize=1)  # neighbours mostly share it, and then share the tuple
+def _bases(root: str, path: str, data_path: str) -> tuple[str, ...]:
+    """Where the relative names of a sample are looked for: below the data root, then beside its file."""
+    first, beside = tidy(os.path.join(root, data_path)) if data_path else root, os.path.dirname(path)
+    return (first,) if first == beside else (first, beside)
 
-    def __init__(self, root: str, path: str) -> None:
-        self._root = root
-        self._beside = os.path.dirname(path)
-        self._last: tuple[object, tuple[str, ...]] = (None, self._pair(root))
 
-    def of(self, record: dict[str, Any]) -> tuple[str, ...]:
-        data_path = record.get("data_path")
-        if data_path != self._last[0]:  # neighbours mostly share it, and then share the tuple
-            folder = (
-                self._root
-                if not data_path
-                else os.path.join(self._root, checked_name(data_path, "data_path"))
-            )
-            self._last = data_path, self._pair(tidy(folder))
-        return self._last[1]
+# ---------------------------------------------------------------- files that must stay as they were
 
-    def _pair(self, first: str) -> tuple[str, ...]:
-        return (first,) if first == self._beside else (first, self._beside)
+
+def _size_and_time(state: tuple[int, ...] | None) -> tuple[int, ...] | None:
+    return state and state[:2]
+
+
+def _read_again(path: str, state: tuple[int, ...] | None, offset: int, length: int) -> bytes:
+    try:
+        with open_annotations(path) as file:
+            if _size_and_time(state_of(os.fstat(file.fileno()))) != state:
+                raise _changed(path, "its size or modification time has changed")
+            data = os.pread(file.fileno(), length, offset)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read any more ({error.strerror or error}): check its mode and its mount"
+        ) from error
+    if len(data) != length:
+        raise _changed(path, "it is shorter")
+    return data
+
+
+def _changed(path: str, detail: str) -> DataError:
+    return DataError(
+        f"{path} has changed since its samples were counted ({detail}), so that they cannot be found in it: start "
+        "again, and leave annotations as they are during training"
+    )

@@ -65,10 +65,6 @@ def frame_names(record: Mapping[str, Any]) -> tuple[str, ...]:
     return history + current
 
 
-def layout_of(record: Mapping[str, Any]) -> str:
-    return "conversation" if "conversations" in record else "structured"
-
-
 def checked_name(name: object, field: str) -> str:
     """A name that a file can have; anything else is refused before it reaches the operating system."""
     if not isinstance(name, str):

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import stat
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from io import BufferedReader
 from itertools import islice
 
-from vggt_cache.errors import DataError, FileKindError
-from vggt_cache.samples.annotations import Entry, iter_json_lines, iter_json_list
+from vggt_cache.errors import DataError
+from vggt_cache.samples.annotations import has_lines, iter_entries, open_annotations
 from vggt_cache.samples.paths import tidy
 from vggt_cache.samples.sample import SAMPLE_FIELDS, Problem
-from vggt_cache.small_files import open_plain
 
 EPISODE_FILE = "milestones_result.json"
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+ANNOTATION_EXTENSIONS = (".json", ".jsonl")
 
 _PEEK_BYTES = 256 * 1024
 _PEEK_ENTRIES = 8
@@ -28,12 +26,12 @@ _LOOKED_FOR = f"*.jsonl, *.json (a list of samples), or folders with {EPISODE_FI
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sources:
-    """Everything below a data root that holds samples. Absolute paths, sorted."""
+    """Everything below a data root that holds samples. Absolute paths, in the order in which they are read."""
 
     root: str
     """The data root, or the folder of the annotation file that was named instead."""
-    jsonl_files: tuple[str, ...] = ()
-    json_files: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    """Annotation files: those of JSON Lines, then JSON lists."""
     episode_dirs: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()
     """Folders and files that could not be looked into."""
@@ -41,13 +39,12 @@ class Sources:
     """For annotation files that were named one by one: where their relative names begin, if not at the root."""
 
     @property
-    def files(self) -> tuple[str, ...]:
-        """The annotation files in the order in which they are read."""
-        return (*self.jsonl_files, *self.json_files)
+    def jsonl_files(self) -> tuple[str, ...]:
+        return tuple(path for path in self.files if has_lines(path))
 
-    def folder_of(self, path: str) -> str:
-        """Below which folder the relative names of an annotation file are looked for first."""
-        return self.folders.get(path, self.root)
+    @property
+    def json_files(self) -> tuple[str, ...]:
+        return tuple(path for path in self.files if not has_lines(path))
 
 
 def find_sources(data_root: str | os.PathLike[str]) -> Sources:
@@ -57,18 +54,27 @@ def find_sources(data_root: str | os.PathLike[str]) -> Sources:
     for a root that is absent, cannot be read, or holds no samples.
     """
     given = os.fspath(data_root)
-    root = tidy(os.path.join(os.getcwd(), given)) if given else ""
+    root = _absolute(given) if given else ""
     try:
-        status = os.stat(root)
+        mode = os.stat(root).st_mode
+        if stat.S_ISREG(mode):
+            return _single_file(root)
     except (OSError, ValueError) as error:
         raise _unusable(given, error) from error
-    if stat.S_ISREG(status.st_mode):
-        return _single_file(root)
-    if not stat.S_ISDIR(status.st_mode):
+    if not stat.S_ISDIR(mode):
         raise DataError(f"the data root {given} is neither a folder nor a file: name the folder of the data")
     walk = _Walk(root)
-    walk.run()
-    return walk.sources(given)
+    if not (walk.files or walk.episodes):
+        unread = f"; {walk.problems[0].where} {walk.problems[0].reason}" if walk.problems else ""
+        raise DataError(
+            f"no samples were found below {given} (looked for {_LOOKED_FOR}{unread}): check --data_root"
+        )
+    return Sources(
+        root=root,
+        files=tuple(sorted(walk.files, key=lambda path: (not has_lines(path), path))),
+        episode_dirs=tuple(sorted(walk.episodes)),
+        problems=tuple(sorted(walk.problems, key=lambda problem: problem.path)),
+    )
 
 
 def _unusable(given: str, error: Exception) -> DataError:
@@ -81,87 +87,127 @@ def _unusable(given: str, error: Exception) -> DataError:
 
 
 def _single_file(path: str) -> Sources:
-    folder = os.path.dirname(path)
-    try:
-        if path.lower().endswith(".jsonl") and _holds_samples(path):
-            return Sources(root=folder, jsonl_files=(path,))
-        if path.lower().endswith(".json") and _holds_samples(path):
-            return Sources(root=folder, json_files=(path,))
-    except OSError as error:
-        raise _unusable(path, error) from error
+    if path.lower().endswith(ANNOTATION_EXTENSIONS) and _holds_samples(path):
+        return Sources(root=os.path.dirname(path), files=(path,))
     raise DataError(
         f"{path} holds no samples: name a JSON Lines file (*.jsonl), a JSON list of samples (*.json), or the "
         f"folder of the data"
     )
 
 
+# ---------------------------------------------------------------- files named one by one
+
+
+def sources_of_files(annotation_path: str, data_path: str = "") -> Sources:
+    """The samples of the files in `annotation_path`, whose frames are below the folders in `data_path`.
+
+    Both may hold several paths, with commas between; one folder serves all files. Without a folder, names
+    are looked for beside their file, as for a data root that is one file. Raises DataError for files and
+    folders that cannot be used.
+    """
+    files = [_named_file(given) for given in _parts(annotation_path)]
+    if not files:
+        raise DataError("--annotation_path names no file: give a *.jsonl or *.json with samples")
+    for path in files:
+        if files.count(path) > 1:
+            raise DataError(
+                f"--annotation_path names {path} twice, so its samples would count double: name it once"
+            )
+    folders = _folders(_parts(data_path), files)
+    for path in files:
+        find_sources(path)
+    return Sources(
+        root=folders[0],
+        files=tuple(sorted(files, key=lambda path: not has_lines(path))),
+        folders=dict(zip(files, folders, strict=True)),
+    )
+
+
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _absolute(path: str) -> str:
+    return tidy(os.path.join(os.getcwd(), path))
+
+
+def _named_file(given: str) -> str:
+    path = _absolute(given)
+    if os.path.isdir(path):
+        raise DataError(f"--annotation_path {given} is a folder: give a folder as --train_data_root")
+    if not os.path.exists(path):
+        raise DataError(f"--annotation_path {given} does not exist: check the path and its mount")
+    return path
+
+
+def _folders(given: Sequence[str], files: Sequence[str]) -> list[str]:
+    """For each file its folder."""
+    for folder in given:
+        if not os.path.isdir(folder):
+            raise DataError(f"--data_path {folder} is no folder that exists: name the folder of the images")
+    if len(given) not in (0, 1, len(files)):
+        raise DataError(
+            f"--data_path names {len(given)} folders for {len(files)} annotation files: give one for all, or one each"
+        )
+    folders = [_absolute(folder) for folder in given] or [os.path.dirname(path) for path in files]
+    return folders * len(files) if len(folders) == 1 else folders
+
+
 # ---------------------------------------------------------------- the walk
-
-
-@dataclass
-class _Folder:
-    """What matters of one folder's entries. Images do not: there may be millions."""
-
-    folders: list[str] = field(default_factory=list)
-    links: list[str] = field(default_factory=list)
-    annotations: list[str] = field(default_factory=list)
-    is_episode: bool = False
 
 
 class _Walk:
     """Goes through real folders first, then through those that only a symbolic link leads to."""
 
     def __init__(self, root: str) -> None:
-        self._root = root
-        self._real_root = os.path.realpath(root)
+        self.files: list[str] = []
+        self.episodes: list[str] = []
+        self.problems: list[Problem] = []
+        self._root, self._real_root = root, os.path.realpath(root)
         self._seen: set[tuple[int, int]] = set()
-        self._jsonl: list[str] = []
-        self._json: list[str] = []
-        self._episodes: list[str] = []
-        self._problems: list[Problem] = []
-
-    def run(self) -> None:
-        links = deque([self._root])
+        links = deque([root])
         while links:
-            waiting = [links.popleft()]
-            found_links: list[str] = []
+            waiting, found = [links.popleft()], list[str]()
             while waiting:
-                folder = self._enter(waiting.pop())
-                waiting += folder.folders
-                found_links += folder.links
-            links.extend(sorted(found_links))
+                path = waiting.pop()
+                try:
+                    folders_in_it, links_in_it = self._enter(path)
+                except OSError as error:
+                    if path == root:
+                        raise _unusable(path, error) from error
+                    self._fail(path, error)
+                else:
+                    waiting += folders_in_it
+                    found += links_in_it
+            links.extend(sorted(found))
 
-    def sources(self, given: str) -> Sources:
-        if not (self._jsonl or self._json or self._episodes):
-            unread = f"; {self._problems[0].where} {self._problems[0].reason}" if self._problems else ""
-            raise DataError(
-                f"no samples were found below {given} (looked for {_LOOKED_FOR}{unread}): check --data_root"
-            )
-        return Sources(
-            root=self._root,
-            jsonl_files=tuple(sorted(self._jsonl)),
-            json_files=tuple(sorted(self._json)),
-            episode_dirs=tuple(sorted(self._episodes)),
-            problems=tuple(sorted(self._problems, key=lambda problem: problem.path)),
-        )
+    def _enter(self, path: str) -> tuple[list[str], list[str]]:
+        """Note the samples in a folder; returns the folders in it and the links to folders. Raises OSError.
 
-    def _enter(self, path: str) -> _Folder:
-        try:
-            if not self._is_new(path):
-                return _Folder()
-            folder = _entries_of(path)
-            if folder.is_episode:
-                self._episodes.append(path)
-                return _Folder()
-            annotations = _without_sidecars(path, folder.annotations)
-        except OSError as error:
-            if path == self._root:
-                raise _unusable(path, error) from error
-            self._problems.append(_unreadable(path, error))
-            return _Folder()
-        for name in annotations:
-            self._add(os.path.join(path, name))
-        return folder
+        Names of images are not kept: there may be millions.
+        """
+        folders: list[str] = []
+        links: list[str] = []
+        annotations: list[str] = []
+        if not self._is_new(path):
+            return folders, links
+        with os.scandir(path) as entries:
+            for entry in entries:
+                name = entry.name.lower()
+                if entry.name == EPISODE_FILE:
+                    self.episodes.append(path)
+                    return [], []
+                if name.startswith(".") or name.endswith(IMAGE_EXTENSIONS):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                elif entry.is_symlink() and os.path.isdir(entry.path):
+                    links.append(entry.path)
+                elif name.endswith(ANNOTATION_EXTENSIONS) and _is_readable_kind(entry):
+                    annotations.append(entry.name)
+        for name in _without_sidecars(path, annotations):
+            self._look_into(os.path.join(path, name))
+        return folders, links
 
     def _is_new(self, path: str) -> bool:
         """Whether a folder has not been read under another name; one that contains the root never is new."""
@@ -173,30 +219,16 @@ class _Walk:
         real = os.path.realpath(path)
         return path == self._root or not self._real_root.startswith(real.rstrip("/") + "/")
 
-    def _add(self, path: str) -> None:
+    def _look_into(self, path: str) -> None:
         try:
             if _holds_samples(path):
-                (self._jsonl if path.lower().endswith(".jsonl") else self._json).append(path)
+                self.files.append(path)
         except OSError as error:
-            self._problems.append(_unreadable(path, error))
+            self._fail(path, error)
 
-
-def _entries_of(path: str) -> _Folder:
-    folder = _Folder()
-    with os.scandir(path) as entries:
-        for entry in entries:
-            name = entry.name.lower()
-            if entry.name == EPISODE_FILE:
-                return _Folder(is_episode=True)
-            if name.startswith(".") or name.endswith(IMAGE_EXTENSIONS):
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                folder.folders.append(entry.path)
-            elif entry.is_symlink() and os.path.isdir(entry.path):
-                folder.links.append(entry.path)
-            elif name.endswith((".json", ".jsonl")) and _is_readable_kind(entry):
-                folder.annotations.append(entry.name)
-    return folder
+    def _fail(self, path: str, error: OSError) -> None:
+        reason = f"cannot be read ({error.strerror or error}): check its mode and its mount"
+        self.problems.append(Problem(path=path, line=0, reason=reason))
 
 
 def _is_readable_kind(entry: os.DirEntry[str]) -> bool:
@@ -208,46 +240,22 @@ def _is_readable_kind(entry: os.DirEntry[str]) -> bool:
 
 def _without_sidecars(path: str, names: list[str]) -> list[str]:
     """Without those *.json that describe the image of the same name beside them: there may be one per image."""
-    stems = {os.path.splitext(name)[0]: name for name in names if name.lower().endswith(".json")}
+    stems = {os.path.splitext(name)[0] for name in names if not has_lines(name)}
     if not stems:
         return names
-    sidecars = set()
     with os.scandir(path) as entries:
-        for entry in entries:
-            stem, extension = os.path.splitext(entry.name)
-            if stem in stems and extension.lower() in IMAGE_EXTENSIONS:
-                sidecars.add(stems[stem])
-    return [name for name in names if name not in sidecars]
-
-
-def _unreadable(path: str, error: OSError) -> Problem:
-    reason = f"cannot be read ({error.strerror or error}): check its mode and its mount"
-    return Problem(path=path, line=0, reason=reason)
-
-
-# ---------------------------------------------------------------- what a file holds
-
-
-def open_samples(path: str) -> BufferedReader:
-    """An annotation file; links are followed, pipes and devices are not waited for. Raises OSError."""
-    try:
-        return open(open_plain(path), "rb")
-    except FileKindError as error:
-        raise OSError(errno.EINVAL, "not a plain file", path) from error
+        parts = (os.path.splitext(entry.name) for entry in entries)
+        described = {stem for stem, end in parts if stem in stems and end.lower() in IMAGE_EXTENSIONS}
+    return [name for name in names if has_lines(name) or os.path.splitext(name)[0] not in described]
 
 
 def _holds_samples(path: str) -> bool:
     """Whether the beginning of a file looks like samples. One that is only damaged does: its reader will say so."""
-    lines = path.lower().endswith(".jsonl")
-    with open_samples(path) as file:
+    with open_annotations(path) as file:
         head = file.read(_PEEK_BYTES)
-    records = [entry.record for entry in _first_entries(head, lines) if entry.record is not None]
+    entries = islice(iter_entries(io.BytesIO(head), path), _PEEK_ENTRIES)
+    records = [entry.record for entry in entries if entry.record is not None]
     if records:
         return any(not SAMPLE_FIELDS.isdisjoint(record) for record in records)
     named = any(f'"{name}"'.encode() in head for name in SAMPLE_FIELDS)
-    return lines or (named and head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["))
-
-
-def _first_entries(head: bytes, lines: bool) -> Iterator[Entry]:
-    file = io.BytesIO(head)
-    return islice(iter_json_lines(file) if lines else iter_json_list(file), _PEEK_ENTRIES)
+    return has_lines(path) or (named and head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["))
