@@ -19,11 +19,11 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from vggt_cache.demo import DatasetSummary, dataset, write_checkpoint, write_dataset
-from vggt_cache.demo.checkpoint import CONFIG, draw_tensor, tensor_shapes
-from vggt_cache.demo.house import House
-from vggt_cache.demo.scene import Pose, Scene
-from vggt_cache.demo.walk import move, walk
+from vggt_cache.demo import dataset
+from vggt_cache.demo.checkpoint import CONFIG, draw_tensor, tensor_shapes, write_checkpoint
+from vggt_cache.demo.dataset import DatasetSummary, write_dataset
+from vggt_cache.demo.house import House, Pose, move, walk
+from vggt_cache.demo.scene import Scene
 from vggt_cache.errors import CheckpointError, DataError, SettingsError
 
 HALF_WIDTH_RATIO = math.tan(math.radians(79 / 2))
@@ -109,7 +109,7 @@ def test_pictures_are_rgb_bytes_of_640_by_480_and_look_indoors(scene: Scene) -> 
 
 def test_another_process_with_another_hash_seed_draws_the_same_bytes(scene: Scene) -> None:
     code = (
-        "import hashlib; from vggt_cache.demo.scene import Pose, Scene;"
+        "import hashlib; from vggt_cache.demo.house import Pose; from vggt_cache.demo.scene import Scene;"
         "print(hashlib.sha256(Scene(0).render(Pose(x=2.0, y=2.0, heading=1)).tobytes()).hexdigest())"
     )
     run = subprocess.run(

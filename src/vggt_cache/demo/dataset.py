@@ -5,24 +5,25 @@
     episodes/train/  <episode>/step_0000_TURN_LEFT.png, .json, milestones_result.json
     SHA256SUMS                                                                        of all these files
 
-Each folder is complete by itself. The three names of an image are hard links to one file, where the file
+Each layout is complete by itself. The three names of an image are hard links to one file, where the file
 system has them, so that all layouts together take the disk space of one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
 
-from vggt_cache.demo.folder import GeneratedFolder
+from vggt_cache.demo.house import ACTIONS, Episode, Step, walk
 from vggt_cache.demo.scene import Scene, View
-from vggt_cache.demo.walk import ACTIONS, Episode, Step, walk
 from vggt_cache.errors import DataError, SettingsError
 from vggt_cache.samples import history_indexes
 
@@ -30,6 +31,7 @@ DRAWING_VERSION = 2
 """Raised whenever the same arguments give other files."""
 _PNG_LEVEL = 3
 _EPISODES_A_HOUSE = 2
+_MARK, _END = "# vggt-cache demo data", "# complete"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +60,12 @@ def write_dataset(
             raise SettingsError(
                 f"{name} is {value}, outside {least} to {most}: choose a number in this range"
             )
-    folder = GeneratedFolder(Path(root), f"{DRAWING_VERSION}: episodes={episodes} steps={steps} seed={seed}")
+    folder = _Folder(Path(root), f"{DRAWING_VERSION}: episodes={episodes} steps={steps} seed={seed}")
     try:
         if not folder.is_complete():
             folder.begin()
             _write(folder, episodes, steps, seed)
-            folder.end()
+            folder.note(_END)
         image_bytes = sum(path.stat().st_size for path in (Path(root) / "episodes").rglob("*.png"))
     except OSError as error:
         raise DataError(
@@ -75,11 +77,84 @@ def write_dataset(
         episodes=episodes,
         frames=episodes * steps,
         image_bytes=image_bytes,
-        written=len(folder.digests),
+        written=folder.written,
     )
 
 
-def _write(folder: GeneratedFolder, episodes: int, steps: int, seed: int) -> None:
+class _Folder:
+    """Files under `root` that `description` determines; `sha256sum -c SHA256SUMS` checks them.
+
+    Each is listed before it is written, so that those of an interrupted or older run are known and can be removed.
+    """
+
+    def __init__(self, root: Path, description: str) -> None:
+        self.written = 0
+        self._root, self._sums = root, root / "SHA256SUMS"
+        self._header = f"{_MARK} {description}"
+
+    def is_complete(self) -> bool:
+        """Whether an earlier run with the same description left every file, and all are intact."""
+        lines = self._lines() or [""]
+        if lines[0] != self._header or lines[-1] != _END:
+            return False
+        try:
+            return all(_digest((self._root / name).read_bytes()) == digest for digest, name in _listed(lines))
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            return False
+
+    def begin(self) -> None:
+        """Remove what an earlier run left. Raises DataError where the folder holds something else."""
+        lines = self._lines()
+        if lines is None and self._root.is_dir() and any(self._root.iterdir()):
+            raise DataError(
+                f"{self._root} is not empty and holds no demo data, so writing there could mix with your own files: "
+                "choose a new or empty directory"
+            )
+        for _, name in _listed(lines or []):
+            (self._root / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                for parent in PurePosixPath(name).parents[:-1]:
+                    (self._root / parent).rmdir()
+        self._root.mkdir(parents=True, exist_ok=True)
+        self._sums.write_text(f"{self._header}\n")
+
+    def put(self, name: str, data: bytes, *, same_as: str = "") -> None:
+        """Write a file, or link it to one that has the same bytes, where the file system has hard links."""
+        self.note(f"{_digest(data)}  {name}")
+        self.written += 1
+        (self._root / name).parent.mkdir(parents=True, exist_ok=True)
+        if same_as:
+            with contextlib.suppress(OSError):
+                os.link(self._root / same_as, self._root / name)
+                return
+        (self._root / name).write_bytes(data)
+
+    def note(self, line: str) -> None:
+        with open(self._sums, "a", encoding="utf-8") as sums:
+            sums.write(f"{line}\n")
+
+    def _lines(self) -> list[str] | None:
+        """The lines of SHA256SUMS; None if there is none of ours."""
+        try:
+            text = self._sums.read_text(encoding="utf-8")
+        except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
+            return None
+        return text.splitlines() if text.startswith(_MARK) else None
+
+
+def _listed(lines: list[str]) -> list[tuple[str, str]]:
+    """Digests and names of files; names that lead out of the folder are left out."""
+    pairs = [
+        (digest, name) for digest, separator, name in (line.partition("  ") for line in lines) if separator
+    ]
+    return [pair for pair in pairs if not {"/", ".."} & set(PurePosixPath(pair[1]).parts)]
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _write(folder: _Folder, episodes: int, steps: int, seed: int) -> None:
     # JanusVLN's own tool writes one large list; others use JSON Lines. The demo has some of each.
     lines: list[dict[str, Any]] = []
     listed: list[dict[str, Any]] = []
@@ -93,9 +168,7 @@ def _write(folder: GeneratedFolder, episodes: int, steps: int, seed: int) -> Non
         folder.put("conversations/train_list.json", _json(listed))
 
 
-def _write_episode(
-    folder: GeneratedFolder, name: str, episode: Episode, scene: Scene
-) -> list[dict[str, Any]]:
+def _write_episode(folder: _Folder, name: str, episode: Episode, scene: Scene) -> list[dict[str, Any]]:
     """Draws the frames and writes the episode in all layouts; returns its conversations."""
     steps, home = episode.steps, f"episodes/train/{name}"
     numbered = [f"{name}/{i:04d}.png" for i in range(len(steps))]
@@ -109,14 +182,13 @@ def _write_episode(
         for name_there in (f"structured/{numbered[i]}", f"conversations/{named[i]}"):
             folder.put(name_there, png.getvalue(), same_as=f"{stem}.png")
         landmarks, distances = _words(scene, step, view)
-        folder.put(
-            f"{stem}.json", _json({"landmark_description": landmarks, "spatial_description": distances})
-        )
-        seen = history_indexes(i)
+        words = {"landmark_description": landmarks, "spatial_description": distances}
+        folder.put(f"{stem}.json", _json(words))
+        *earlier, _ = seen = history_indexes(i)
         structured.append(
             {
                 "id": f"{name}_{i:04d}",
-                "history_images": [numbered[j] for j in seen[:-1]],
+                "history_images": [numbered[j] for j in earlier],
                 "current_image": numbered[i],
                 "instruction": episode.instruction,
                 "subinstruction": episode.subinstructions[step.part],
@@ -125,14 +197,14 @@ def _write_episode(
                 "action": step.action,
             }
         )
-        talk = [("human", _question(episode.instruction, len(seen) - 1)), ("gpt", step.action)]
+        talk = [("human", _question(episode.instruction, len(earlier))), ("gpt", step.action)]
         talked = [{"from": who, "value": said} for who, said in talk]
         conversations.append({"id": named[i], "conversations": talked, "images": [named[j] for j in seen]})
     folder.put(f"structured/episode_{name}.jsonl", _json_lines(structured))
     milestones = {
         "episode_id": name,
         "instruction_text": episode.instruction,
-        "subinstructions": list(episode.subinstructions),
+        "subinstructions": episode.subinstructions,
         "completion_checkpoints": [{"checkpoint_frame_index": index} for index in episode.checkpoints],
     }
     folder.put(f"{home}/milestones_result.json", _json(milestones))
@@ -143,10 +215,11 @@ def _words(scene: Scene, step: Step, view: View) -> tuple[str, str]:
     """What the frame shows (2D) and how far away that is (3D)."""
     room = scene.house.room_at(step.pose.x, step.pose.y)
     labels = scene.labels[view.face // 6]
-    nearest_m = {thing: view.depth[labels == thing] for thing in ("doorway", "window") if thing in labels}
-    things = "".join(f", a {thing}" for thing in nearest_m)
+    shown = [thing for thing in ("doorway", "window") if thing in labels]
+    things = "".join(f", a {thing}" for thing in shown)
+    nearest_m = (view.depth[labels == thing].min() for thing in shown)
     distances = "".join(
-        f", the nearest {thing} {depths_m.min():.1f} m away" for thing, depths_m in nearest_m.items()
+        f", the nearest {thing} {m:.1f} m away" for thing, m in zip(shown, nearest_m, strict=True)
     )
     ahead_m = view.depth[220:260, 300:340].min()
     return (

@@ -34,49 +34,39 @@ def run_demo(directory: str) -> int:
     print(write_checkpoint(root / "model"))
     rows = [_precompute_and_view(root, context) for context in CONTEXTS]
     print(f"\n== What was done ({torch.get_num_threads()} threads)")
-    print(
-        f"{'context':8} {'features':>8} {'each [h, w, C]':>16} {'on disk':>10} {'first run':>10} {'again':>8}  picture"
-    )
-    print("\n".join(rows))
-    print("\n== Go on")
-    print(f"vggt-cache info {root / 'cache'}")
+    print("context  features   each [h, w, C]    on disk  first run    again  picture", *rows, sep="\n")
+    print(f"\n== Go on\nvggt-cache info {root / 'cache'}")
     print(f"vggt-cache verify {root / 'cache'} --context causal --data_root {data.root}")
     return 0
 
 
 def _precompute_and_view(root: Path, context: str) -> str:
     """Both runs and the picture; returns a line of the table at the end."""
-    print(f"\n== Precompute, context {context}", flush=True)
+    model, data, cache_dir, picture = (
+        str(root / name) for name in ("model", "data", "cache", f"features_{context}.png")
+    )
     settings = PrecomputeSettings(
-        vggt_model_path=str(root / "model"),
-        data_root=str(root / "data"),
-        cache_dir=str(root / "cache"),
+        vggt_model_path=model,
+        data_root=data,
+        cache_dir=cache_dir,
         context=context,
         image_size=IMAGE_SIZE,
         num_workers=2,
         verify=True,
     )
-    first_s = _run(settings)
-    print(f"\n== The same command again, context {context}: nothing is left to do", flush=True)
-    again_s = _run(settings)
+    seconds = []
+    for title in ("Precompute, context {}", "The same command again, context {}: nothing is left to do"):
+        print(f"\n== {title.format(context)}", flush=True)
+        began_s = time.perf_counter()
+        if exit_code := precompute(settings):
+            raise VggtCacheError(f"precompute ended with exit code {exit_code}; its lines above say why")
+        seconds.append(time.perf_counter() - began_s)
     print(f"\n== Picture, context {context}", flush=True)
-    picture = root / f"features_{context}.png"
-    draw_view(
-        settings.cache_dir, settings.data_root, str(picture), count=8, context=context, fingerprint=None
-    )
-    with FeatureCache.open(settings.cache_dir, context=context) as cache:
+    draw_view(cache_dir, data, picture, count=8, context=context, fingerprint=None)
+    with FeatureCache.open(cache_dir, context=context) as cache:
         features, feature = len(cache), cache.get_by_key(next(iter(cache.keys())))
         store = root / "cache" / cache.spec.short_name
     assert feature is not None
     on_disk = bytes_text(sum(path.stat().st_size for path in store.rglob("*") if path.is_file()))
-    shape = "x".join(map(str, feature.shape))
+    shape, (first_s, again_s) = "x".join(map(str, feature.shape)), seconds
     return f"{context:8} {features:8} {shape:>16} {on_disk:>10} {first_s:8.1f} s {again_s:6.1f} s  {picture}"
-
-
-def _run(settings: PrecomputeSettings) -> float:
-    """Seconds that it took."""
-    began_s = time.perf_counter()
-    exit_code = precompute(settings)
-    if exit_code:
-        raise VggtCacheError(f"precompute ended with exit code {exit_code}; its lines above say why")
-    return time.perf_counter() - began_s

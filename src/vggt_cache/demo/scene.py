@@ -7,22 +7,18 @@ results IEEE 754 fixes: equal houses and poses give equal pixels.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from vggt_cache.demo.house import COLUMNS, House
+from vggt_cache.demo.house import COLUMNS, House, Pose
 from vggt_cache.demo.textures import NAMES, SIZE, TEXELS_PER_METRE, WALL_HEIGHT_M, texture
 
 WIDTH, HEIGHT = 640, 480
 FOCAL_PIXELS = 388.19
 """79 degrees from left to right on 640 columns, as habitat's cameras for R2R-CE: 320 / tan(39.5 degrees)."""
 EYE_M = 1.25
-TURNS = 24
-"""A heading counts turns of 15 degrees to the left, from east."""
-
 _NEAR_M, _LAMP_Z_M = 0.02, 2.25
 _CORNER_M = 0.5
 """Corners are darker up to this distance."""
@@ -34,23 +30,7 @@ Floats = npt.NDArray[np.float32]
 _AMBIENT, _LAMPLIGHT = (np.array(rgb, np.float32) for rgb in ((0.53, 0.55, 0.59), (0.66, 0.61, 0.53)))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Pose:
-    """Where the camera stands (metres) and where it looks (`heading` times 15 degrees left of east)."""
-
-    x: float
-    y: float
-    heading: int
-
-    @property
-    def forward(self) -> tuple[float, float]:
-        """Unit vector (x, y) of the viewing direction, rounded: libraries' cosines differ in the last bit."""
-        angle = math.tau * (self.heading % TURNS) / TURNS
-        return round(math.cos(angle), 12), round(math.sin(angle), 12)
-
-
-@dataclass(frozen=True, kw_only=True)
-class View:
+class View(NamedTuple):
     """What each pixel shows, before any colour. All arrays are [480, 640]."""
 
     face: npt.NDArray[np.int32]
