@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from PIL import Image
 from safetensors import safe_open
@@ -40,6 +41,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> DatasetSummary:
 
 
 # ---------------------------------------------------------------- the renderer
+
+
+def drawn(scene: Scene, pose: Pose) -> npt.NDArray[np.uint8]:
+    return scene.picture(scene.look(pose))
 
 
 def cast(house: House, pose: Pose, row: int, column: int) -> float:
@@ -94,12 +99,12 @@ def test_a_full_turn_returns_to_the_same_picture_and_a_turn_does_not(scene: Scen
         if turned.heading != pose.heading:
             assert turned.forward != pose.forward
     assert turned == pose
-    assert not np.array_equal(scene.render(pose), scene.render(move(pose, "TURN_LEFT")))
+    assert not np.array_equal(drawn(scene, pose), drawn(scene, move(pose, "TURN_LEFT")))
 
 
 def test_pictures_are_rgb_bytes_of_640_by_480_and_look_indoors(scene: Scene) -> None:
     x, y = scene.house.rooms[2].centre
-    picture = scene.render(Pose(x=x, y=y, heading=7))
+    picture = drawn(scene, Pose(x=x, y=y, heading=7))
     assert (picture.shape, picture.dtype) == ((480, 640, 3), np.uint8)
     assert 40 < picture.mean() < 220
     assert picture.reshape(-1, 3).std(axis=0).min() > 15
@@ -110,7 +115,8 @@ def test_pictures_are_rgb_bytes_of_640_by_480_and_look_indoors(scene: Scene) -> 
 def test_another_process_with_another_hash_seed_draws_the_same_bytes(scene: Scene) -> None:
     code = (
         "import hashlib; from vggt_cache.demo.house import Pose; from vggt_cache.demo.scene import Scene;"
-        "print(hashlib.sha256(Scene(0).render(Pose(x=2.0, y=2.0, heading=1)).tobytes()).hexdigest())"
+        "scene = Scene(0); picture = scene.picture(scene.look(Pose(x=2.0, y=2.0, heading=1)));"
+        "print(hashlib.sha256(picture.tobytes()).hexdigest())"
     )
     run = subprocess.run(
         [sys.executable, "-c", code],
@@ -119,15 +125,15 @@ def test_another_process_with_another_hash_seed_draws_the_same_bytes(scene: Scen
         text=True,
     )
     assert run.stderr == ""
-    here = hashlib.sha256(scene.render(Pose(x=2.0, y=2.0, heading=1)).tobytes()).hexdigest()
+    here = hashlib.sha256(drawn(scene, Pose(x=2.0, y=2.0, heading=1)).tobytes()).hexdigest()
     assert run.stdout.strip() == here
 
 
 def test_pictures_are_those_of_this_drawing_version(scene: Scene) -> None:
-    drawn = hashlib.sha256()
+    digest = hashlib.sha256()
     for heading in (1, 8, 17):
-        drawn.update(scene.render(Pose(x=2.0, y=2.0, heading=heading)).tobytes())
-    assert (dataset.DRAWING_VERSION, drawn.hexdigest()[:16]) == (2, "8202402adcd3a257"), (
+        digest.update(drawn(scene, Pose(x=2.0, y=2.0, heading=heading)).tobytes())
+    assert (dataset.DRAWING_VERSION, digest.hexdigest()[:16]) == (2, "8202402adcd3a257"), (
         "the pictures have changed: raise DRAWING_VERSION, so that data written earlier is drawn again"
     )
 

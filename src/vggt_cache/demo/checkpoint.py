@@ -20,14 +20,8 @@ from safetensors.numpy import save
 
 from vggt_cache.errors import CheckpointError
 
-CONFIG: dict[str, Any] = {
-    "embed_dim": 384,
-    "img_size": 518,
-    "patch_size": 14,
-    "depth": 4,
-    "num_heads": 6,
-    "patch_embed": "dinov2_vits14_reg",
-}
+_SIZES = {"embed_dim": 384, "img_size": 518, "patch_size": 14, "depth": 4, "num_heads": 6}
+CONFIG: dict[str, Any] = {**_SIZES, "patch_embed": "dinov2_vits14_reg"}
 RECIPE_VERSION = 1
 """Raised whenever the same seed gives other weights."""
 
@@ -46,10 +40,8 @@ _SCALES: tuple[tuple[str, float, float], ...] = (
 """Chosen so that what a patch shows outweighs where it is and what the other patches add: the features of a
 random encoder then still show the picture."""
 
-Shape = tuple[int, ...]
 
-
-def tensor_shapes() -> dict[str, Shape]:
+def tensor_shapes() -> dict[str, tuple[int, ...]]:
     """Names and shapes of all tensors of the checkpoint, `aggregator.*` and two of a head."""
     from vggt_cache.encoder import EncoderConfig, expected_shapes
 
@@ -59,12 +51,12 @@ def tensor_shapes() -> dict[str, Shape]:
     return {f"aggregator.{name}": shape for name, shape in shapes.items()} | head
 
 
-def draw_tensor(name: str, shape: Shape, seed: int) -> npt.NDArray[np.float32]:
+def draw_tensor(name: str, shape: tuple[int, ...], seed: int) -> npt.NDArray[np.float32]:
     """The values of one tensor, float32."""
     mean, deviation = next((m, d) for pattern, m, d in _SCALES if re.search(pattern, name))
     generator = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode()) + (seed << 32)))
-    values = generator.standard_normal(shape)
-    return (mean + (deviation or 1 / math.sqrt(math.prod(shape[1:]))) * values).astype(np.float32)
+    scale = deviation or 1 / math.sqrt(math.prod(shape[1:]))
+    return (mean + scale * generator.standard_normal(shape)).astype(np.float32)
 
 
 def write_checkpoint(directory: str | os.PathLike[str], *, seed: int = 0) -> Path:

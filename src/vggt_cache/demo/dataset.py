@@ -215,12 +215,10 @@ def _words(scene: Scene, step: Step, view: View) -> tuple[str, str]:
     """What the frame shows (2D) and how far away that is (3D)."""
     room = scene.house.room_at(step.pose.x, step.pose.y)
     labels = scene.labels[view.face // 6]
-    shown = [thing for thing in ("doorway", "window") if thing in labels]
-    things = "".join(f", a {thing}" for thing in shown)
-    nearest_m = (view.depth[labels == thing].min() for thing in shown)
-    distances = "".join(
-        f", the nearest {thing} {m:.1f} m away" for thing, m in zip(shown, nearest_m, strict=True)
-    )
+    depths_m = {thing: view.depth[labels == thing] for thing in ("doorway", "window")}
+    nearest_m = {thing: those.min() for thing, those in depths_m.items() if those.size}
+    things = "".join(f", a {thing}" for thing in nearest_m)
+    distances = "".join(f", the nearest {thing} {m:.1f} m away" for thing, m in nearest_m.items())
     ahead_m = view.depth[220:260, 300:340].min()
     return (
         f"The {room.name} with {room.wall} and a floor of {room.floor}{things}.",

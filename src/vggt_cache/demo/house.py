@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from itertools import accumulate, count
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ _STEP_M, _ARRIVED_M = 0.25, 0.2
 
 Point = tuple[float, float]
 Range = tuple[float, float]
+_WALL_Z: Range = (0.0, WALL_HEIGHT_M)
 
 
 class Box(NamedTuple):
@@ -40,7 +42,8 @@ class Box(NamedTuple):
     """Of the faces that look west, east, south, north, down and up."""
 
 
-class Room(NamedTuple):
+@dataclass(frozen=True)
+class Room:
     """One room: what it is called and covered with, and its inner bounds."""
 
     index: int
@@ -78,8 +81,8 @@ class House:
         self.seed = seed
         self.edges = [self._edges(axis, rooms) for axis, rooms in enumerate((COLUMNS, ROWS))]
         """Middles of the walls: west to east, and south to north."""
-        covers = zip(*map(self._shuffled, (ROOM_NAMES, WALLS, FLOORS)), strict=True)
-        self.rooms = [Room(index, *cover, *self._bounds(index)) for index, cover in enumerate(covers)]
+        names, walls, floors = map(self._shuffled, (ROOM_NAMES, WALLS, FLOORS))
+        self.rooms = [Room(i, names[i], walls[i], floors[i], *self._bounds(i)) for i in range(COLUMNS * ROWS)]
         """West to east, the southern row first."""
         pairs = [(i, i + 1, 0) for i in range(COLUMNS * ROWS) if (i + 1) % COLUMNS]
         pairs += [(i, i + COLUMNS, 1) for i in range(COLUMNS * (ROWS - 1))]
@@ -125,7 +128,7 @@ class House:
         for axis, end in ((0, 0), (0, -1), (1, 0), (1, -1)):
             edge, along = self.edges[axis][end], spans[1 - axis]
             if spans[axis][end] == edge:
-                yield _box("wall", axis, _around(edge, WALL_M), along, (0.0, WALL_HEIGHT_M), room.wall)
+                yield _box("wall", axis, _around(edge, WALL_M), along, _WALL_Z, room.wall)
                 across, along = _around(edge, WALL_M + 0.04), _around(room.centre[1 - axis], 1.2)
                 yield _box("window", axis, across, along, (0.95, 2.05), "trim", ("window", "window"))
 
@@ -134,18 +137,13 @@ class House:
         axis, middle, (first, second) = door.axis, door.middle, (self.rooms[i] for i in door.rooms)
         start, stop = first.low[1 - axis] - WALL_M / 2, first.high[1 - axis] + WALL_M / 2
         left, right = _around(middle[1 - axis], DOOR_WIDTH_M)
-        full, above, across = (
-            (0.0, WALL_HEIGHT_M),
-            (DOOR_HEIGHT_M, WALL_HEIGHT_M),
-            _around(middle[axis], WALL_M),
-        )
-        for along, z in (((start, left), full), ((right, stop), full), ((left, right), above)):
+        across, above = _around(middle[axis], WALL_M), (DOOR_HEIGHT_M, WALL_HEIGHT_M)
+        for along, z in (((start, left), _WALL_Z), ((right, stop), _WALL_Z), ((left, right), above)):
             yield _box("wall", axis, across, along, z, "trim", (first.wall, second.wall))
-        posts, head = (0.0, DOOR_HEIGHT_M), (DOOR_HEIGHT_M - 0.015, DOOR_HEIGHT_M + CASING_M)
-        outer, across = (left - CASING_M, right + CASING_M), _around(middle[axis], WALL_M + 0.04)
-        sides = ((outer[0], left + 0.015), posts), ((right - 0.015, outer[1]), posts)
-        for along, z in (*sides, (outer, head)):
-            yield _box("doorway", axis, across, along, z, "trim")
+        across, outer = _around(middle[axis], WALL_M + 0.04), (left - CASING_M, right + CASING_M)
+        for along in ((outer[0], left + 0.015), (right - 0.015, outer[1])):
+            yield _box("doorway", axis, across, along, (0.0, DOOR_HEIGHT_M), "trim")
+        yield _box("doorway", axis, across, outer, (DOOR_HEIGHT_M - 0.015, DOOR_HEIGHT_M + CASING_M), "trim")
 
 
 def _around(middle: float, width: float) -> Range:

@@ -19,9 +19,7 @@ WIDTH, HEIGHT = 640, 480
 FOCAL_PIXELS = 388.19
 """79 degrees from left to right on 640 columns, as habitat's cameras for R2R-CE: 320 / tan(39.5 degrees)."""
 EYE_M = 1.25
-_NEAR_M, _LAMP_Z_M = 0.02, 2.25
-_CORNER_M = 0.5
-"""Corners are darker up to this distance."""
+_NEAR_M, _LAMP_Z_M, _CORNER_M = 0.02, 2.25, 0.5
 _LEVELS = 8
 _LEVEL_START = [4 * len(NAMES) * (SIZE**2 - (SIZE**2 >> 2 * level)) // 3 for level in range(_LEVELS)]
 """Where a level of detail begins among all texels: each has a quarter of the texels of the one before."""
@@ -66,10 +64,6 @@ class Scene:
         self._rooms = np.array([np.hstack(room) for room in rooms], np.float32).reshape(-1, 3, 3)
         """[rooms, 3, 3]: lower corner, upper corner, lamp."""
 
-    def render(self, pose: Pose) -> npt.NDArray[np.uint8]:
-        """What is seen from `pose`: uint8 [480, 640, 3], RGB."""
-        return self.picture(self.look(pose))
-
     def look(self, pose: Pose) -> View:
         """Trace one ray through the middle of every pixel: eye + depth * (x[column], y[column], rise[row])."""
         (ahead_x, ahead_y), eye = pose.forward, (pose.x, pose.y, EYE_M)
@@ -88,10 +82,8 @@ class Scene:
             columns, rows = _block(met[box]), _block(leave_z[box] > np.maximum(enter_z[box], _NEAR_M))
             across, up = enter[box, columns], enter_z[box, rows, None]
             t = np.maximum(across, up)
-            nearest = np.minimum(
-                depth[rows, columns], np.minimum(leave[box, columns], leave_z[box, rows, None])
-            )
-            seen = (t < nearest) & (t > _NEAR_M)
+            behind = np.minimum(leave[box, columns], leave_z[box, rows, None])
+            seen = (t < np.minimum(depth[rows, columns], behind)) & (t > _NEAR_M)
             np.copyto(depth[rows, columns], t, where=seen)
             side_or_cap = 6 * box + np.where(up > across, 4 + (z[rows, None] < 0), side[box, columns])
             np.copyto(face[rows, columns], side_or_cap.astype(np.int32), where=seen)
@@ -108,27 +100,25 @@ class Scene:
         """The colours of what is seen: uint8 [480, 640, 3], RGB."""
         lamp, dim = self._light(view)
         lit = self._texel(view) * (dim[..., None] * (_AMBIENT + lamp[..., None] * _LAMPLIGHT))
-        return np.asarray(np.minimum(lit, np.float32(255)), np.uint8)
+        return np.asarray(np.minimum(lit, 255), np.uint8)
 
     def _texel(self, view: View) -> Floats:
         """The texture's colour, blended from four texels of the level of detail that fits the distance."""
         box, axis = view.face // 6, view.face % 6 // 2
-        texels = [
-            (view.position[i] - self._origin[box, i]) * self._texels_per_metre[box, i] * np.float32(256)
-            for i in range(3)
-        ]
+        origin, scale = self._origin[box], self._texels_per_metre[box]
+        texels = [(view.position[i] - origin[..., i]) * scale[..., i] * 256 for i in range(3)]
         u, v = np.where(axis == 0, texels[1], texels[0]), np.where(axis == 2, texels[1], texels[2])
         away = np.choose(axis, [abs(p - np.float32(e)) for p, e in zip(view.position, view.eye, strict=True)])
         # A pixel covers depth / focal across, and that times depth / away along the slope of the face.
-        scale = self._texels_per_metre[box, 2] / np.float32(FOCAL_PIXELS)
-        area = scale * scale * view.depth * view.depth * view.depth / away
+        across = scale[..., 2] / np.float32(FOCAL_PIXELS)
+        area = across * across * view.depth * view.depth * view.depth / away
         level = sum((area > np.float32(4.0**k / 2)).astype(np.int32) for k in range(1, _LEVELS))
         (left, across), (low, up) = (np.divmod((c.astype(np.int32) >> level) - 128, 256) for c in (u, v))
         bits = 9 - level
         start = np.array(_LEVEL_START, np.int32)[level] + (self.textures[view.face] << 2 * bits)
         columns, rows = ([c + i & (1 << bits) - 1 for i in (0, 1)] for c in (left, low))
         four = [self._texels[start + (row << bits) + column] for row in rows for column in columns]
-        across, up = (share[..., None] * np.float32(1 / 256) for share in (across, up))
+        across, up = (share[..., None] / 256 for share in (across, up))
         near, far = (four[i] + (four[i + 1].astype(np.float32) - four[i]) * across for i in (0, 2))
         return np.asarray(near + (far - near) * up)
 
@@ -136,24 +126,23 @@ class Scene:
         """Lamplight that falls on each pixel, and the factor by which corners dim all light."""
         axis, sign = view.face % 6 // 2, (view.face % 2 * 2 - 1).astype(np.float32)
         # A wall is lit by the lamp of the room that it faces.
-        here = [view.position[i] + np.float32(0.03) * sign * (axis == i) for i in (0, 1)]
+        here = [view.position[i] + 0.03 * sign * (axis == i) for i in (0, 1)]
         column, row = (
             np.searchsorted(np.array(self.house.edges[i][1:-1], np.float32), here[i], "right") for i in (0, 1)
         )
         low, high, lamp = np.moveaxis(self._rooms[row * COLUMNS + column], (2, 3), (0, 1))
         to_lamp = [lamp[i] - view.position[i] for i in range(3)]
         square = to_lamp[0] * to_lamp[0] + to_lamp[1] * to_lamp[1] + to_lamp[2] * to_lamp[2]
-        facing = np.maximum(np.choose(axis, to_lamp) * sign, np.float32(0))
-        light = facing / np.sqrt(square) * (np.float32(3.0) / (np.float32(2.0) + square)) + np.float32(0.35)
+        facing = np.maximum(np.choose(axis, to_lamp) * sign, 0)
+        light = facing / np.sqrt(square) * (3.0 / (2.0 + square)) + 0.35
         dim = np.ones_like(square)
         for i in range(3):
             gap = np.minimum(view.position[i] - low[i], high[i] - view.position[i])
-            close = np.where(
-                axis == i, np.float32(0), np.maximum(1 - gap * np.float32(1 / _CORNER_M), np.float32(0))
-            )
-            dim *= 1 - np.float32(0.34) * close * close
+            close = np.maximum(1 - gap / _CORNER_M, 0) * (axis != i)
+            dim *= 1 - 0.34 * close * close
         shines = (self.labels == "window")[view.face // 6]
-        return np.where(shines, np.float32(1), light), np.where(shines, np.float32(1), dim)
+        light[shines] = dim[shines] = 1
+        return light, dim
 
 
 def _block(wanted: npt.NDArray[np.bool_]) -> slice:

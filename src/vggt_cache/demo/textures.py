@@ -12,9 +12,7 @@ from functools import partial
 import numpy as np
 import numpy.typing as npt
 
-SIZE = 512
-TEXELS_PER_METRE = 192
-WALL_HEIGHT_M = 2.6
+SIZE, TEXELS_PER_METRE, WALL_HEIGHT_M = 512, 192, 2.6
 Y, X = (axis.astype(np.int64) for axis in np.mgrid[0:SIZE, 0:SIZE])
 
 Ints = npt.NDArray[np.int64]
@@ -60,7 +58,7 @@ def _laid(
     column = (X + (row * shift if shift >= 0 else _hash(row, row, salt) & -8)) % SIZE
     inside_y, inside_x, column = Y % height, column % width, column // width
     light = _grain(salt, 16) + (_hash(column, row, salt) >> 4) % 56 - 36
-    light += np.where(inside_y >= height - 2, 20, 0) - np.where(inside_x >= width - 2, 20, 0)
+    light += 20 * (inside_y >= height - 2) - 20 * (inside_x >= width - 2)
     light += (_noise(2, 64, salt + 2) + _noise(8, 128, salt + 3) - 255) * veins // 255
     joint = (inside_y < 2) | (inside_x < 2)
     pieces = _painted(light, colour, checker or colour, (column + row) % 2 == 1)
@@ -68,19 +66,15 @@ def _laid(
 
 
 def _striped(colour: Colour, other: Colour, salt: int) -> Texture:
-    line = (X % 32 < 2) | ((X % 64 > 44) & (X % 64 < 47))
+    line = (X % 32 < 2) | (abs(X % 64 - 45.5) < 1)
     dot = (abs(X % 64 - 16) + abs(Y % 64 - 32) < 7) | (abs(X % 64 - 16) * 3 + abs(Y % 64 - 8) < 9)
-    light = _grain(salt, 14) - np.where(line, 45, 0) + np.where(dot, 34, 0)
-    return _painted(light, colour, other, X // 32 % 2 == 1)
+    return _painted(_grain(salt, 14) - 45 * line + 34 * dot, colour, other, X // 32 % 2 == 1)
 
 
 def _diamonds(colour: Colour, other: Colour, salt: int) -> Texture:
     across, down = abs(X % 64 - 32), abs(Y % 64 - 32)
-    ring = (across + down) // 6
-    light = (
-        _grain(salt, 18) - np.where(ring == 2, 20, 0) + np.where(across * across + down * down < 60, 90, 0)
-    )
-    return _painted(light, colour, other, ring == 4)
+    ring, dot = (across + down) // 6, across * across + down * down < 60
+    return _painted(_grain(salt, 18) - 20 * (ring == 2) + 90 * dot, colour, other, ring == 4)
 
 
 def _plaster(colour: Colour, other: Colour, salt: int) -> Texture:
@@ -90,13 +84,12 @@ def _plaster(colour: Colour, other: Colour, salt: int) -> Texture:
 
 def _carpet(colour: Colour, other: Colour, salt: int) -> Texture:
     figure = (abs(X % 128 - 64) + abs(Y % 128 - 64)) // 16 == 1
-    return _painted(
-        _grain(salt, 20) + (_hash(X // 2, Y // 2, salt) >> 8) * 60 // 255 - 30, colour, other, figure
-    )
+    pile = (_hash(X // 2, Y // 2, salt) >> 8) * 60 // 255 - 30
+    return _painted(_grain(salt, 20) + pile, colour, other, figure)
 
 
-def _even(colour: Colour, salt: int) -> Texture:
-    return _painted(_grain(salt, 8), colour)
+def _trim(salt: int) -> Texture:
+    return _painted(_grain(salt, 8), TRIM)
 
 
 def _window(salt: int) -> Texture:
@@ -105,9 +98,9 @@ def _window(salt: int) -> Texture:
     sky = (np.array((246, 250, 255)) * cloud + np.array((136, 188, 240)) * (255 - cloud)) // 255
     hedge = (_noise(SIZE, 32, salt + 2)[:1] // 3 + 120 - Y > 0)[..., None]
     view = np.where(hedge, _painted(190 + _noise(16, 16, salt + 3) // 4, (92, 140, 70)), sky)
-    to_edge = np.minimum(SIZE / 2 - abs(X - SIZE / 2), SIZE / 2 - abs(Y - SIZE / 2))
+    to_edge = SIZE // 2 - np.maximum(abs(X - SIZE // 2), abs(Y - SIZE // 2))
     frame = (to_edge < 28) | (abs(X - 256) < 12) | (abs(Y - 300) < 10)
-    return np.where(frame[..., None], _even(TRIM, salt), view).astype(np.uint8)
+    return np.where(frame[..., None], _trim(salt), view).astype(np.uint8)
 
 
 Draw = Callable[..., Texture]
@@ -128,21 +121,18 @@ FLOORS: dict[str, Draw] = {
     "grey stone": partial(_laid, (186, 182, 174), height=64, width=128, shift=64),
     "grey carpet": partial(_carpet, (140, 140, 150), (116, 118, 134)),
 }
-OTHERS: dict[str, Draw] = {
-    "ceiling": partial(_laid, (246, 244, 236), (206, 204, 198), height=256, width=256),
-    "trim": partial(_even, TRIM),
-    "window": _window,
-}
-NAMES = (*WALLS, *FLOORS, *OTHERS)
+_CEILING = partial(_laid, (246, 244, 236), (206, 204, 198), height=256, width=256)
+_ALL: dict[str, Draw] = {**WALLS, **FLOORS, "ceiling": _CEILING, "trim": _trim, "window": _window}
+NAMES = tuple(_ALL)
 
 
 def texture(name: str) -> Texture:
     """The texture of this name, uint8 [512, 512, 3]; a wall's with skirting board and moulding."""
-    drawn = {**WALLS, **FLOORS, **OTHERS}[name](salt=sum(name.encode()))
+    drawn = _ALL[name](salt=sum(name.encode()))
     if name in WALLS:
         top = int(WALL_HEIGHT_M * TEXELS_PER_METRE)
         for start, stop in ((0, 21), (top - 13, top + 2)):
-            light = 256 + np.where(stop - 5 == Y, -60, 0) + np.where(stop - 3 <= Y, 16, 0)
+            light = 256 - 60 * (stop - 5 == Y) + 16 * (stop - 3 <= Y)
             drawn[start:stop] = _painted(light, TRIM)[start:stop]
         drawn[21:24] = drawn[21:24] // 4 * 3
     return drawn
