@@ -8,8 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from janusvln.features.coverage import Coverage
 from monitor_kit import BANNER, ENDED, bar, metrics
-from vggt_cache.monitor.parse import Announced, Bar, CacheNote, Ended, Failure, Metrics, bars_in, events_in
+from vggt_cache.context import CONTEXTS
+from vggt_cache.monitor.parse import Announced, Bar, Ended, Failure, Metrics, bars_in, events_in
 
 
 def events(text: str | bytes) -> list[object]:
@@ -110,11 +112,32 @@ def test_the_announcement_gives_total_and_batch() -> None:
 
 def test_our_own_lines_about_the_cache() -> None:
     assert events("[INFO] VGGT feature cache enabled: /data/my cache") == [
-        CacheNote(directory="/data/my cache")
+        Announced(cache_dir="/data/my cache")
     ]
-    assert events("[INFO] Coverage: 600000/612000 features are in the cache") == [
-        CacheNote(coverage=(600000, 612000))
-    ]
+
+
+@pytest.mark.parametrize("noun", [rule.noun for rule in CONTEXTS.values()])
+def test_the_sentence_of_the_trainer_about_coverage_is_understood(noun: str) -> None:
+    sentence = Coverage(total=612000, present=600000, unknown=7).sentence(noun)
+    assert events(f"[INFO] {sentence}") == [Announced(coverage=(600000, 612000))]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Total optimization steps = {}",
+        "Total train batch size = {}",
+        "[INFO] Coverage of this data set: {}/{} features",
+        "RunningAvgSamplesPerSec={}",
+        "RunningAvgSamplesPerSec=1.2.{}",
+        "  1%|    | {}/{} [00:01<00:01, 18.55s/it]",
+        "  1%|    | 1/2 [{}:01<00:01, 18.55s/it]",
+        "{{'loss': {}}}",
+    ],
+)
+def test_numbers_without_end_are_no_fault(line: str) -> None:
+    for digits in ("9" * 300, "9" * 5000):
+        events(line.format(digits, digits))
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,8 @@ import pytest
 
 from monitor_kit import BANNER, ENDED, ORIGINAL_TRAINER, TOTAL, bar, metrics, training_log
 from vggt_cache.errors import SettingsError
-from vggt_cache.monitor import MonitorSettings
-from vggt_cache.monitor.alarms import alarms_of, stall_threshold_s
-from vggt_cache.monitor.parse import events_in
-from vggt_cache.monitor.progress import Progress
+from vggt_cache.monitor.progress import Progress, alarms_of, stall_threshold_s
+from vggt_cache.monitor.settings import MonitorSettings
 from vggt_cache.monitor.state import TrainingState
 from vggt_cache.monitor.tail import Pieces
 
@@ -25,8 +23,7 @@ def told(*texts: str, at_s: float = 1000.0) -> Progress:
     pieces = Pieces(cut=False)
     for text in (*texts, "\n"):
         for piece in pieces.feed(text.encode()):
-            for event in events_in(piece):
-                state.fold(event, at_s)
+            state.read(piece, at_s)
     return state.progress()
 
 
@@ -133,8 +130,7 @@ def test_a_run_of_another_length_takes_over() -> None:
 def test_endless_new_totals_take_no_memory() -> None:
     state = TrainingState()
     for total in range(1, 2000):
-        for event in events_in(bar(1, 5, total=total).encode()):
-            state.fold(event, 0.0)
+        state.read(bar(1, 5, total=total).encode(), 0.0)
     assert len(state._tracks) <= 16
 
 
@@ -151,7 +147,10 @@ def test_the_metrics_of_our_trainer_are_shown() -> None:
 
 
 def test_the_cache_lines_are_shown() -> None:
-    known = told("[INFO] VGGT feature cache enabled: /data/cache\n[INFO] Coverage: 9/10 features\n")
+    known = told(
+        "[INFO] VGGT feature cache enabled: /data/cache\n"
+        "[INFO] Coverage of this data set: 9/10 images are in the cache (90.0 %), 1 are not\n"
+    )
     assert (known.cache_dir, known.coverage) == ("/data/cache", (9, 10))
 
 
@@ -220,8 +219,7 @@ def test_an_evaluation_that_goes_on_is_no_stall() -> None:
     state = TrainingState()
     for text, at_s in [(training_log(20), 0.0), *((bar(n, 60 * n, total=500), 60.0 * n) for n in range(100))]:
         for piece in text.split("\r"):
-            for event in events_in(piece.encode()):
-                state.fold(event, at_s)
+            state.read(piece.encode(), at_s)
     assert kinds(state.progress(), now_s=99 * 60 + 10) == []
     assert kinds(state.progress(), now_s=99 * 60 + 200) == ["stall"]
 

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from monitor_kit import BANNER, ENDED, TOTAL, Counted, bar, metrics, training_log
-from vggt_cache.monitor import logs as logs_module
 from vggt_cache.monitor.logs import WatchedLog
 from vggt_cache.monitor.progress import Progress
 from vggt_cache.monitor.tail import (
@@ -21,7 +20,6 @@ from vggt_cache.monitor.tail import (
     TAIL_BYTES,
     WINDOW_BYTES,
     Pieces,
-    Tail,
     sampled_extents,
 )
 
@@ -30,7 +28,7 @@ from vggt_cache.monitor.tail import (
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
     """Counts all that is read of logs."""
     reading = Counted()
-    monkeypatch.setattr(logs_module, "Tail", lambda path, enough: Tail(path, enough, pread=reading))
+    monkeypatch.setattr("vggt_cache.monitor.tail.os.pread", reading)
     return reading
 
 

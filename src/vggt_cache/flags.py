@@ -18,15 +18,16 @@ def flag(
     default: Any = MISSING,
     *,
     help: str,
+    kind: type = str,
     choices: Iterable[str] = (),
     metavar: str | None = None,
     required: bool = True,
 ) -> Any:
-    """A dataclass field that is also a flag, of its default's type, and a text where there is none.
+    """A dataclass field that is also a flag, of its default's type, and of `kind` where there is none.
 
     `required`: on the command line too, where there is no default.
     """
-    about = {"help": help, "choices": tuple(choices), "metavar": metavar, "required": required}
+    about = {"help": help, "kind": kind, "choices": tuple(choices), "metavar": metavar, "required": required}
     return field(default=default, metadata=about)
 
 
@@ -37,31 +38,27 @@ def add_flags(
     only: Iterable[str] | None = None,
     defaults: bool = True,
 ) -> None:
-    """Give each field, or those in `only`, to `add(name, **options)`. `defaults`: whether the help shows them."""
+    """Give each flag, or those in `only`, to `add(name, **options)`. `defaults`: whether the help shows them."""
     for entry in fields(settings):
-        if only is not None and entry.name not in only:
+        about, default = entry.metadata, entry.default
+        if not about or (only is not None and entry.name not in only):
             continue
-        text = entry.metadata["help"].replace("%", "%%")
-        if defaults and entry.default is not MISSING:
-            text += default_text(entry.default)
-        options = {"help": text, **_options(entry.default)}
-        options |= {name: entry.metadata[name] for name in ("choices", "metavar") if entry.metadata[name]}
-        if entry.default is MISSING and entry.metadata["required"]:
+        text = about["help"].replace("%", "%%") + default_text(default if defaults else None)
+        options = {name: about[name] for name in ("choices", "metavar") if about[name]}
+        if isinstance(default, bool):
+            options["action"] = argparse.BooleanOptionalAction if default else "store_true"
+        else:
+            options["type"] = about["kind"] if default in (MISSING, None) else type(default)
+        if default is MISSING and about["required"]:
             options["required"] = True
-        add(entry.name, **options).default = argparse.SUPPRESS
+        add(entry.name, help=text, **options).default = argparse.SUPPRESS
 
 
 def default_text(default: object) -> str:
     """What the help says of a default. What is off, or empty, where nothing is given goes without saying."""
-    return (
-        "" if default is None or default is False else f" (default: {'on' if default is True else default})"
-    )
-
-
-def _options(default: Any) -> dict[str, Any]:
-    if isinstance(default, bool):
-        return {"action": argparse.BooleanOptionalAction if default else "store_true"}
-    return {"type": str if default in (MISSING, None) else type(default)}
+    if default is None or default is False or default is MISSING:
+        return ""
+    return f" (default: {'on' if default is True else default})"
 
 
 def check_choices(settings: Any) -> None:
@@ -74,15 +71,6 @@ def check_choices(settings: Any) -> None:
             )
 
 
-def choices_of(settings: type, name: str) -> tuple[str, ...]:
-    """What a field may be; nothing where it may be anything of its type."""
-    choices: tuple[str, ...] = _about(settings, name)["choices"]
-    return choices
-
-
-def help_of(settings: type, name: str) -> str:
-    return str(_about(settings, name)["help"])
-
-
-def _about(settings: type, name: str) -> Mapping[str, Any]:
+def about_flag(settings: type, name: str) -> Mapping[str, Any]:
+    """What `flag` was told of a field: its help, its choices (empty where it may be anything of its type)."""
     return next(entry.metadata for entry in fields(settings) if entry.name == name)

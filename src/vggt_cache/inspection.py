@@ -5,12 +5,12 @@ What needs torch is imported where it is used: `info` takes no longer than readi
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +21,16 @@ from vggt_cache.frames import decode_frame, read_frame
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.picture import draw_features
 from vggt_cache.precompute.failures import FailureLog
-from vggt_cache.precompute.plan import plan_and_tell
+from vggt_cache.precompute.plan import Plan, plan_and_tell
 from vggt_cache.precompute.report import EXIT_INVALID, EXIT_OK, Reporter, bytes_text, count_of
+from vggt_cache.precompute.settings import PrecomputeSettings
 from vggt_cache.store import convert, describe, prune
 from vggt_cache.store.directory import select_store
 from vggt_cache.store.filesystem import OPERATING_SYSTEM
-from vggt_cache.store.inventory import CacheDescription, StoreDescription
+from vggt_cache.store.inventory import StoreDescription
+
+if TYPE_CHECKING:
+    from vggt_cache.store import FeatureCache
 
 Pixels = npt.NDArray[np.uint8]
 Feature = npt.NDArray[np.float32]
@@ -36,18 +40,18 @@ def show_info(cache_dir: str, *, as_json: bool) -> int:
     """What the directory holds, one paragraph per encoder specification."""
     found = describe(cache_dir)
     if as_json:
-        print(json.dumps(_info_as_dict(found), indent=1))
+        stores = [{**asdict(store), "fingerprint": store.spec.fingerprint} for store in found.stores]
+        print(json.dumps({**asdict(found), "stores": stores}, indent=1))
         return EXIT_OK
     total = bytes_text(sum(store.disk_bytes for store in found.stores))
     print(f"{found.cache_dir}: {count_of(len(found.stores), 'specification')}, {total}")
     for store in found.stores:
+        used, free = bytes_text(store.disk_bytes), bytes_text(store.reclaimable_bytes)
         print(f"\n{_spec_line(store.spec)}")
         print(f"  fingerprint  {store.spec.fingerprint}")
         print(f"  entries      {store.entries} in {count_of(store.shards, 'shard')}")
         print(f"  codec        {_codec_text(store)}")
-        print(
-            f"  on disk      {bytes_text(store.disk_bytes)}, reclaimable {bytes_text(store.reclaimable_bytes)}"
-        )
+        print(f"  on disk      {used}, reclaimable {free}")
         for name, reason in store.damaged_shards:
             print(f"  damaged      {name}: {reason}")
     for name, reason in found.unreadable:
@@ -64,14 +68,7 @@ def _codec_text(store: StoreDescription) -> str:
     return f"{names}; features {bytes_text(store.stored_bytes)} of {bytes_text(store.raw_bytes)}, {share:.3f}"
 
 
-def _info_as_dict(found: CacheDescription) -> dict[str, Any]:
-    """For programs: each store's figures with its specification and fingerprint."""
-    stores = [{**dataclasses.asdict(store), "fingerprint": store.spec.fingerprint} for store in found.stores]
-    return {**dataclasses.asdict(found), "stores": stores}
-
-
 def _spec_line(spec: FeatureSpec) -> str:
-    """A specification in one line."""
     encoder, preprocessing = spec.encoder, spec.preprocessing
     return (
         f"context {spec.context}: {encoder.patch_embed} with {encoder.depth} pairs of {encoder.embed_dim} channels, "
@@ -80,67 +77,45 @@ def _spec_line(spec: FeatureSpec) -> str:
     )
 
 
-def verify_store(
+def verify_cache(
     cache_dir: str,
     *,
-    context: str | None,
-    fingerprint: str | None,
-    threads: int,
-    asked: Mapping[str, object],
+    data_root: str | None = None,
+    context: str | None = None,
+    fingerprint: str | None = None,
+    max_samples: int = PrecomputeSettings.max_samples,
+    num_workers: int,
+    **asked: object,
 ) -> int:
-    """Check every record of a store against its checksum. `asked` as for `verify_against_data`."""
-    from vggt_cache.precompute.verify import verify_records
-    from vggt_cache.store import FeatureCache
+    """Check every record of a store, or that every feature which some data needs is present and intact.
 
-    reporter = Reporter()
-    with (
-        FeatureCache.open(cache_dir, context=context, fingerprint=fingerprint, use_index=False) as cache,
-        tqdm(total=len(cache), desc="Verifying", unit="feature", mininterval=1.0) as bar,
-    ):
-        _refuse_other_settings(cache.spec, asked)
-        result = verify_records(
-            cache,
-            threads=threads,
-            on_invalid=reporter.invalid,
-            on_progress=bar.update,
-        )
-    reporter.info(str(result))
-    return EXIT_INVALID if result.invalid else EXIT_OK
-
-
-def verify_against_data(
-    cache_dir: str,
-    data_root: str,
-    *,
-    context: str | None,
-    fingerprint: str | None,
-    max_samples: int,
-    threads: int,
-    asked: Mapping[str, object],
-) -> int:
-    """Check that every feature that the data needs is present and intact. Needs no model.
-
-    `asked`: what the user gave; the cache must have been made with those of them that are settings of precompute.
+    Needs no model. `asked`: what else the user gave; the cache must have been made with those of them that are
+    settings of precompute.
     """
-    from vggt_cache.precompute.verify import verify_data
+    from vggt_cache.precompute.verify import verify_data, verify_records
     from vggt_cache.store import FeatureCache
 
     reporter = Reporter()
-    failures = FailureLog(cache_dir, reporter, write=False)
-    with FeatureCache.open(cache_dir, context=context, fingerprint=fingerprint) as cache:
-        _refuse_other_settings(cache.spec, asked)
-        plan = plan_and_tell(data_root, cache.spec.context, max_samples, reporter, failures)
-        with tqdm(total=len(plan), desc="Verifying", unit="feature", mininterval=1.0) as bar:
-            result = verify_data(
-                cache,
-                plan,
-                threads=threads,
-                on_invalid=reporter.invalid,
-                on_progress=bar.update,
+    use_index = data_root is not None
+    with FeatureCache.open(cache_dir, context=context, fingerprint=fingerprint, use_index=use_index) as cache:
+        for name, made_with in cache.spec.contradictions(asked).items():
+            raise SpecMismatchError(
+                f"--{name} {asked[name]} was given, but the cache was made with {made_with}: leave the flag out to "
+                "verify this cache, or name the directory of the other one"
             )
-    reporter.info(f"Cache directory: {os.path.abspath(cache_dir)}")
+        plan = None if data_root is None else _plan(data_root, cache, reporter, max_samples)
+        total = len(cache) if plan is None else len(plan)
+        with tqdm(total=total, desc="Verifying", unit="feature", mininterval=1.0) as bar:
+            told: dict[str, Any] = {
+                "on_invalid": reporter.invalid,
+                "on_progress": bar.update,
+                "threads": max(1, num_workers),
+            }
+            result = verify_records(cache, **told) if plan is None else verify_data(cache, plan, **told)
+    if plan is not None:
+        reporter.info(f"Cache directory: {os.path.abspath(cache_dir)}")
     reporter.info(str(result))
-    if result.invalid:
+    if plan is not None and result.invalid:
         reporter.warn(
             f"{count_of(result.invalid, 'feature')} that this data needs cannot be read from the cache: run precompute "
             f"again to make what is missing (after vggt-cache prune {cache_dir} --damaged --yes for damaged ones)"
@@ -148,12 +123,9 @@ def verify_against_data(
     return EXIT_INVALID if result.invalid else EXIT_OK
 
 
-def _refuse_other_settings(spec: FeatureSpec, asked: Mapping[str, object]) -> None:
-    for name, made_with in spec.contradictions(asked).items():
-        raise SpecMismatchError(
-            f"--{name} {asked[name]} was given, but the cache was made with {made_with}: leave the flag out to "
-            "verify this cache, or name the directory of the other one"
-        )
+def _plan(data_root: str, cache: FeatureCache, reporter: Reporter, max_samples: int) -> Plan:
+    failures = FailureLog(cache.cache_dir, reporter, write=False)
+    return plan_and_tell(data_root, cache.spec.context, max_samples, reporter, failures)
 
 
 def draw_view(
@@ -166,9 +138,7 @@ def draw_view(
         raise SettingsError(f"--count {count} draws nothing: give 1 or more")
     reporter = Reporter()
     with FeatureCache.open(cache_dir, context=context, fingerprint=fingerprint) as cache:
-        plan = plan_and_tell(
-            data_root, cache.spec.context, -1, reporter, FailureLog(cache_dir, reporter, write=False)
-        )
+        plan = _plan(data_root, cache, reporter, -1)
         rows: dict[bytes, tuple[Pixels, Feature, str]] = {}
         for feature in _spread(len(plan)):
             paths = plan.paths_of(feature)
@@ -196,51 +166,47 @@ def _spread(count: int) -> Iterator[int]:
     return (part * step % count for part in range(count))
 
 
-def prune_cache(cache_dir: str, *, damaged: bool, really: bool) -> int:
-    """Show, or do, what can be removed without losing a feature."""
-    actions = prune(cache_dir, dry_run=not really, damaged=damaged)
+def prune_cache(cache_dir: str, *, damaged: bool, yes: bool) -> int:
+    """Show, or with `yes` do, what can be removed without losing a feature."""
+    actions = prune(cache_dir, dry_run=not yes, damaged=damaged)
     for action in actions:
         print(
-            f"{'removed' if really else 'would remove'} {action.path}: {bytes_text(action.bytes)}, {action.reason}"
+            f"{'removed' if yes else 'would remove'} {action.path}: {bytes_text(action.bytes)}, {action.reason}"
         )
     total = bytes_text(sum(action.bytes for action in actions))
     if not actions:
         print("nothing to remove")
-    elif really:
-        print(f"{total} freed")
     else:
-        print(f"{total} can be freed: run again with --yes")
+        print(f"{total} freed" if yes else f"{total} can be freed: run again with --yes")
     return EXIT_OK
 
 
 def convert_cache(
-    cache_dir: str, codec: str, *, context: str | None, fingerprint: str | None, really: bool
+    cache_dir: str, codec: str, *, context: str | None, fingerprint: str | None, yes: bool
 ) -> int:
-    """Show, or do, the rewriting of a store's shards with another codec."""
+    """Show, or with `yes` do, the rewriting of a store's shards with another codec."""
     reporter = Reporter()
     spec = select_store(
         os.path.abspath(cache_dir), spec=None, fingerprint=fingerprint, context=context, fs=OPERATING_SYSTEM
     )
     before = after = count = kept = 0
-    for shard in convert(cache_dir, spec, codec, dry_run=not really):
+    for shard in convert(cache_dir, spec, codec, dry_run=not yes):
         if shard.problem:
             kept += 1
             reporter.warn(f"{shard.shard} was kept as it is: {shard.problem}")
             continue
         count, before, after = count + 1, before + shard.bytes_before, after + shard.bytes_after
-        features, size = count_of(shard.records, "feature"), bytes_text(shard.bytes_before)
-        if really:
-            print(
-                f"converted {shard.shard}: {features}, {size} -> {bytes_text(shard.bytes_after)}", flush=True
-            )
-        else:
-            print(f"would convert {shard.shard}: {features}, {size}")
+        became = f" -> {bytes_text(shard.bytes_after)}" if yes else ""
+        print(
+            f"{'converted' if yes else 'would convert'} {shard.shard}: {count_of(shard.records, 'feature')}, "
+            f"{bytes_text(shard.bytes_before)}{became}",
+            flush=True,
+        )
+    shards = count_of(count, "shard")
     if not count and not kept:
         print("nothing to convert: all shards have this codec")
-    elif really:
-        print(f"{count_of(count, 'shard')} converted: {bytes_text(before)} -> {bytes_text(after)}")
+    elif yes:
+        print(f"{shards} converted: {bytes_text(before)} -> {bytes_text(after)}")
     else:
-        print(
-            f"{count_of(count, 'shard')} with {bytes_text(before)} would be converted: run again with --yes"
-        )
+        print(f"{shards} with {bytes_text(before)} would be converted: run again with --yes")
     return EXIT_INVALID if kept else EXIT_OK

@@ -19,7 +19,7 @@ from janusvln.features.read_ahead import THREADS
 from janusvln.features.resolve import AS_PUBLISHED, WantedFeatures
 from janusvln.features.source import MISS_POLICIES
 from vggt_cache.errors import SettingsError
-from vggt_cache.flags import choices_of, help_of
+from vggt_cache.flags import about_flag
 from vggt_cache.precompute.settings import PrecomputeSettings
 
 
@@ -99,7 +99,7 @@ class DataArguments:
 
 
 def _as_in_the_cache(name: str) -> Any:
-    text = f"{help_of(PrecomputeSettings, name)} (default: the cache's; without one {AS_PUBLISHED[name]})"
+    text = f"{about_flag(PrecomputeSettings, name)['help']} (default: the cache's; without one {AS_PUBLISHED[name]})"
     return _flag(None, text.replace("%", "%%"))
 
 
@@ -122,7 +122,7 @@ class FeatureArguments:
 
     def __post_init__(self) -> None:
         self.vggt_cache_dir = self.vggt_cache_dir or os.environ.get("VGGT_CACHE_DIR") or None
-        choices = {name: choices_of(PrecomputeSettings, name) for name in AS_PUBLISHED}
+        choices = {name: about_flag(PrecomputeSettings, name)["choices"] for name in AS_PUBLISHED}
         choices["vggt_cache_miss"] = MISS_POLICIES
         for name, allowed in choices.items():
             if allowed and getattr(self, name) not in (None, *allowed):

@@ -2,8 +2,3 @@
 
 Nothing is asked of the trainer but its log, so logs of other trainers on transformers' Trainer work as well.
 """
-
-from vggt_cache.monitor.run import monitor
-from vggt_cache.monitor.settings import MonitorSettings
-
-__all__ = ["MonitorSettings", "monitor"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ class GpuReader:
     """Asks the first way that answers, and never again the ones that do not. Raises nothing."""
 
     def __init__(self) -> None:
-        self._ways: list[Callable[[], list[Gpu]]] = [NvmlReader(), read_nvidia_smi]
+        self._ways: list[Callable[[], list[Gpu]]] = [_answers_of_nvml().__next__, read_nvidia_smi]
 
     def read(self) -> list[Gpu]:
         """All cards of this machine, in the driver's order."""
@@ -41,40 +41,34 @@ class GpuReader:
         return []
 
 
-class NvmlReader:
-    """Asks NVML through the package nvidia-ml-py, where it is installed."""
+def _answers_of_nvml() -> Iterator[list[Gpu]]:
+    """The cards each time they are asked for, through the package nvidia-ml-py, where it is installed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # an outdated package of the same name warns when imported
+        nvml = importlib.import_module("pynvml")
+    nvml.nvmlInit()
+    while True:
+        yield [_card_of_nvml(nvml, index) for index in range(nvml.nvmlDeviceGetCount())]
 
-    def __init__(self) -> None:
-        self._nvml: Any = None
 
-    def __call__(self) -> list[Gpu]:
-        if self._nvml is None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # an outdated package of the same name warns when imported
-                nvml = importlib.import_module("pynvml")
-            nvml.nvmlInit()
-            self._nvml = nvml
-        return [self._card(index) for index in range(self._nvml.nvmlDeviceGetCount())]
+def _card_of_nvml(nvml: Any, index: int) -> Gpu:
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
 
-    def _card(self, index: int) -> Gpu:
-        nvml = self._nvml
-        handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        memory = self._told(nvml.nvmlDeviceGetMemoryInfo, handle)
-        use = self._told(nvml.nvmlDeviceGetUtilizationRates, handle)
-        name = self._told(nvml.nvmlDeviceGetName, handle) or "GPU"
-        return Gpu(
-            index=index,
-            name=name.decode() if isinstance(name, bytes) else str(name),
-            memory_used_bytes=int(memory.used) if memory else None,
-            memory_total_bytes=int(memory.total) if memory else None,
-            use_percent=float(use.gpu) if use else None,
-        )
-
-    def _told(self, ask: Callable[[Any], Any], handle: Any) -> Any:
+    def told(ask: Callable[[Any], Any]) -> Any:
         try:
             return ask(handle)
-        except self._nvml.NVMLError:
+        except nvml.NVMLError:
             return None  # not every card and driver tells everything (MIG slices, containers)
+
+    name = told(nvml.nvmlDeviceGetName) or "GPU"
+    memory, use = told(nvml.nvmlDeviceGetMemoryInfo), told(nvml.nvmlDeviceGetUtilizationRates)
+    return Gpu(
+        index=index,
+        name=name.decode() if isinstance(name, bytes) else str(name),
+        memory_used_bytes=int(memory.used) if memory else None,
+        memory_total_bytes=int(memory.total) if memory else None,
+        use_percent=float(use.gpu) if use else None,
+    )
 
 
 def read_nvidia_smi() -> list[Gpu]:
@@ -88,12 +82,13 @@ def read_nvidia_smi() -> list[Gpu]:
 
 def _card_of_line(line: str) -> Gpu:
     index, *name, used, total, use = (field.strip() for field in line.split(","))
+    used_mib, total_mib, percent = map(_number, (used, total, use))
     return Gpu(
         index=int(index),
         name=", ".join(name),
-        memory_used_bytes=_mebibytes(used),
-        memory_total_bytes=_mebibytes(total),
-        use_percent=_number(use),
+        memory_used_bytes=None if used_mib is None else int(used_mib * 2**20),
+        memory_total_bytes=None if total_mib is None else int(total_mib * 2**20),
+        use_percent=percent,
     )
 
 
@@ -102,8 +97,3 @@ def _number(field: str) -> float | None:
         return float(field)
     except ValueError:
         return None  # "[N/A]" and the like
-
-
-def _mebibytes(field: str) -> int | None:
-    number = _number(field)
-    return None if number is None else int(number * 2**20)

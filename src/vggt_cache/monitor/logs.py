@@ -9,10 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from vggt_cache.errors import SettingsError
-from vggt_cache.monitor.bars import RECENT_STEPS
-from vggt_cache.monitor.parse import bars_in, events_in
+from vggt_cache.monitor.parse import bars_in
 from vggt_cache.monitor.progress import Progress
-from vggt_cache.monitor.state import TrainingState
+from vggt_cache.monitor.state import RECENT_STEPS, TrainingState
 from vggt_cache.monitor.tail import Tail
 
 MOST_LOGS = 16
@@ -66,9 +65,7 @@ class WatchedLog:
     def refresh(self, now_s: float) -> None:
         """Take in what is new; at first everything there is, dated by the file's modification time."""
         for piece in self.tail.new_pieces():
-            at_s = self._written_at_s(now_s)
-            for event in events_in(piece):
-                self.state.fold(event, at_s)
+            self.state.read(piece, self._written_at_s(now_s))
         for bar in bars_in(self.tail.unfinished):
             self.state.fold(bar, self._written_at_s(now_s))
         self._seen = True
@@ -76,13 +73,14 @@ class WatchedLog:
     def _written_at_s(self, now_s: float) -> float:
         return now_s if self._seen else min(now_s, self.tail.modified_at_s)
 
-    @property
-    def modified_at_s(self) -> float:
-        return self.tail.modified_at_s
-
     def progress(self, samples_per_step: int | None) -> Progress:
         known = self.state.progress(samples_per_step)
         return replace(known, log=self.path, log_bytes=self.tail.size, modified_at_s=self.tail.modified_at_s)
+
+    @property
+    def liveliness(self) -> tuple[float, float, str]:
+        """The run whose bar moved last is the largest; before any has, the newest log."""
+        return self.state.progress_at_s or 0.0, self.tail.modified_at_s, self.path
 
 
 def _tells_enough(pieces: Iterator[bytes]) -> bool:
@@ -90,33 +88,31 @@ def _tells_enough(pieces: Iterator[bytes]) -> bool:
     state = TrainingState()
     lines = 0
     for piece in pieces:
-        for event in events_in(piece):
-            state.fold(event, 0.0)
+        state.read(piece, 0.0)
         lines += b"'loss'" in piece
     return state.steps_seen >= RECENT_STEPS and lines >= _LINES_OF_METRICS
 
 
 class LogSet:
-    """All logs that are meant, read again at each refresh; new ones that match are taken in."""
+    """All logs that are meant, read again at each refresh; new ones that match are taken in. Close it when done."""
 
     def __init__(self, patterns: tuple[str, ...]) -> None:
-        self.patterns = patterns
+        self._patterns = patterns
         self._watched: dict[str, WatchedLog] = {}
 
-    def __enter__(self) -> LogSet:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for watched in self._watched.values():
-            watched.tail.close()
+    def close(self) -> None:
+        for path in list(self._watched):
+            self._drop(path)
 
     def refresh(self, now_s: float) -> None:
         """Read what is new. Raises SettingsError where none of the logs can be read."""
         refusal: SettingsError | None = None
-        paths = found_logs(self.patterns)
+        paths = found_logs(self._patterns)
         for path in paths:
             try:
-                self._take_in(path, now_s)
+                if path not in self._watched:
+                    self._watched[path] = WatchedLog(path)
+                self._watched[path].refresh(now_s)
             except OSError as error:
                 refusal = _unreadable(path, error)
                 self._drop(path)
@@ -126,20 +122,15 @@ class LogSet:
         if refusal and not self._watched:
             raise refusal
 
-    def _take_in(self, path: str, now_s: float) -> None:
-        if path not in self._watched:
-            self._watched[path] = WatchedLog(path)
-        self._watched[path].refresh(now_s)
-
     def _drop(self, path: str) -> None:
         if watched := self._watched.pop(path, None):
             watched.tail.close()
 
-    def progress(self, samples_per_step: int | None = None) -> Progress:
-        """The run whose bar moved last; before there is any, the newest log."""
+    def progress(self, samples_per_step: int | None) -> Progress:
+        """What the liveliest log tells, with an error of another node if it tells of none."""
         if not self._watched:
             return Progress()
-        shown = max(self._watched.values(), key=_liveliness)
+        shown = max(self._watched.values(), key=lambda log: log.liveliness)
         known = shown.progress(samples_per_step)
         return replace(known, failure=known.failure or self._failure_elsewhere(shown))
 
@@ -148,17 +139,12 @@ class LogSet:
         since_s = shown.state.progress_at_s or 0.0
         for other in self._watched.values():
             failure = other.state.lines.failure
-            if failure and other.state.progress_at_s is None and other.modified_at_s >= since_s:
+            if failure and other.state.progress_at_s is None and other.tail.modified_at_s >= since_s:
                 return f"{failure} ({other.path})"
         return None
 
 
-def _liveliness(log: WatchedLog) -> tuple[float, float, str]:
-    return (log.state.progress_at_s or 0.0, log.modified_at_s, log.path)
-
-
 def _unreadable(path: str, error: OSError) -> SettingsError:
-    reason = error.strerror or error
     return SettingsError(
-        f"{path} cannot be read ({reason}), so nothing of it can be shown: check its permissions"
+        f"{path} cannot be read ({error.strerror or error}), so nothing of it can be shown: check its permissions"
     )

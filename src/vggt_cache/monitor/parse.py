@@ -1,8 +1,8 @@
 """From one piece of a log (between two line ends or carriage returns) to what it says.
 
-One function per shape of line. The shapes are those of tqdm, of transformers' Trainer (4.x prints numbers, 5.x
-prints them as strings), of DeepSpeed, and of our own trainer. A piece may hold several: bars end without a line
-end, so whatever is printed next follows on the same line. Anything that is not understood says nothing.
+The shapes of lines are those of tqdm, of transformers' Trainer (4.x prints numbers, 5.x prints them as strings), of
+DeepSpeed, and of our own trainer. A piece may hold several: bars end without a line end, so whatever is printed next
+follows on the same line. Anything that is not understood says nothing.
 """
 
 from __future__ import annotations
@@ -39,17 +39,11 @@ class Ended:
 
 @dataclass(frozen=True, kw_only=True)
 class Announced:
-    """What a trainer announces about the run; None where this line does not say it."""
+    """What a trainer says beforehand of the run and of its cache; None where this line does not say it."""
 
     total_steps: int | None = None
     samples_per_step: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheNote:
-    """What our trainer says about its cache; None where this line does not say it."""
-
-    directory: str | None = None
+    cache_dir: str | None = None
     coverage: tuple[int, int] | None = None
     """Features that the cache has, features that the data needs."""
 
@@ -61,7 +55,7 @@ class Failure:
     text: str
 
 
-Event = Bar | Metrics | Ended | Announced | CacheNote | Failure
+Event = Bar | Metrics | Ended | Announced | Failure
 
 METRICS = {
     *("loss", "grad_norm", "learning_rate", "epoch", "samples_per_s", "slowest_rank", "slowest_rank_s"),
@@ -71,37 +65,38 @@ METRICS = {
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _RANK_LABEL = re.compile(r"^\s*(?:\[(?:default|rank)?\d+\]:|\d+:) ?")  # torchrun --tee, torch, srun --label
 _BAR = re.compile(
-    r"\d{1,3}%(?:\|[^|]*\|)? +(?P<step>\d+)/(?P<total>\d+) "
-    r"\[(?:(?P<days>\d+) ?d(?:ays?)?,? ?)?(?:(?P<hours>\d+):)?(?P<minutes>\d+):(?P<seconds>\d\d)"
+    r"\d{1,3}%(?:\|[^|]*\|)? +(?P<step>\d{1,12})/(?P<total>\d{1,12}) "
+    r"\[(?:(?P<days>\d{1,6}) ?d(?:ays?)?,? ?)?(?:(?P<hours>\d{1,6}):)?(?P<minutes>\d{1,6}):(?P<seconds>\d\d)"
     r"<[^\],]*(?:, \d[^\],]*)?, *[\d.?]+(?:s/it|it/s)[^\]]*\]"
 )
 _LINE_OF_METRICS = re.compile(r"\{'[^{}]*\}")
 _NUMBER = re.compile(
     r"'(\w+)': *(?:[\w.]+\()?'?([-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|nan|inf(?:inity)?))\b", re.I
 )
-_TOTAL_STEPS = re.compile(r"Total optimization steps *= *([\d,]+)")
+_COUNT = r"(\d[\d,]{0,15})\b"
+_TOTAL_STEPS = re.compile(rf"Total optimization steps *= *{_COUNT}")
 _SAMPLES_PER_STEP = re.compile(
-    r"(?:Total train batch size(?: \([^)]*\))?|Total batch size) *= *([\d,]+)|\btrain_batch_size \.+ (\d+)"
+    rf"(?:Total (?:train )?batch size(?: \([^)]*\))? *=|\btrain_batch_size \.+) *{_COUNT}"
 )
-_DEEPSPEED_SPEED = re.compile(r"RunningAvgSamplesPerSec=([\d.]+(?:e[-+]?\d+)?)")
 _CACHE = re.compile(r"\[INFO\] VGGT feature cache enabled: (.*\S)")
-_COVERAGE = re.compile(r"\[INFO\] Coverage: ([\d,]+)/([\d,]+)")
+_COVERAGE = re.compile(rf"\[INFO\] Coverage of this data set: {_COUNT}/{_COUNT}")
+_DEEPSPEED_SPEED = re.compile(r"RunningAvgSamplesPerSec=(\d+(?:\.\d+)?(?:e[-+]?\d+)?)")
 _FAILURE = re.compile(r"^(?:\[ERROR\] .*|(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt)(?::.*)?$)")
+_SAYS_SOMETHING = re.compile(
+    rb"\{'| = |train_batch_size|SamplesPerSec=|\[INFO\] |\[ERROR\]|Error|Exception|Interrupt"
+)
 
 
 def events_in(piece: bytes) -> Iterator[Event]:
     """What a complete piece of a log says, in no particular order. Cheap for pieces that say nothing."""
     yield from bars_in(piece)
-    if b"{'" in piece:
-        yield from _logged(_text(piece))
-    if b" = " in piece or b"train_batch_size" in piece:
-        yield from _announced(_text(piece))
-    if b"SamplesPerSec=" in piece and (found := _DEEPSPEED_SPEED.search(_text(piece))):
-        yield Metrics(values={"deepspeed_samples_per_s": float(found[1])})
-    if b"[INFO] " in piece:
-        yield from _about_the_cache(_text(piece))
-    if b"Err" in piece or b"[ERROR]" in piece or b"Exception" in piece or b"Interrupt" in piece:
-        yield from _failed(_text(piece))
+    if _SAYS_SOMETHING.search(piece):
+        text = _text(piece)
+        yield from _logged(text)
+        yield from _announced(text)
+        line = _RANK_LABEL.sub("", _BAR.split(text)[-1]).strip()  # a bar ends without a line end
+        if _FAILURE.match(line):
+            yield Failure(text=line.removeprefix("[ERROR] ")[:300])
 
 
 def bars_in(piece: bytes) -> Iterator[Bar]:
@@ -113,16 +108,12 @@ def bars_in(piece: bytes) -> Iterator[Bar]:
     for found in _BAR.finditer(text):
         # tqdm puts a colon after a description: such a bar counts files or shards, not steps.
         if not text[end : found.start()].rstrip().endswith(":"):
-            yield _bar(found)
+            days, hours, minutes, seconds = (
+                int(found[part] or 0) for part in ("days", "hours", "minutes", "seconds")
+            )
+            elapsed_s = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+            yield Bar(step=int(found["step"]), total=int(found["total"]), elapsed_s=elapsed_s)
         end = found.end()
-
-
-def _bar(found: re.Match[str]) -> Bar:
-    days, hours, minutes, seconds = (
-        int(found[part] or 0) for part in ("days", "hours", "minutes", "seconds")
-    )
-    elapsed_s = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    return Bar(step=int(found["step"]), total=int(found["total"]), elapsed_s=elapsed_s)
 
 
 def _logged(text: str) -> Iterator[Event]:
@@ -132,26 +123,19 @@ def _logged(text: str) -> Iterator[Event]:
             yield Ended(runtime_s=values["train_runtime"], train_loss=values.get("train_loss"))
         elif not any(name.startswith("eval_") for name in values):
             yield Metrics(values={name: value for name, value in values.items() if name in METRICS})
+    if found := _DEEPSPEED_SPEED.search(text):
+        yield Metrics(values={"deepspeed_samples_per_s": float(found[1])})
 
 
 def _announced(text: str) -> Iterator[Announced]:
     if found := _TOTAL_STEPS.search(text):
         yield Announced(total_steps=_whole(found[1]))
     if found := _SAMPLES_PER_STEP.search(text):
-        yield Announced(samples_per_step=_whole(found[1] or found[2]))
-
-
-def _about_the_cache(text: str) -> Iterator[CacheNote]:
+        yield Announced(samples_per_step=_whole(found[1]))
     if found := _CACHE.search(text):
-        yield CacheNote(directory=found[1])
+        yield Announced(cache_dir=found[1])
     if found := _COVERAGE.search(text):
-        yield CacheNote(coverage=(_whole(found[1]), _whole(found[2])))
-
-
-def _failed(text: str) -> Iterator[Failure]:
-    line = _RANK_LABEL.sub("", _BAR.split(text)[-1]).strip()  # a bar ends without a line end
-    if _FAILURE.match(line):
-        yield Failure(text=line.removeprefix("[ERROR] ")[:300])
+        yield Announced(coverage=(_whole(found[1]), _whole(found[2])))
 
 
 def _text(piece: bytes) -> str:
@@ -159,4 +143,4 @@ def _text(piece: bytes) -> str:
 
 
 def _whole(digits: str) -> int:
-    return int(digits.replace(",", "") or 0)
+    return int(digits.replace(",", ""))

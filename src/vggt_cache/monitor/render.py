@@ -9,9 +9,8 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
-from vggt_cache.monitor.alarms import Alarm
 from vggt_cache.monitor.gpu import Gpu
-from vggt_cache.monitor.progress import Progress
+from vggt_cache.monitor.progress import Alarm, Progress
 from vggt_cache.precompute.report import bytes_text
 
 
@@ -45,11 +44,11 @@ def plain_line(progress: Progress, gpus: Sequence[Gpu] = ()) -> str:
     """
     fields = [f"Step: {progress.step}", f"Speed: {speed_text(progress.s_per_it)}"]
     fields.append(f"Throughput: {number_text(progress.steps_per_s)} steps/s")
-    fields += [f"{name}: {text}" for name, text in (*_optional_fields(progress), *_gpu_fields(gpus))]
+    fields += [f"{name}: {text}" for name, text in _optional_fields(progress, gpus)]
     return f"[{time_text(progress.last_step_at_s)}] {' | '.join(fields)}"
 
 
-def _optional_fields(progress: Progress) -> Iterator[tuple[str, str]]:
+def _optional_fields(progress: Progress, gpus: Sequence[Gpu]) -> Iterator[tuple[str, str]]:
     for name, value, text in (
         ("Total", progress.total, str),
         ("Overall", progress.s_per_it_overall, speed_text),
@@ -66,9 +65,6 @@ def _optional_fields(progress: Progress) -> Iterator[tuple[str, str]]:
     ):
         if value is not None:
             yield name, text(value)
-
-
-def _gpu_fields(gpus: Sequence[Gpu]) -> Iterator[tuple[str, str]]:
     if used := [gpu.memory_used_bytes for gpu in gpus if gpu.memory_used_bytes is not None]:
         yield "GPU memory", f"{bytes_text(max(used))} at most"
     if use := [gpu.use_percent for gpu in gpus if gpu.use_percent is not None]:
@@ -77,19 +73,19 @@ def _gpu_fields(gpus: Sequence[Gpu]) -> Iterator[tuple[str, str]]:
 
 def json_line(look: Look) -> str:
     """One object on one line; null for what is not known, and for numbers that are nan or infinite."""
-    known: dict[str, Any] = {"time": time_text(look.now_s), "status": look.status}
-    known |= {**asdict(look.progress), "steps_per_s": look.progress.steps_per_s}
+    known: dict[str, Any] = {"time": time_text(look.now_s), "status": look.status, **asdict(look.progress)}
     for found in known["not_finite"]:
         found["value"] = str(found["value"])  # JSON has no nan
     known |= {
+        "steps_per_s": look.progress.steps_per_s,
         "gpus": [asdict(gpu) for gpu in look.gpus],
         "warnings": [asdict(alarm) for alarm in look.alarms],
     }
-    return json.dumps({name: _finite(value) for name, value in known.items()}, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in known.items()
+    }
+    return json.dumps(finite, allow_nan=False)
 
 
 # ---------------------------------------------------------------- numbers
@@ -103,7 +99,7 @@ def speed_text(s_per_it: float | None) -> str:
 
 
 def number_text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}" if not math.isfinite(value) else f"{value:.3g}"
+    return "-" if value is None else f"{value:.3g}"
 
 
 def percent_text(share: float) -> str:
@@ -122,5 +118,8 @@ def clock_text(seconds: float) -> str:
 
 
 def time_text(at_s: float | None) -> str:
-    """Local time, as in the guide."""
-    return "-" if at_s is None else datetime.fromtimestamp(at_s).strftime("%Y-%m-%d %H:%M:%S")
+    """Local time, as in the guide; `-` also for one that no calendar has."""
+    try:
+        return "-" if at_s is None else datetime.fromtimestamp(at_s).strftime("%Y-%m-%d %H:%M:%S")
+    except (ValueError, OverflowError, OSError):
+        return "-"

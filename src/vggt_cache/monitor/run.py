@@ -1,18 +1,18 @@
-"""The command: look, show, wait, look again."""
+"""The command: look, show, wait, look again. Shown are lines in a pipe, JSON, or a live table on a terminal."""
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, contextmanager, suppress
 
 from vggt_cache.errors import SettingsError
-from vggt_cache.monitor.alarms import alarms_of
-from vggt_cache.monitor.display import display
 from vggt_cache.monitor.gpu import GpuReader
 from vggt_cache.monitor.logs import IN_A_DIRECTORY, LogSet
-from vggt_cache.monitor.progress import Progress
-from vggt_cache.monitor.render import Look
+from vggt_cache.monitor.progress import Progress, alarms_of
+from vggt_cache.monitor.render import Look, json_line, plain_line
 from vggt_cache.monitor.settings import MonitorSettings
 from vggt_cache.precompute.report import seconds_text
 
@@ -29,7 +29,7 @@ def monitor(
     with `once` where there is none; without it, a log is waited for.
     """
     gpus = GpuReader()
-    with LogSet(settings.logs) as logs:
+    with closing(LogSet(settings.logs)) as logs:
         if settings.once:
             look = _look(settings, logs, gpus, clock())
             if look.progress.log is None:
@@ -37,10 +37,10 @@ def monitor(
                     f"no log matches {', '.join(settings.logs)}, so there is nothing to show: give a log file, a "
                     f"pattern, or a directory with {' or '.join(IN_A_DIRECTORY)} in it"
                 )
-            with display(json=settings.json) as show:
+            with _display(json=settings.json) as show:
                 show(look)
             return int(bool(look.alarms))
-        with suppress(KeyboardInterrupt), display(json=settings.json) as show:
+        with suppress(KeyboardInterrupt), _display(json=settings.json) as show:
             while True:
                 show(_look(settings, logs, gpus, clock()))
                 wait(settings.interval)
@@ -52,7 +52,7 @@ def _look(settings: MonitorSettings, logs: LogSet, gpus: GpuReader, now_s: float
     progress = logs.progress(settings.samples_per_step)
     return Look(
         progress=progress,
-        alarms=alarms_of(progress, settings, now_s),
+        alarms=tuple(alarms_of(progress, settings, now_s)),
         gpus=gpus.read(),
         notes=tuple(_notes(settings, progress)),
         now_s=now_s,
@@ -67,7 +67,41 @@ def _notes(settings: MonitorSettings, progress: Progress) -> Iterator[str]:
     elif progress.step is None:
         yield f"There is no training step in {progress.log} yet"
     if progress.ended:
-        took = (
-            f" after {seconds_text(progress.train_runtime_s)}" if progress.train_runtime_s is not None else ""
-        )
-        yield f"The run has ended{took}: {progress.log}"
+        took = progress.train_runtime_s
+        yield f"The run has ended{'' if took is None else f' after {seconds_text(took)}'}: {progress.log}"
+
+
+@contextmanager
+def _display(*, json: bool) -> Iterator[Callable[[Look], None]]:
+    """What shows one look after the other, as fits where the output goes."""
+    if json:
+        yield lambda look: print(json_line(look), flush=True)  # each time it reads the log, news or not
+    elif sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
+        from rich.live import Live  # not needed in a pipe, and slow to import
+
+        from vggt_cache.monitor.table import table_of
+
+        with Live(auto_refresh=False) as live:
+            yield lambda look: live.update(table_of(look), refresh=True)
+    else:
+        yield _NewLines().show
+
+
+class _NewLines:
+    """A line for each look at which there was a new step; warnings and notes when they come up."""
+
+    def __init__(self) -> None:
+        self._shown: tuple[str | None, int | None] = (None, None)
+        self._said: set[str] = set()
+
+    def show(self, look: Look) -> None:
+        step = (look.progress.log, look.progress.step)
+        if look.progress.step is not None and step != self._shown:
+            self._shown = step
+            print(plain_line(look.progress, look.gpus), flush=True)
+        current = {alarm.kind: f"[WARN] {alarm.text}" for alarm in look.alarms}
+        current |= {note: f"[INFO] {note}" for note in look.notes}
+        for subject, line in current.items():
+            if subject not in self._said:
+                print(line, flush=True)
+        self._said = set(current)

@@ -7,16 +7,80 @@ from collections import deque
 from dataclasses import replace
 from typing import Any
 
-from vggt_cache.monitor.bars import Track
-from vggt_cache.monitor.parse import Announced, Bar, CacheNote, Ended, Event, Failure, Metrics
+from vggt_cache.monitor.parse import METRICS, Announced, Bar, Ended, Event, Failure, Metrics, events_in
 from vggt_cache.monitor.progress import NonFinite, Progress
 
+RECENT_STEPS = 20
+RECENT_S = 30
+"""The recent speed is taken over at least so many steps and seconds, so that whole seconds weigh little."""
+_SHORTEST_S = 2
+"""Bars tell whole seconds; over less than this a speed would be a guess."""
+_KEPT_STATES = 512
 _MOST_TRACKS = 16
 _LINES_OF_HIT_RATE = 3
-_SHOWN = (
-    *("loss", "grad_norm", "learning_rate", "epoch", "cache_hit_rate", "cache_wait_ms"),
-    *("cache_read_mb_per_s", "encode_ms", "slowest_rank_s"),
-)
+
+
+class Track:
+    """One run of a progress bar, as far as its speed needs it.
+
+    Speeds are differences between states in the log, not the figures that tqdm prints: after a resume those
+    count all steps before it as done in the first moment, and are wrong for a long time.
+    """
+
+    def __init__(self, bar: Bar) -> None:
+        self._states: deque[Bar] = deque(maxlen=_KEPT_STATES)
+        self._first: Bar | None = None
+        self.add(bar)
+
+    def add(self, bar: Bar) -> None:
+        self.last = bar
+        if bar.step > 0:  # after a resume the way from 0 to the first step was not made in this run
+            self._first = self._first or bar
+            self._states.append(bar)
+
+    def is_left_by(self, bar: Bar) -> bool:
+        """Whether this later state of a bar with the same total is of another run."""
+        last = self.last
+        return (
+            (bar.elapsed_s == 0 and last.elapsed_s > 0)
+            or (bar.step == 0 and last.step > 0)
+            or bar.elapsed_s < last.elapsed_s - max(30, last.elapsed_s // 10)
+        )
+
+    @property
+    def rank(self) -> tuple[bool, int]:
+        """How much it looks like the training's bar: not at its end, and long under way."""
+        return self.last.step < self.last.total, self.last.elapsed_s
+
+    @property
+    def steps_seen(self) -> int:
+        return self.last.step - self._first.step if self._first else 0
+
+    def known(self, samples_per_step: int | None) -> dict[str, Any]:
+        """What the bar tells, under the names of `Progress`."""
+        last, recent = self.last, self._speed_since(self._recent())
+        known: dict[str, Any] = {"step": last.step, "total": last.total, "elapsed_s": last.elapsed_s}
+        known |= {"s_per_it": recent, "s_per_it_overall": self._speed_since(self._first)}
+        if recent:
+            known["left_s"] = (last.total - last.step) * recent
+            if samples_per_step:
+                known["samples_per_s"] = samples_per_step / recent
+        return known
+
+    def _recent(self) -> Bar | None:
+        """The newest state that is RECENT_STEPS and RECENT_S before the last one; else the oldest that is kept."""
+        last, state = self.last, None
+        for state in reversed(self._states):
+            if last.step - state.step >= RECENT_STEPS and last.elapsed_s - state.elapsed_s >= RECENT_S:
+                break
+        return state
+
+    def _speed_since(self, first: Bar | None) -> float | None:
+        """Seconds per step."""
+        if first is None or self.last.step <= first.step:
+            return None
+        seconds = self.last.elapsed_s - first.elapsed_s
+        return seconds / (self.last.step - first.step) if seconds >= _SHORTEST_S else None
 
 
 class LoggedLines:
@@ -26,7 +90,7 @@ class LoggedLines:
         self.values: dict[str, float] = {}
         self.ended: Ended | None = None
         self.failure: str | None = None
-        """The first error since the last step."""
+        """The first error since the last step: those after it, of other ranks and the launcher, come of it."""
         self.not_finite: dict[str, NonFinite] = {}
         self._hit_rates: deque[float] = deque(maxlen=_LINES_OF_HIT_RATE)
         self.best_hit_rate: float | None = None
@@ -41,14 +105,19 @@ class LoggedLines:
             self._hit_rates.append(rate)
             self.best_hit_rate = max(self.best_hit_rate or 0.0, self.hit_rate or 0.0)
 
-    def fail(self, text: str) -> None:
-        """Keep the first error: the others that follow it, from other ranks and the launcher, come of it."""
-        self.failure = self.failure or text
-
     @property
     def hit_rate(self) -> float | None:
         """Mean of the last lines, because a single line may stand for a few samples only."""
         return sum(self._hit_rates) / len(self._hit_rates) if self._hit_rates else None
+
+    def known(self) -> dict[str, Any]:
+        """What the lines tell, under the names of `Progress`."""
+        known: dict[str, Any] = {name: self.values.get(name) for name in METRICS}
+        rank = self.values.get("slowest_rank", math.nan)
+        known["slowest_rank"] = int(rank) if math.isfinite(rank) else None
+        known["samples_per_s"] = self.values.get("samples_per_s", self.values.get("deepspeed_samples_per_s"))
+        known |= {"cache_hit_rate_recent": self.hit_rate, "cache_hit_rate_best": self.best_hit_rate}
+        return known | {"not_finite": tuple(self.not_finite.values()), "failure": self.failure}
 
     def _watch(self, name: str, value: float, step: int | None) -> None:
         before = self.not_finite.get(name)
@@ -65,77 +134,90 @@ class TrainingState:
     def __init__(self) -> None:
         self.lines = LoggedLines()
         self.progress_at_s: float | None = None
+        self._announced = Announced()
         self._tracks: dict[int, Track] = {}
         """By total; the one whose state changed last is the last."""
         self._training: Track | None = None
         self._settled = False
         """Whether lines of metrics have shown which bar is the training's."""
         self._moved: Track | None = None
+        """The bar that moved last since a line with a loss."""
         self._training_moved = False
         self._step_at_s: float | None = None
-        self._total_steps: int | None = None
-        self._samples_per_step: int | None = None
-        self._cache = CacheNote()
+
+    def read(self, piece: bytes, at_s: float) -> None:
+        """Take in a piece of the log, written at `at_s` as near as is known (seconds since 1970)."""
+        for event in events_in(piece):
+            self.fold(event, at_s)
 
     def fold(self, event: Event, at_s: float) -> None:
-        """Take one event in; `at_s` is when it was written, as near as is known (seconds since 1970)."""
         if isinstance(event, Bar):
             self._fold_bar(event, at_s)
         elif isinstance(event, Metrics):
             self._settle(event)
-            self.lines.log(event.values, self.training_step)
+            self.lines.log(event.values, self._training.last.step if self._training else None)
         elif isinstance(event, Ended):
             self.lines.ended = event
         elif isinstance(event, Failure):
-            self.lines.fail(event.text)
-        elif isinstance(event, Announced):
-            self._total_steps = event.total_steps or self._total_steps
-            self._samples_per_step = event.samples_per_step or self._samples_per_step
+            self.lines.failure = self.lines.failure or event.text
         else:
-            directory = event.directory or self._cache.directory
-            self._cache = CacheNote(directory=directory, coverage=event.coverage or self._cache.coverage)
-
-    @property
-    def training_step(self) -> int | None:
-        return self._training.last.step if self._training and self._training.last else None
+            said = {name: value for name, value in vars(event).items() if value}
+            self._announced = replace(self._announced, **said)
 
     @property
     def steps_seen(self) -> int:
+        """Steps between the first and the last state of this run that were seen."""
         return self._training.steps_seen if self._training else 0
+
+    def progress(self, samples_per_step: int | None = None) -> Progress:
+        """What is known now; `samples_per_step` is taken for what the log says, where it is given."""
+        said, ended = self._announced, self.lines.ended
+        known = {**self.lines.known(), "total": said.total_steps}
+        if self._training:
+            known |= self._training.known(samples_per_step or said.samples_per_step)
+        if ended:
+            known |= {"ended": True, "train_runtime_s": ended.runtime_s, "left_s": 0.0}
+            known["train_loss"] = ended.train_loss
+        return Progress(
+            **known,
+            last_step_at_s=self._step_at_s,
+            last_progress_at_s=self.progress_at_s,
+            cache_dir=said.cache_dir,
+            coverage=said.coverage,
+        )
 
     # ------------------------------------------------------------ which bar is the training's
 
     def _fold_bar(self, bar: Bar, at_s: float) -> None:
-        track = self._tracks.get(bar.total) or Track(bar.total)
-        runs = track.runs
-        if not track.update(bar):
-            return
+        before = self._tracks.get(bar.total)
+        if before is None or before.is_left_by(bar):
+            track = Track(bar)
+        elif bar.step > before.last.step:
+            track = before
+            track.add(bar)
+        else:
+            return  # drawn again, or the bar of another rank that is a little behind
         self._tracks.pop(bar.total, None)
         self._tracks[bar.total] = track
-        if len(self._tracks) > _MOST_TRACKS:
-            self._tracks.pop(
-                next(total for total, other in self._tracks.items() if other is not self._training)
-            )
         self.progress_at_s = at_s
         self._moved = track
+        if before is not None and before is self._training:
+            self._switch(track)
+        if len(self._tracks) > _MOST_TRACKS:
+            del self._tracks[next(total for total, old in self._tracks.items() if old is not self._training)]
         self._choose()
         if track is self._training:
-            self._step_made(at_s, began_again=track.runs > runs > 0)
-
-    def _step_made(self, at_s: float, *, began_again: bool) -> None:
-        self._step_at_s = at_s
-        self._training_moved = True
-        if began_again:
-            self.lines = LoggedLines()
-        self.lines.ended = None
-        self.lines.failure = None
+            self._step_at_s = at_s
+            self._training_moved = True
+            self.lines.ended = self.lines.failure = None
 
     def _choose(self) -> None:
         """The announced total; else what the metrics showed; else the bar that has run for the longest time."""
-        if self._total_steps in self._tracks and self._total_steps is not None:
-            self._switch(self._tracks[self._total_steps])
+        total = self._announced.total_steps
+        if total is not None and total in self._tracks:
+            self._switch(self._tracks[total])
         elif not self._settled:
-            self._switch(max(self._tracks.values(), key=lambda track: (not track.finished, track.elapsed_s)))
+            self._switch(max(self._tracks.values(), key=lambda track: track.rank))
 
     def _settle(self, metrics: Metrics) -> None:
         """A line with a loss belongs to the bar that moved since the last one.
@@ -145,7 +227,7 @@ class TrainingState:
         if "loss" not in metrics.values or self._moved is None:
             return
         if not self._training_moved:
-            self._total_steps = None
+            self._announced = replace(self._announced, total_steps=None)
             self._switch(self._moved)
         self._settled = True
         self._training_moved = False
@@ -157,46 +239,3 @@ class TrainingState:
                 self.lines = LoggedLines()
             self._training = track
             self._step_at_s = self.progress_at_s
-
-    # ------------------------------------------------------------ what is known
-
-    def progress(self, samples_per_step: int | None = None) -> Progress:
-        """What is known now; `samples_per_step` is taken for what the log says, where it is given."""
-        of_the_bar = self._of_the_bar(samples_per_step or self._samples_per_step)
-        return Progress(
-            **{**of_the_bar, **self._of_the_lines()},
-            last_step_at_s=self._step_at_s,
-            last_progress_at_s=self.progress_at_s,
-            cache_dir=self._cache.directory,
-            coverage=self._cache.coverage,
-        )
-
-    def _of_the_bar(self, samples_per_step: int | None) -> dict[str, Any]:
-        known: dict[str, Any] = {"total": self._total_steps, "samples_per_s": self._logged_speed()}
-        track = self._training
-        if track is None or track.last is None:
-            return known
-        recent, overall = track.recent_s_per_it(), track.overall_s_per_it()
-        known |= {"step": track.last.step, "total": track.total, "elapsed_s": track.last.elapsed_s}
-        known |= {"s_per_it": recent, "s_per_it_overall": overall}
-        if recent:
-            known["left_s"] = (track.total - track.last.step) * recent
-            if samples_per_step:
-                known["samples_per_s"] = samples_per_step / recent
-        return known
-
-    def _logged_speed(self) -> float | None:
-        values = self.lines.values
-        return values.get("samples_per_s", values.get("deepspeed_samples_per_s"))
-
-    def _of_the_lines(self) -> dict[str, Any]:
-        lines = self.lines
-        known: dict[str, Any] = {name: lines.values.get(name) for name in _SHOWN}
-        rank = lines.values.get("slowest_rank")
-        known["slowest_rank"] = int(rank) if rank is not None and math.isfinite(rank) else None
-        known |= {"cache_hit_rate_recent": lines.hit_rate, "cache_hit_rate_best": lines.best_hit_rate}
-        known |= {"not_finite": tuple(lines.not_finite.values()), "failure": lines.failure}
-        if lines.ended:
-            known |= {"ended": True, "train_runtime_s": lines.ended.runtime_s, "left_s": 0.0}
-            known["train_loss"] = lines.ended.train_loss
-        return known

@@ -44,8 +44,7 @@ def _run_table(look: Look) -> Table:
     if progress.step is not None and progress.total:
         bar = ProgressBar(total=progress.total, completed=progress.step, width=_BAR_COLUMNS)
         table.add_row("Progress", bar)
-    rows = (*_step_rows(progress), *_logged_rows(progress), *_time_rows(progress, look.now_s))
-    for name, text in rows:
+    for name, text in (*_step_rows(progress), *_logged_rows(progress), *_time_rows(progress, look.now_s)):
         table.add_row(name, Text(text))
     return table
 
@@ -95,8 +94,8 @@ def _gpu_table(gpus: Sequence[Gpu]) -> Table:
     for name in ("GPU", "Name", "Memory", "Use"):
         table.add_column(name)
     for gpu in gpus:
-        memory = [gpu.memory_used_bytes, gpu.memory_total_bytes]
-        texts = ["-" if size is None else bytes_text(size) for size in memory]
+        memory = (gpu.memory_used_bytes, gpu.memory_total_bytes)
+        texts = ("-" if size is None else bytes_text(size) for size in memory)
         use = "-" if gpu.use_percent is None else f"{gpu.use_percent:.0f}%"
         table.add_row(str(gpu.index), Text(gpu.name), " of ".join(texts), use)
     return table

@@ -9,10 +9,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-
-Pread = Callable[[int, int, int], bytes]
-"""File descriptor, length, offset: as os.pread."""
 
 KIB, MIB = 2**10, 2**20
 HEAD_BYTES = MIB
@@ -32,25 +28,22 @@ class Pieces:
     """Cuts bytes into what stands between line ends, carriage returns or zeros."""
 
     def __init__(self, *, cut: bool) -> None:
-        self._carry = b""
+        self.unfinished = b""
+        """What stands after the last end of a piece: the newest state of a bar has no end yet."""
         self._skip = cut
         """Whether the piece that comes now lacks its beginning, so that its numbers could be wrong."""
-
-    @property
-    def unfinished(self) -> bytes:
-        return self._carry
 
     def feed(self, chunk: bytes) -> list[bytes]:
         """The pieces that are complete now, empty ones left out."""
         if b"\0" in chunk:  # a log that was truncated under its writer begins with zeros, perhaps gigabytes
             chunk = _ZEROS.sub(b"\n", chunk)
-        pieces = (self._carry + chunk).replace(b"\r", b"\n").split(b"\n")
-        self._carry = pieces.pop()
+        pieces = (self.unfinished + chunk).replace(b"\r", b"\n").split(b"\n")
+        self.unfinished = pieces.pop()
         if self._skip and pieces:
             self._skip = False
             del pieces[0]
-        if self._skip or len(self._carry) > LONGEST_PIECE_BYTES:
-            self._skip, self._carry = True, b""
+        if self._skip or len(self.unfinished) > LONGEST_PIECE_BYTES:
+            self._skip, self.unfinished = True, b""
         return [piece for piece in pieces if piece]
 
 
@@ -76,33 +69,27 @@ class Tail:
     OSError where the file cannot be read.
     """
 
-    def __init__(
-        self, path: str, enough: Callable[[Iterator[bytes]], bool], *, pread: Pread = os.pread
-    ) -> None:
+    def __init__(self, path: str, enough: Callable[[Iterator[bytes]], bool]) -> None:
         self.path = path
         self.size = 0
         self.modified_at_s = 0.0
         self._enough = enough
-        self._pread = pread
-        self._fd = -1
         self._open()
 
     def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-        self._fd = -1
+        os.close(self._fd)
 
     @property
     def unfinished(self) -> bytes:
-        """What stands after the last end of a piece: the newest state of a bar has no end yet."""
         return self._pieces.unfinished
 
     def new_pieces(self) -> Iterator[bytes]:
         """What was added since the last call; at first a sample of all there is."""
         yield from self._added()
         if self._replaced():
-            self.close()
+            left = self._fd
             self._open()
+            os.close(left)
             yield from self._added()
 
     def _open(self) -> None:
@@ -116,10 +103,10 @@ class Tail:
 
     def _replaced(self) -> bool:
         """Whether the path now leads to another file. One that has gone is followed under its old name."""
-        with suppress(FileNotFoundError):
-            there, here = os.stat(self.path), os.fstat(self._fd)
-            return (there.st_ino, there.st_dev) != (here.st_ino, here.st_dev)
-        return False
+        try:
+            return not os.path.samestat(os.stat(self.path), os.fstat(self._fd))
+        except FileNotFoundError:
+            return False
 
     def _added(self) -> Iterator[bytes]:
         status = os.fstat(self._fd)
@@ -138,7 +125,7 @@ class Tail:
         if self.size < self._offset:
             return True
         start = self._offset - len(self._guard)
-        return self.size > self._offset and self._pread(self._fd, len(self._guard), start) != self._guard
+        return self.size > self._offset and os.pread(self._fd, len(self._guard), start) != self._guard
 
     def _sample(self) -> Iterator[bytes]:
         """All extents but the last, which is then followed."""
@@ -155,7 +142,7 @@ class Tail:
         return TAIL_BYTES[-1]
 
     def _between(self, start: int, stop: int, pieces: Pieces) -> Iterator[bytes]:
-        while start < stop and (chunk := self._pread(self._fd, min(_CHUNK_BYTES, stop - start), start)):
+        while start < stop and (chunk := os.pread(self._fd, min(_CHUNK_BYTES, stop - start), start)):
             start += len(chunk)
             if pieces is self._pieces:
                 self._offset, self._guard = start, (self._guard + chunk)[-_GUARD_BYTES:]
