@@ -17,13 +17,12 @@ from vggt_cache.codec import CODECS
 from vggt_cache.context import CONTEXTS
 from vggt_cache.errors import SettingsError, VggtCacheError
 from vggt_cache.flags import add_flags, default_text
+from vggt_cache.identity import SETTINGS
 from vggt_cache.monitor.settings import MonitorSettings
 from vggt_cache.output import print_any_name
 from vggt_cache.precompute.settings import PrecomputeSettings
 from vggt_cache.precompute.stop import StoppedError
 
-_OF_A_CACHE = ("image_size", "resize_mode", "alpha", "layer", "feature_dtype", "compute_dtype")
-"""Settings that are part of a cache's specification, beside its context."""
 _CACHE_DIR = "cache directory"
 
 
@@ -114,7 +113,7 @@ def _add_computing(commands: Any) -> None:
     verify = _command(commands, "verify", _in("inspection", "verify_cache"), text, cache_dir=_CACHE_DIR)
     verify.flag("data_root", help="check that every feature this data needs is present and intact")
     verify.choice_of_spec()
-    add_flags(verify.flag, PrecomputeSettings, only=_OF_A_CACHE, defaults=False)
+    add_flags(verify.flag, PrecomputeSettings, only=set(SETTINGS) - {"context"}, defaults=False)
     verify.flag("num_workers", type=int, default=8, help="threads that read")
 
 

@@ -1,8 +1,7 @@
 """What a feature belongs to. VGGT mixes frames, so a feature is defined only with the frames that were seen.
 
-Each context is one object, and all that depends on the context is asked of it: which frames enter the key, which
-features a sample needs, how they are encoded, what comes out, how they are called in messages. Nothing else asks which
-context it is. Here is no torch: the encoder is handed in.
+Each context is one object, and all that depends on the context is asked of it; nothing else asks which context it is.
+Here is no torch: the encoder is handed in.
 """
 
 from __future__ import annotations
@@ -35,7 +34,6 @@ class ContextRule(ABC):
     """The contract of a context. It holds no state."""
 
     name: str
-    """As in `--context` and in a specification."""
     seen: str
     """What a feature is of, and what that saw, in a few words."""
     noun: str = "feature"

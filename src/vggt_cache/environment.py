@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+from contextlib import suppress
 
 from vggt_cache.errors import SettingsError
 
@@ -16,48 +18,38 @@ def size_of(name: str, default_bytes: int) -> int:
 
     Raises SettingsError.
     """
-    text = os.environ.get(name, "").strip()
-    if not text:
+    if not (text := _text(name)):
         return default_bytes
-    match = _SIZE.fullmatch(text)
-    if match is None or (size_bytes := int(float(match[1]) * _factor(match[2], match[3]))) < 1:
-        raise SettingsError(
-            f"the environment's {name} is {text!r}, which is not a size: give bytes, or a number with a unit, "
-            "as in 256M"
-        )
-    return size_bytes
+    if match := _SIZE.fullmatch(text):
+        number, unit, ending = match.groups()
+        factor = 1000 if ending and ending.lower() == "b" else 1024
+        if size_bytes := int(float(number) * factor ** " kmgt".index(unit.lower() if unit else " ")):
+            return size_bytes
+    raise _refusal(name, text, "a size: give bytes, or a number with a unit, as in 256M")
 
 
 def seconds_of(name: str, default_s: float) -> float:
     """Seconds, more than 0. Raises SettingsError."""
-    text = os.environ.get(name, "").strip()
-    if not text:
+    if not (text := _text(name)):
         return default_s
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise SettingsError(
-            f"the environment's {name} is {text!r}, which is not a number of seconds: give one, as in 60"
-        )
-    return seconds
+    with suppress(ValueError):
+        if 0 < (seconds := float(text)) < math.inf:
+            return seconds
+    raise _refusal(name, text, "a number of seconds: give one, as in 60")
 
 
 def rank_of(name: str, default: int) -> int:
     """A launcher's whole number, 0 or more: RANK, WORLD_SIZE, LOCAL_RANK. Raises SettingsError."""
-    text = os.environ.get(name, "").strip()
-    if not text:
+    if not (text := _text(name)):
         return default
-    if _WHOLE.fullmatch(text) is None:
-        raise SettingsError(
-            f"the environment's {name} is {text!r}, which is not a whole number: a launcher sets it; unset it for a "
-            "process alone"
-        )
-    return int(text)
+    if _WHOLE.fullmatch(text):
+        return int(text)
+    raise _refusal(name, text, "a whole number: a launcher sets it; unset it for a process alone")
 
 
-def _factor(unit: str | None, ending: str | None) -> int:
-    """K and KiB are 1024, KB is 1000."""
-    power = " kmgt".index(unit.lower()) if unit else 0
-    return int((1000 if ending and ending.lower() == "b" else 1024) ** power)
+def _text(name: str) -> str:
+    return os.environ.get(name, "").strip()
+
+
+def _refusal(name: str, text: str, wanted: str) -> SettingsError:
+    return SettingsError(f"the environment's {name} is {text!r}, which is not {wanted}")

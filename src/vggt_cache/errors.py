@@ -13,9 +13,6 @@ class VggtCacheError(Exception):
     exit_code = 1
 
 
-# ---------------------------------------------------------------- settings and input
-
-
 class SettingsError(VggtCacheError):
     """Flags or arguments that are unknown, out of range, or contradict each other."""
 
@@ -40,9 +37,6 @@ class FrameError(VggtCacheError):
 
 class OutOfMemoryError(VggtCacheError):
     """The device cannot hold even a batch of one."""
-
-
-# ---------------------------------------------------------------- small files: claims, digests, texts
 
 
 class SmallFileError(VggtCacheError):
@@ -71,9 +65,6 @@ class FileTextError(SmallFileError):
 
 class FileAccessError(SmallFileError):
     """The operating system refuses: permission, a full disk, a mount that is read-only or gone."""
-
-
-# ---------------------------------------------------------------- the store
 
 
 class StoreError(VggtCacheError):

@@ -31,14 +31,9 @@ MAX_PIXELS = 64 * 2**20
 MAX_SCANS = 100
 """Of a JPEG. A scan of a few bytes costs time for all pixels; progressive images have about ten."""
 
-FORMATS = "PNG, JPEG, WebP and BMP"
-_LFS_POINTER = b"version https://git-lfs"
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _JPEG_START, _JPEG_END, _JPEG_SCAN = 0xD8, 0xD9, 0xDA
 _NO_WAITING = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-
-
-# ---------------------------------------------------------------- files
 
 
 def read_frame(path: str | os.PathLike[str]) -> bytes:
@@ -48,10 +43,9 @@ def read_frame(path: str | os.PathLike[str]) -> bytes:
     `MAX_FILE_BYTES`, or that the operating system refuses to read.
     """
     try:
-        _check_kind(path, os.stat(path))
+        _check(path, os.stat(path))
         descriptor = os.open(path, _NO_WAITING)
         try:
-            _check_kind(path, os.fstat(descriptor))
             return _read_all(path, descriptor)
         finally:
             os.close(descriptor)
@@ -63,32 +57,33 @@ def read_frame(path: str | os.PathLike[str]) -> bytes:
         ) from error
 
 
-def _check_kind(path: str | os.PathLike[str], status: os.stat_result) -> None:
+def _check(path: str | os.PathLike[str], status: os.stat_result) -> int:
+    """The length in bytes of what can be a frame."""
     if not stat.S_ISREG(status.st_mode):
         kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
         raise FrameError(f"{os.fspath(path)} is {kind}, not an image file: correct the annotation")
-    if status.st_size > MAX_FILE_BYTES:
-        _refuse_length(path, status.st_size)
+    return _check_length(path, status.st_size)
+
+
+def _check_length(path: str | os.PathLike[str], length: int) -> int:
+    if length > MAX_FILE_BYTES:
+        raise FrameError(
+            f"{os.fspath(path)} has {length} bytes, over the limit of {MAX_FILE_BYTES} for one image: "
+            "it is not a camera frame, or must be saved smaller"
+        )
+    return length
 
 
 def _read_all(path: str | os.PathLike[str], descriptor: int) -> bytes:
+    want = (
+        _check(path, os.fstat(descriptor)) + 1
+    )  # one more than there should be: the end is seen in one call
     parts: list[bytes] = []
     length = 0
-    want = os.fstat(descriptor).st_size + 1  # one more than there should be: the end is seen in one call
-    while part := os.read(descriptor, want):
+    while part := os.read(descriptor, max(1, want - length)):
         parts.append(part)
-        length += len(part)
-        if length > MAX_FILE_BYTES:
-            _refuse_length(path, length)
-        want = max(1, want - len(part))
+        length = _check_length(path, length + len(part))
     return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _refuse_length(path: str | os.PathLike[str], length: int) -> None:
-    raise FrameError(
-        f"{os.fspath(path)} has {length} bytes, over the limit of {MAX_FILE_BYTES} for one image: "
-        "it is not a camera frame, or must be saved smaller"
-    )
 
 
 def _refusal(error: OSError) -> str:
@@ -97,9 +92,6 @@ def _refusal(error: OSError) -> str:
     if error.errno in (errno.EACCES, errno.EPERM):
         return "may not be read by this user (permission denied): change its mode, or run as its owner"
     return f"cannot be read ({error.strerror or error}): check the disk or mount"
-
-
-# ---------------------------------------------------------------- pixels
 
 
 def decode_frame(data: bytes, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
@@ -116,10 +108,7 @@ def decode_frame(data: bytes, preprocessing: Preprocessing) -> npt.NDArray[np.ui
     except Exception as error:  # what a decoder raises for damaged bytes is not a closed list
         detail = " ".join(str(error).split())[:200] or type(error).__name__
         raise FrameError(f"it is damaged or cut short ({detail}): copy or make it again") from error
-    pixels = np.asarray(resized)
-    if preprocessing.resize_mode == "pad":
-        return _padded(pixels, preprocessing.image_size)
-    return _cropped(pixels, preprocessing.image_size)
+    return _framed(np.asarray(resized), preprocessing)
 
 
 def frame_grid(width: int, height: int, preprocessing: Preprocessing) -> tuple[int, int]:
@@ -151,10 +140,11 @@ def _open(data: bytes) -> ImageFile.ImageFile:
         return BmpImagePlugin.BmpImageFile(file)
     if not data:
         raise FrameError("it is empty: copy or make it again")
-    if data.startswith(_LFS_POINTER):
+    if data.startswith(b"version https://git-lfs"):
         raise FrameError("it is a Git LFS pointer and not the image itself: run git lfs pull")
     raise FrameError(
-        f"it is no image in a format that is read ({FORMATS}; it begins with {data[:8].hex(' ')}): convert it"
+        "it is no image in a format that is read (PNG, JPEG, WebP and BMP; it begins with "
+        f"{data[:8].hex(' ')}): convert it"
     )
 
 
@@ -164,13 +154,13 @@ def _check_scans(data: bytes) -> None:
         return
     at = scans = 0
     while scans <= MAX_SCANS:
-        marker = _JPEG_MARKER.search(data, at)
-        if marker is None or marker[0][1] == _JPEG_END:
+        found = _JPEG_MARKER.search(data, at)
+        if found is None or (marker := found[0][1]) == _JPEG_END:
             return
-        at = marker.end()
-        if marker[0][1] != _JPEG_START:
+        at = found.end()
+        if marker != _JPEG_START:
             at += int.from_bytes(data[at : at + 2], "big")
-        scans += marker[0][1] == _JPEG_SCAN
+        scans += marker == _JPEG_SCAN
     raise FrameError(
         f"it is a JPEG of more than {MAX_SCANS} scans, which no normal program writes: save it again"
     )
@@ -182,26 +172,22 @@ def _resized(width: int, height: int, preprocessing: Preprocessing) -> tuple[int
     The float operations stand in the reference's order, and `round` is half-to-even: 4:3 images lie exactly
     on a tie, and 480 * (644 / 640) is a little more than 483.
     """
+    has = f"it has {width} x {height} pixels"
     if width < 1 or height < 1:
-        raise FrameError(f"it has {width} x {height} pixels: make it again")
+        raise FrameError(f"{has}: make it again")
     if width * height > MAX_PIXELS:
-        raise FrameError(
-            f"it has {width} x {height} pixels, over the limit of {MAX_PIXELS}: it is no frame, or must be stored "
-            "smaller"
-        )
+        raise FrameError(f"{has}, over the limit of {MAX_PIXELS}: it is no frame, or must be stored smaller")
     side = preprocessing.image_size
     if preprocessing.resize_mode == "pad" and height > width:
         size = round(width * (side / height) / PATCH_SIZE) * PATCH_SIZE, side
     else:
         size = side, round(height * (side / width) / PATCH_SIZE) * PATCH_SIZE
     if 0 in size:
-        raise FrameError(
-            f"it has {width} x {height} pixels, so narrow that it would have no patches at image_size {side}: cut it"
-        )
+        raise FrameError(f"{has}, so narrow that it would have no patches at image_size {side}: cut it")
     if size[0] * size[1] > MAX_PIXELS:
         raise FrameError(
-            f"it has {width} x {height} pixels and would be enlarged to {size[0]} x {size[1]}, over the limit of "
-            f"{MAX_PIXELS}: cut it, or use --resize_mode pad"
+            f"{has} and would be enlarged to {size[0]} x {size[1]}, over the limit of {MAX_PIXELS}: cut it, or use "
+            "--resize_mode pad"
         )
     return size
 
@@ -216,15 +202,13 @@ def _to_rgb(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
     return image.convert("RGB")
 
 
-def _cropped(pixels: npt.NDArray[np.uint8], side: int) -> npt.NDArray[np.uint8]:
-    """The middle `side` rows of an image that has more."""
-    top = max(0, pixels.shape[0] - side) // 2
-    return np.array(pixels[top : top + side])
-
-
-def _padded(pixels: npt.NDArray[np.uint8], side: int) -> npt.NDArray[np.uint8]:
-    """White around the image, equally on both sides: what is left over is a multiple of 14."""
+def _framed(pixels: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """`crop`: the middle rows of an image that has too many. `pad`: white around it, equally on both sides."""
+    side = preprocessing.image_size
     height, width, _ = pixels.shape
+    if preprocessing.resize_mode == "crop":
+        top = max(0, height - side) // 2
+        return np.array(pixels[top : top + side])
     top, left = (side - height) // 2, (side - width) // 2
     square = np.full((side, side, 3), 255, np.uint8)
     square[top : top + height, left : left + width] = pixels

@@ -26,6 +26,8 @@ RESIZE_MODES = ("crop", "pad")
 ALPHA_MODES = ("white", "drop")
 FEATURE_DTYPES = ("bfloat16", "float16", "float32", "int8")
 COMPUTE_DTYPES = ("bfloat16", "float32")
+SETTINGS = ("context", "image_size", "resize_mode", "alpha", "layer", "feature_dtype", "compute_dtype")
+"""What of a specification flags name, under the flags' names."""
 PATCH_SIZE = 14
 KEY_BYTES = 16
 DIGEST_BYTES = 32
@@ -51,18 +53,15 @@ class Preprocessing:
     resampling: str = "bicubic"
 
     def __post_init__(self) -> None:
-        if (
-            not isinstance(self.image_size, int)
-            or self.image_size < PATCH_SIZE
-            or self.image_size % PATCH_SIZE
-        ):
+        size = self.image_size
+        if not isinstance(size, int) or size < PATCH_SIZE or size % PATCH_SIZE:
             raise SettingsError(
-                f"image_size is {self.image_size!r}, which is not a positive multiple of {PATCH_SIZE}: "
+                f"image_size is {size!r}, which is not a positive multiple of {PATCH_SIZE}: "
                 "patches would not fill the image; use 518 (VGGT) or 644 (JanusVLN)"
             )
-        if self.image_size > 4096:
+        if size > 4096:
             raise SettingsError(
-                f"image_size is {self.image_size}, over the limit of 4096: use 518 (VGGT) or 644 (JanusVLN)"
+                f"image_size is {size}, over the limit of 4096: use 518 (VGGT) or 644 (JanusVLN)"
             )
         _one_of("resize_mode", self.resize_mode, RESIZE_MODES)
         _one_of("alpha", self.alpha, ALPHA_MODES)
@@ -142,18 +141,10 @@ class FeatureSpec:
         """What the context means: which frames are used, how they are encoded, what comes out."""
         return CONTEXTS[self.context]
 
-    @cached_property
+    @property
     def settings(self) -> dict[str, object]:
-        """The specification as far as flags name it, under the flags' names."""
-        return {
-            "context": self.context,
-            "image_size": self.preprocessing.image_size,
-            "resize_mode": self.preprocessing.resize_mode,
-            "alpha": self.preprocessing.alpha,
-            "layer": self.encoder.layer,
-            "feature_dtype": self.feature_dtype,
-            "compute_dtype": self.encoder.compute_dtype,
-        }
+        values = {**vars(self), **vars(self.preprocessing), **vars(self.encoder)}
+        return {name: values[name] for name in SETTINGS}
 
     def contradictions(self, given: Mapping[str, object]) -> dict[str, object]:
         """Those of the `given` settings that this specification does not have, with what it has instead.
@@ -162,7 +153,7 @@ class FeatureSpec:
         """
         settings = self.settings
         wanted = {
-            name: value for name, value in given.items() if name in settings and value not in (None, "auto")
+            name: given[name] for name in given if name in settings and given[name] not in (None, "auto")
         }
         layer = wanted.get("layer")
         if isinstance(layer, int) and layer < 0:
@@ -178,13 +169,9 @@ class FeatureSpec:
         """The specification written by `to_json`. Raises SpecMismatchError for any unknown or missing name."""
         try:
             fields: dict[str, Any] = json.loads(text)
-            spec = cls(
-                **{
-                    **fields,
-                    "encoder": EncoderSpec(**fields["encoder"]),
-                    "preprocessing": Preprocessing(**fields["preprocessing"]),
-                }
-            )
+            fields["encoder"] = EncoderSpec(**fields["encoder"])
+            fields["preprocessing"] = Preprocessing(**fields["preprocessing"])
+            spec = cls(**fields)
         except (ValueError, TypeError, KeyError, RecursionError, SettingsError) as error:
             raise SpecMismatchError(
                 f"the cache's specification cannot be understood ({error}): it was written by another version "

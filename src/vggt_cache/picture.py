@@ -10,8 +10,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -46,12 +45,8 @@ def draw_features(rows: Sequence[Row], out_path: str | os.PathLike[str]) -> None
     StoreError for features that hold NaN or infinity.
     """
     _check(rows)
-    colours = joint_colours([feature for _, feature, _ in rows])
-    picture = _picture(
-        [(pixels, colour, text) for (pixels, _, text), colour in zip(rows, colours, strict=True)]
-    )
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    _picture(rows, joint_colours([feature for _, feature, _ in rows])).save(buffer, "PNG")
     try:
         with open(out_path, "wb") as file:
             file.write(buffer.getvalue())
@@ -98,80 +93,50 @@ def _principal_directions(patches: npt.NDArray[np.float64], noise: float) -> npt
     return directions
 
 
-# ---------------------------------------------------------------- the picture
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Table:
-    """Where things stand: cells of equal size, filled downwards, then to the right."""
+    """Where things stand in the picture: cells of equal size, filled downwards, then to the right. All in pixels."""
 
-    count: int
-    frame_width: int
-    frame_height: int
-
-    @property
-    def rows(self) -> int:
-        return math.ceil(self.count / self.columns)
-
-    @property
-    def columns(self) -> int:
-        return math.ceil(self.count / max(_ROWS_PER_COLUMN, math.isqrt(2 * self.count)))
-
-    @property
-    def cell(self) -> tuple[int, int]:
-        """(width, height) in pixels of a frame, its feature, its caption and the margins right of and below them."""
-        return 2 * (self.frame_width + _MARGIN_PIXELS), self.frame_height + _CAPTION_PIXELS + _MARGIN_PIXELS
-
-    @property
-    def size(self) -> tuple[int, int]:
-        width, height = self.cell
-        return self.columns * width + _MARGIN_PIXELS, self.rows * height + _MARGIN_PIXELS
+    def __init__(self, frames: Sequence[Pixels]) -> None:
+        columns = math.ceil(len(frames) / max(_ROWS_PER_COLUMN, math.isqrt(2 * len(frames))))
+        self._rows = math.ceil(len(frames) / columns)
+        self.frame_height = max(pixels.shape[0] for pixels in frames)
+        self.frame_width = max(pixels.shape[1] for pixels in frames)
+        # A cell is a frame, its feature, its caption, and the margins right of and below them.
+        self._width = 2 * (self.frame_width + _MARGIN_PIXELS)
+        self._height = self.frame_height + _CAPTION_PIXELS + _MARGIN_PIXELS
+        self.size = columns * self._width + _MARGIN_PIXELS, self._rows * self._height + _MARGIN_PIXELS
 
     def corner(self, index: int) -> tuple[int, int]:
         """(x, y) of a cell."""
-        column, row = divmod(index, self.rows)
-        return _MARGIN_PIXELS + column * self.cell[0], _MARGIN_PIXELS + row * self.cell[1]
+        column, row = divmod(index, self._rows)
+        return _MARGIN_PIXELS + column * self._width, _MARGIN_PIXELS + row * self._height
 
 
-def _table(frames: Sequence[Pixels]) -> _Table:
-    return _Table(
-        count=len(frames),
-        frame_width=max(pixels.shape[1] for pixels in frames),
-        frame_height=max(pixels.shape[0] for pixels in frames),
-    )
-
-
-def _picture(cells: Sequence[tuple[Pixels, Pixels, str]]) -> Image.Image:
-    table = _table([pixels for pixels, _, _ in cells])
+def _picture(rows: Sequence[Row], colours: Sequence[Pixels]) -> Image.Image:
+    table = _Table([pixels for pixels, _, _ in rows])
     canvas = Image.new("RGB", table.size, "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default()
-    for index, (pixels, colours, caption) in enumerate(cells):
+    for index, ((pixels, _, caption), colour) in enumerate(zip(rows, colours, strict=True)):
         x, y = table.corner(index)
         frame = Image.fromarray(pixels)
         canvas.paste(frame, (x, y))
-        enlarged = Image.fromarray(colours).resize(frame.size, Image.Resampling.NEAREST)
+        enlarged = Image.fromarray(colour).resize(frame.size, Image.Resampling.NEAREST)
         canvas.paste(enlarged, (x + table.frame_width + _MARGIN_PIXELS, y))
-        text = _fitting(draw, font, caption, 2 * table.frame_width + _MARGIN_PIXELS)
+        text = _fitting(
+            caption, 2 * table.frame_width + _MARGIN_PIXELS, lambda text: draw.textlength(text, font=font)
+        )
         draw.text((x, y + table.frame_height + 2), text, fill="black", font=font)
     return canvas
 
 
-def _fitting(
-    draw: ImageDraw.ImageDraw,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
-    caption: str,
-    width_pixels: int,
-) -> str:
+def _fitting(caption: str, width_pixels: int, width_of: Callable[[str], float]) -> str:
     """The caption's end, which tells more of a path than its beginning; in ASCII, which every font has."""
     text = " ".join(caption.encode("ascii", "replace").decode().split())
-    if draw.textlength(text, font=font) <= width_pixels:
+    if width_of(text) <= width_pixels:
         return text
-    while text and draw.textlength(f"...{text}", font=font) > width_pixels:
+    while text and width_of(f"...{text}") > width_pixels:
         text = text[1:]
     return f"...{text}"
-
-
-# ---------------------------------------------------------------- refusals
 
 
 def _check(rows: Sequence[Row]) -> None:
@@ -179,11 +144,11 @@ def _check(rows: Sequence[Row]) -> None:
         raise SettingsError("there is no feature to draw: give at least one")
     for pixels, feature, caption in rows:
         if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8 or 0 in pixels.shape:
-            raise SettingsError(f"the frame of {caption} is {_described(pixels)}: pixels are uint8 [H, W, 3]")
+            found = f"{pixels.dtype} {list(pixels.shape)}"
+            raise SettingsError(f"the frame of {caption} is {found}: pixels are uint8 [H, W, 3]")
         if feature.ndim != 3 or 0 in feature.shape:
-            raise SettingsError(
-                f"the feature of {caption} is {_described(feature)}: features are float32 [h, w, C]"
-            )
+            found = f"{feature.dtype} {list(feature.shape)}"
+            raise SettingsError(f"the feature of {caption} is {found}: features are float32 [h, w, C]")
         if not np.isfinite(feature).all():
             raise StoreError(
                 f"the feature of {caption} holds NaN or infinity, so it cannot be drawn or trained on: "
@@ -195,13 +160,9 @@ def _check(rows: Sequence[Row]) -> None:
             f"the features have {', '.join(map(str, sorted(channels)))} channels, so they are of different encoders: "
             "draw them separately"
         )
-    width, height = _table([pixels for pixels, _, _ in rows]).size
+    width, height = _Table([pixels for pixels, _, _ in rows]).size
     if width * height > MAX_PICTURE_PIXELS:
         raise SettingsError(
             f"{len(rows)} features make a picture of {width} x {height} pixels, over the limit of "
             f"{MAX_PICTURE_PIXELS}: draw fewer (--count)"
         )
-
-
-def _described(array: npt.NDArray[np.generic]) -> str:
-    return f"{array.dtype} {list(array.shape)}"
