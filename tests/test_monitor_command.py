@@ -386,7 +386,7 @@ def test_the_script_without_a_log_is_one_sentence(tmp_path):
 
 
 def test_the_command_needs_no_torch():
-    code = "import vggt_cache.monitor.run, vggt_cache.monitor.table, sys; print('torch' in sys.modules)"
+    code = "import vggt_cache.monitor.run, rich.live, sys; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
     assert done.stdout == "False\n"
 

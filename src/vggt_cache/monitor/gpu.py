@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-_QUERY = "index,name,memory.used,memory.total,utilization.gpu"
+_QUERY = "--query-gpu=index,name,memory.used,memory.total,utilization.gpu"
 _PATIENCE_S = 10
 
 
@@ -73,27 +73,18 @@ def _card_of_nvml(nvml: Any, index: int) -> Gpu:
 
 def read_nvidia_smi() -> list[Gpu]:
     """Asks the tool nvidia-smi. Raises OSError or subprocess.SubprocessError where it cannot answer."""
-    answer = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"],
-        capture_output=True, text=True, timeout=_PATIENCE_S, check=True,
-    )  # fmt: skip
+    command = ["nvidia-smi", _QUERY, "--format=csv,noheader,nounits"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE_S, check=True)
     return [_card_of_line(line) for line in answer.stdout.splitlines() if line.strip()]
 
 
 def _card_of_line(line: str) -> Gpu:
     index, *name, used, total, use = (field.strip() for field in line.split(","))
-    used_mib, total_mib, percent = map(_number, (used, total, use))
+    used_mib, total_mib = (int(size) if size.isdecimal() else None for size in (used, total))  # or "[N/A]"
     return Gpu(
         index=int(index),
         name=", ".join(name),
-        memory_used_bytes=None if used_mib is None else int(used_mib * 2**20),
-        memory_total_bytes=None if total_mib is None else int(total_mib * 2**20),
-        use_percent=percent,
+        memory_used_bytes=None if used_mib is None else used_mib * 2**20,
+        memory_total_bytes=None if total_mib is None else total_mib * 2**20,
+        use_percent=float(use) if use.isdecimal() else None,
     )
-
-
-def _number(field: str) -> float | None:
-    try:
-        return float(field)
-    except ValueError:
-        return None  # "[N/A]" and the like

@@ -64,23 +64,16 @@ class WatchedLog:
 
     def refresh(self, now_s: float) -> None:
         """Take in what is new; at first everything there is, dated by the file's modification time."""
+        at_s = now_s if self._seen else min(now_s, self.tail.modified_at_s)
         for piece in self.tail.new_pieces():
-            self.state.read(piece, self._written_at_s(now_s))
+            self.state.read(piece, at_s)
         for bar in bars_in(self.tail.unfinished):
-            self.state.fold(bar, self._written_at_s(now_s))
+            self.state.fold(bar, at_s)
         self._seen = True
-
-    def _written_at_s(self, now_s: float) -> float:
-        return now_s if self._seen else min(now_s, self.tail.modified_at_s)
 
     def progress(self, samples_per_step: int | None) -> Progress:
         known = self.state.progress(samples_per_step)
         return replace(known, log=self.path, log_bytes=self.tail.size, modified_at_s=self.tail.modified_at_s)
-
-    @property
-    def liveliness(self) -> tuple[float, float, str]:
-        """The run whose bar moved last is the largest; before any has, the newest log."""
-        return self.state.progress_at_s or 0.0, self.tail.modified_at_s, self.path
 
 
 def _tells_enough(pieces: Iterator[bytes]) -> bool:
@@ -90,7 +83,10 @@ def _tells_enough(pieces: Iterator[bytes]) -> bool:
     for piece in pieces:
         state.read(piece, 0.0)
         lines += b"'loss'" in piece
-    return state.steps_seen >= RECENT_STEPS and lines >= _LINES_OF_METRICS
+    seen = state.training
+    return (
+        seen is not None and seen.last.step - seen.first.step >= RECENT_STEPS and lines >= _LINES_OF_METRICS
+    )
 
 
 class LogSet:
@@ -127,21 +123,21 @@ class LogSet:
             watched.tail.close()
 
     def progress(self, samples_per_step: int | None) -> Progress:
-        """What the liveliest log tells, with an error of another node if it tells of none."""
-        if not self._watched:
+        """The run whose bar moved last, or before any has, the newest log; with an error of another node."""
+        logs = [
+            (log.state.progress_at_s or 0.0, log.tail.modified_at_s, path)
+            for path, log in self._watched.items()
+        ]
+        if not logs:
             return Progress()
-        shown = max(self._watched.values(), key=lambda log: log.liveliness)
-        known = shown.progress(samples_per_step)
-        return replace(known, failure=known.failure or self._failure_elsewhere(shown))
-
-    def _failure_elsewhere(self, shown: WatchedLog) -> str | None:
-        """The error of another node: its log has no bar, and was written after the last step of the one shown."""
-        since_s = shown.state.progress_at_s or 0.0
-        for other in self._watched.values():
-            failure = other.state.lines.failure
-            if failure and other.state.progress_at_s is None and other.tail.modified_at_s >= since_s:
-                return f"{failure} ({other.path})"
-        return None
+        since_s, _, shown = max(logs)
+        known = self._watched[shown].progress(samples_per_step)
+        for moved_at_s, modified_at_s, path in logs:
+            # Another node's log has no bar, and was written after the last step of the one shown.
+            elsewhere = self._watched[path].state.lines.failure
+            if elsewhere and not known.failure and not moved_at_s and modified_at_s >= since_s:
+                return replace(known, failure=f"{elsewhere} ({path})")
+        return known
 
 
 def _unreadable(path: str, error: OSError) -> SettingsError:

@@ -14,22 +14,18 @@ _SHORTEST_STALL_S = 120.0
 
 @dataclass(frozen=True, kw_only=True)
 class NonFinite:
-    """A logged number that was nan or infinite."""
+    """A logged number that was nan or infinite: in how many lines, the latest value, its step, whether it still is."""
 
     name: str
     value: float
-    """The latest that was not finite."""
     lines: int
-    """In how many of the lines that were read."""
     step: int | None
-    """At the last of them, as near as the log tells."""
     now: bool
-    """Whether the newest line has it too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """One run at one moment; None for what its log does not say. Times of day are seconds since 1970."""
+    """One run at one moment; None for what its log does not say. docs/monitor.md describes each under its name."""
 
     log: str | None = None
     log_bytes: int = 0
@@ -38,13 +34,10 @@ class Progress:
     total: int | None = None
     epoch: float | None = None
     elapsed_s: int | None = None
-    """Since this run's bar began."""
     left_s: float | None = None
     last_step_at_s: float | None = None
     last_progress_at_s: float | None = None
-    """The same, or the last step of an evaluation."""
     s_per_it: float | None = None
-    """Recent; see `Track`."""
     s_per_it_overall: float | None = None
     samples_per_s: float | None = None
     loss: float | None = None
@@ -52,9 +45,7 @@ class Progress:
     learning_rate: float | None = None
     cache_hit_rate: float | None = None
     cache_hit_rate_recent: float | None = None
-    """Mean of the last three lines."""
     cache_hit_rate_best: float | None = None
-    """The largest such mean in this run."""
     cache_wait_ms: float | None = None
     cache_read_mb_per_s: float | None = None
     encode_ms: float | None = None
@@ -67,7 +58,6 @@ class Progress:
     train_loss: float | None = None
     not_finite: tuple[NonFinite, ...] = ()
     failure: str | None = None
-    """The first error in the log since its last step."""
 
     @property
     def steps_per_s(self) -> float | None:
@@ -84,7 +74,6 @@ class Alarm:
     """One sentence: what deserves attention, what it means, what to do."""
 
     kind: str
-    """`stall`, `hit_rate`, `not_finite` or `failure`."""
     text: str
 
 
@@ -120,7 +109,7 @@ def stall_threshold_s(progress: Progress, settings: MonitorSettings) -> float:
 
 
 def _sentence(found: NonFinite) -> str:
-    near = f" near step {found.step}" if found.step is not None else ""
+    near = "" if found.step is None else f" near step {found.step}"
     lines = f"{count_of(found.lines, 'line')} of those read"
     if found.now:
         return (

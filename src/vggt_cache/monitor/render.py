@@ -1,17 +1,22 @@
-"""How a run goes on as a line in the guide's style, as JSON, and its numbers as text."""
+"""How a run goes on: as a line in the guide's style, as JSON, as a table for a terminal."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vggt_cache.monitor.gpu import Gpu
 from vggt_cache.monitor.progress import Alarm, Progress
-from vggt_cache.precompute.report import bytes_text
+from vggt_cache.precompute.report import bytes_text, seconds_text
+
+if TYPE_CHECKING:  # what draws the table is slow to import, and not needed in a pipe
+    from rich.console import RenderableType
+
+_BAR_COLUMNS = 30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +91,66 @@ def json_line(look: Look) -> str:
         for name, value in known.items()
     }
     return json.dumps(finite, allow_nan=False)
+
+
+def table_of(look: Look) -> RenderableType:
+    """The run, the cards of this machine, and what deserves attention."""
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    progress = look.progress
+    run = Table(title=Text(f"{progress.log or 'no log'}: {look.status}"), show_header=False)
+    run.add_column(style="cyan", no_wrap=True)
+    run.add_column()
+    if progress.step is not None and progress.total:
+        bar = ProgressBar(total=progress.total, completed=progress.step, width=_BAR_COLUMNS)
+        run.add_row("Progress", bar)
+    for name, text in _rows(progress, look.now_s):
+        run.add_row(name, Text(text))
+    cards = Table("GPU", "Name", "Memory", "Use", title=Text("GPUs of this machine"))
+    for gpu in look.gpus:
+        memory = (gpu.memory_used_bytes, gpu.memory_total_bytes)
+        texts = ("-" if size is None else bytes_text(size) for size in memory)
+        use = "-" if gpu.use_percent is None else f"{gpu.use_percent:.0f}%"
+        cards.add_row(str(gpu.index), Text(gpu.name), " of ".join(texts), use)
+    warnings = [Text(f"[WARN] {alarm.text}", style="bold yellow") for alarm in look.alarms]
+    notes = [Text(f"[INFO] {note}") for note in look.notes]
+    return Group(run, *([cards] if look.gpus else []), *warnings, *notes)
+
+
+def _rows(progress: Progress, now_s: float) -> Iterator[tuple[str, str]]:
+    """What the log has said of each, and nothing of what it has not."""
+    if progress.step is not None:
+        share = f" ({progress.step / progress.total:.1%})" if progress.total else ""
+        epoch = f", epoch {progress.epoch:.2f}" if progress.epoch is not None else ""
+        yield "Step", f"{progress.step} of {progress.total}{share}{epoch}"
+        recent, overall = speed_text(progress.s_per_it), speed_text(progress.s_per_it_overall)
+        yield "Speed", f"{recent} recent, {overall} overall"
+        samples = f", {progress.samples_per_s:.3g} samples/s" if progress.samples_per_s is not None else ""
+        yield "Throughput", f"{number_text(progress.steps_per_s)} steps/s{samples}"
+    covered = f", {progress.coverage[0]} of {progress.coverage[1]} features" if progress.coverage else ""
+    loss = f", mean loss {number_text(progress.train_loss)}" if progress.train_loss is not None else ""
+    took = f", {progress.slowest_rank_s:.3g} s per step" if progress.slowest_rank_s is not None else ""
+    left_s = None if progress.finished else progress.left_s
+    known: tuple[tuple[str, Any, Callable[[Any], str]], ...] = (
+        ("Loss", progress.loss, number_text),
+        ("Gradient norm", progress.grad_norm, number_text),
+        ("Learning rate", progress.learning_rate, number_text),
+        ("Ended", progress.train_runtime_s, lambda value: f"after {seconds_text(value)}{loss}"),
+        ("Cache", progress.cache_dir, lambda value: value + covered),
+        ("Hit rate", progress.cache_hit_rate, percent_text),
+        ("Cache wait", progress.cache_wait_ms, lambda value: f"{milliseconds_text(value)} per step"),
+        ("Encode", progress.encode_ms, lambda value: f"{milliseconds_text(value)} per step"),
+        ("Read", progress.cache_read_mb_per_s, lambda value: f"{value:.0f} MB/s"),
+        ("Slowest rank", progress.slowest_rank, lambda value: f"{value}{took}"),
+        ("Time left", left_s, lambda value: f"{clock_text(value)}, until {time_text(now_s + value)}"),
+        ("Last step", progress.last_step_at_s, lambda value: f"{seconds_text(max(0.0, now_s - value))} ago"),
+    )
+    for name, value, text in known:
+        if value is not None:
+            yield name, text(value)
 
 
 # ---------------------------------------------------------------- numbers

@@ -12,7 +12,7 @@ from vggt_cache.errors import SettingsError
 from vggt_cache.monitor.gpu import GpuReader
 from vggt_cache.monitor.logs import IN_A_DIRECTORY, LogSet
 from vggt_cache.monitor.progress import Progress, alarms_of
-from vggt_cache.monitor.render import Look, json_line, plain_line
+from vggt_cache.monitor.render import Look, json_line, plain_line, table_of
 from vggt_cache.monitor.settings import MonitorSettings
 from vggt_cache.precompute.report import seconds_text
 
@@ -78,8 +78,6 @@ def _display(*, json: bool) -> Iterator[Callable[[Look], None]]:
         yield lambda look: print(json_line(look), flush=True)  # each time it reads the log, news or not
     elif sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb":
         from rich.live import Live  # not needed in a pipe, and slow to import
-
-        from vggt_cache.monitor.table import table_of
 
         with Live(auto_refresh=False) as live:
             yield lambda look: live.update(table_of(look), refresh=True)

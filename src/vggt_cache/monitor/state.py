@@ -28,59 +28,42 @@ class Track:
     """
 
     def __init__(self, bar: Bar) -> None:
-        self._states: deque[Bar] = deque(maxlen=_KEPT_STATES)
-        self._first: Bar | None = None
-        self.add(bar)
+        self.first = self.last = bar
+        self._states = deque([bar], maxlen=_KEPT_STATES)
 
     def add(self, bar: Bar) -> None:
+        if self.first.step == 0:  # after a resume the way from there was not made in this run
+            self.first = bar
+            self._states.clear()
         self.last = bar
-        if bar.step > 0:  # after a resume the way from 0 to the first step was not made in this run
-            self._first = self._first or bar
-            self._states.append(bar)
+        self._states.append(bar)
 
     def is_left_by(self, bar: Bar) -> bool:
         """Whether this later state of a bar with the same total is of another run."""
         last = self.last
-        return (
-            (bar.elapsed_s == 0 and last.elapsed_s > 0)
-            or (bar.step == 0 and last.step > 0)
-            or bar.elapsed_s < last.elapsed_s - max(30, last.elapsed_s // 10)
-        )
-
-    @property
-    def rank(self) -> tuple[bool, int]:
-        """How much it looks like the training's bar: not at its end, and long under way."""
-        return self.last.step < self.last.total, self.last.elapsed_s
-
-    @property
-    def steps_seen(self) -> int:
-        return self.last.step - self._first.step if self._first else 0
+        if (bar.elapsed_s == 0 and last.elapsed_s > 0) or (bar.step == 0 and last.step > 0):
+            return True
+        return bar.elapsed_s < last.elapsed_s - max(30, last.elapsed_s // 10)
 
     def known(self, samples_per_step: int | None) -> dict[str, Any]:
         """What the bar tells, under the names of `Progress`."""
-        last, recent = self.last, self._speed_since(self._recent())
+        last, before = self.last, self.last
+        for before in reversed(self._states):
+            if last.step - before.step >= RECENT_STEPS and last.elapsed_s - before.elapsed_s >= RECENT_S:
+                break
+        recent = _s_per_it(before, last)
         known: dict[str, Any] = {"step": last.step, "total": last.total, "elapsed_s": last.elapsed_s}
-        known |= {"s_per_it": recent, "s_per_it_overall": self._speed_since(self._first)}
+        known |= {"s_per_it": recent, "s_per_it_overall": _s_per_it(self.first, last)}
         if recent:
             known["left_s"] = (last.total - last.step) * recent
             if samples_per_step:
                 known["samples_per_s"] = samples_per_step / recent
         return known
 
-    def _recent(self) -> Bar | None:
-        """The newest state that is RECENT_STEPS and RECENT_S before the last one; else the oldest that is kept."""
-        last, state = self.last, None
-        for state in reversed(self._states):
-            if last.step - state.step >= RECENT_STEPS and last.elapsed_s - state.elapsed_s >= RECENT_S:
-                break
-        return state
 
-    def _speed_since(self, first: Bar | None) -> float | None:
-        """Seconds per step."""
-        if first is None or self.last.step <= first.step:
-            return None
-        seconds = self.last.elapsed_s - first.elapsed_s
-        return seconds / (self.last.step - first.step) if seconds >= _SHORTEST_S else None
+def _s_per_it(first: Bar, last: Bar) -> float | None:
+    steps, seconds = last.step - first.step, last.elapsed_s - first.elapsed_s
+    return seconds / steps if steps > 0 and seconds >= _SHORTEST_S else None
 
 
 class LoggedLines:
@@ -91,24 +74,26 @@ class LoggedLines:
         self.ended: Ended | None = None
         self.failure: str | None = None
         """The first error since the last step: those after it, of other ranks and the launcher, come of it."""
-        self.not_finite: dict[str, NonFinite] = {}
+        self._not_finite: dict[str, NonFinite] = {}
         self._hit_rates: deque[float] = deque(maxlen=_LINES_OF_HIT_RATE)
-        self.best_hit_rate: float | None = None
+        self._hit_rate: float | None = None
+        self._best_hit_rate: float | None = None
+        """Means of the last lines, because a single line may stand for a few samples only."""
 
     def log(self, values: dict[str, float], step: int | None) -> None:
         """Take in one line of metrics; `step` is the last one before it."""
         self.values |= values
         for name in ("loss", "grad_norm"):
-            if name in values:
-                self._watch(name, values[name], step)
+            value, before = values.get(name, 0.0), self._not_finite.get(name)
+            if not math.isfinite(value):
+                lines = before.lines + 1 if before else 1
+                self._not_finite[name] = NonFinite(name=name, value=value, lines=lines, step=step, now=True)
+            elif before and name in values:
+                self._not_finite[name] = replace(before, now=False)
         if math.isfinite(rate := values.get("cache_hit_rate", math.nan)):
             self._hit_rates.append(rate)
-            self.best_hit_rate = max(self.best_hit_rate or 0.0, self.hit_rate or 0.0)
-
-    @property
-    def hit_rate(self) -> float | None:
-        """Mean of the last lines, because a single line may stand for a few samples only."""
-        return sum(self._hit_rates) / len(self._hit_rates) if self._hit_rates else None
+            self._hit_rate = sum(self._hit_rates) / len(self._hit_rates)
+            self._best_hit_rate = max(self._best_hit_rate or 0.0, self._hit_rate)
 
     def known(self) -> dict[str, Any]:
         """What the lines tell, under the names of `Progress`."""
@@ -116,16 +101,8 @@ class LoggedLines:
         rank = self.values.get("slowest_rank", math.nan)
         known["slowest_rank"] = int(rank) if math.isfinite(rank) else None
         known["samples_per_s"] = self.values.get("samples_per_s", self.values.get("deepspeed_samples_per_s"))
-        known |= {"cache_hit_rate_recent": self.hit_rate, "cache_hit_rate_best": self.best_hit_rate}
-        return known | {"not_finite": tuple(self.not_finite.values()), "failure": self.failure}
-
-    def _watch(self, name: str, value: float, step: int | None) -> None:
-        before = self.not_finite.get(name)
-        if not math.isfinite(value):
-            lines = before.lines + 1 if before else 1
-            self.not_finite[name] = NonFinite(name=name, value=value, lines=lines, step=step, now=True)
-        elif before and before.now:
-            self.not_finite[name] = replace(before, now=False)
+        known |= {"cache_hit_rate_recent": self._hit_rate, "cache_hit_rate_best": self._best_hit_rate}
+        return known | {"not_finite": tuple(self._not_finite.values()), "failure": self.failure}
 
 
 class TrainingState:
@@ -137,7 +114,7 @@ class TrainingState:
         self._announced = Announced()
         self._tracks: dict[int, Track] = {}
         """By total; the one whose state changed last is the last."""
-        self._training: Track | None = None
+        self.training: Track | None = None
         self._settled = False
         """Whether lines of metrics have shown which bar is the training's."""
         self._moved: Track | None = None
@@ -155,7 +132,7 @@ class TrainingState:
             self._fold_bar(event, at_s)
         elif isinstance(event, Metrics):
             self._settle(event)
-            self.lines.log(event.values, self._training.last.step if self._training else None)
+            self.lines.log(event.values, self.training.last.step if self.training else None)
         elif isinstance(event, Ended):
             self.lines.ended = event
         elif isinstance(event, Failure):
@@ -164,27 +141,21 @@ class TrainingState:
             said = {name: value for name, value in vars(event).items() if value}
             self._announced = replace(self._announced, **said)
 
-    @property
-    def steps_seen(self) -> int:
-        """Steps between the first and the last state of this run that were seen."""
-        return self._training.steps_seen if self._training else 0
-
     def progress(self, samples_per_step: int | None = None) -> Progress:
         """What is known now; `samples_per_step` is taken for what the log says, where it is given."""
         said, ended = self._announced, self.lines.ended
         known = {**self.lines.known(), "total": said.total_steps}
-        if self._training:
-            known |= self._training.known(samples_per_step or said.samples_per_step)
+        if self.training:
+            known |= self.training.known(samples_per_step or said.samples_per_step)
         if ended:
-            known |= {"ended": True, "train_runtime_s": ended.runtime_s, "left_s": 0.0}
-            known["train_loss"] = ended.train_loss
-        return Progress(
-            **known,
-            last_step_at_s=self._step_at_s,
-            last_progress_at_s=self.progress_at_s,
-            cache_dir=said.cache_dir,
-            coverage=said.coverage,
-        )
+            known |= {
+                "ended": True,
+                "train_runtime_s": ended.runtime_s,
+                "train_loss": ended.train_loss,
+                "left_s": 0.0,
+            }
+        times = {"last_step_at_s": self._step_at_s, "last_progress_at_s": self.progress_at_s}
+        return Progress(**known, **times, cache_dir=said.cache_dir, coverage=said.coverage)
 
     # ------------------------------------------------------------ which bar is the training's
 
@@ -201,12 +172,12 @@ class TrainingState:
         self._tracks[bar.total] = track
         self.progress_at_s = at_s
         self._moved = track
-        if before is not None and before is self._training:
+        if before is not None and before is self.training:
             self._switch(track)
         if len(self._tracks) > _MOST_TRACKS:
-            del self._tracks[next(total for total, old in self._tracks.items() if old is not self._training)]
+            del self._tracks[next(total for total, old in self._tracks.items() if old is not self.training)]
         self._choose()
-        if track is self._training:
+        if track is self.training:
             self._step_at_s = at_s
             self._training_moved = True
             self.lines.ended = self.lines.failure = None
@@ -217,7 +188,9 @@ class TrainingState:
         if total is not None and total in self._tracks:
             self._switch(self._tracks[total])
         elif not self._settled:
-            self._switch(max(self._tracks.values(), key=lambda track: track.rank))
+            bars = (track.last for track in self._tracks.values())
+            longest = max(bars, key=lambda bar: (bar.step < bar.total, bar.elapsed_s))
+            self._switch(self._tracks[longest.total])
 
     def _settle(self, metrics: Metrics) -> None:
         """A line with a loss belongs to the bar that moved since the last one.
@@ -234,8 +207,8 @@ class TrainingState:
         self._moved = None
 
     def _switch(self, track: Track) -> None:
-        if track is not self._training:
-            if self._training is not None:
+        if track is not self.training:
+            if self.training is not None:
                 self.lines = LoggedLines()
-            self._training = track
+            self.training = track
             self._step_at_s = self.progress_at_s

@@ -12,12 +12,10 @@ from collections.abc import Callable, Iterator
 
 KIB, MIB = 2**10, 2**20
 HEAD_BYTES = MIB
-WINDOW_BYTES = 64 * KIB
+WINDOW_BYTES = _CHUNK_BYTES = LONGEST_PIECE_BYTES = 64 * KIB
 EVEN_WINDOWS = 32
 TAIL_BYTES = (256 * KIB, MIB, 4 * MIB, 16 * MIB)
 """The end is read in the first of these lengths that holds enough."""
-LONGEST_PIECE_BYTES = 64 * KIB
-_CHUNK_BYTES = 64 * KIB
 _GUARD_BYTES = 64
 _MOST_ADDED_BYTES = 32 * MIB
 """If more was added since the last look, its beginning is left out."""
@@ -70,9 +68,7 @@ class Tail:
     """
 
     def __init__(self, path: str, enough: Callable[[Iterator[bytes]], bool]) -> None:
-        self.path = path
-        self.size = 0
-        self.modified_at_s = 0.0
+        self._path = path
         self._enough = enough
         self._open()
 
@@ -93,46 +89,42 @@ class Tail:
             yield from self._added()
 
     def _open(self) -> None:
-        self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        self._measure()
         self._begin(0)
+
+    def _measure(self) -> None:
+        status = os.fstat(self._fd)
+        self.size, self.modified_at_s = status.st_size, status.st_mtime
 
     def _begin(self, offset: int) -> None:
         self._offset = offset
         self._pieces = Pieces(cut=offset > 0)
         self._guard = b""
+        """The last bytes that were read, by which it is seen that they are not there any more."""
 
     def _replaced(self) -> bool:
         """Whether the path now leads to another file. One that has gone is followed under its old name."""
         try:
-            return not os.path.samestat(os.stat(self.path), os.fstat(self._fd))
+            return not os.path.samestat(os.stat(self._path), os.fstat(self._fd))
         except FileNotFoundError:
             return False
 
     def _added(self) -> Iterator[bytes]:
-        status = os.fstat(self._fd)
-        self.size, self.modified_at_s = status.st_size, status.st_mtime
-        if self._rewritten():
-            self._begin(0)
+        self._measure()
+        before = self._offset - len(self._guard)
+        if self.size < self._offset or (
+            self.size > self._offset and os.pread(self._fd, len(self._guard), before) != self._guard
+        ):
+            self._begin(0)  # truncated, and perhaps grown again since
         if self._offset == 0:
-            yield from self._sample()
+            *extents, (tail, _) = sampled_extents(self.size, self._tail_bytes())
+            for start, stop in extents:
+                yield from self._between(start, stop, Pieces(cut=start > 0))
+            self._begin(tail)
         elif self.size - self._offset > _MOST_ADDED_BYTES:
             self._begin(self.size - TAIL_BYTES[-1])
-        if self.size > self._offset:
-            yield from self._between(self._offset, self.size, self._pieces)
-
-    def _rewritten(self) -> bool:
-        """Whether what was read last is not there any more: truncated, perhaps grown again since."""
-        if self.size < self._offset:
-            return True
-        start = self._offset - len(self._guard)
-        return self.size > self._offset and os.pread(self._fd, len(self._guard), start) != self._guard
-
-    def _sample(self) -> Iterator[bytes]:
-        """All extents but the last, which is then followed."""
-        *extents, (tail, _) = sampled_extents(self.size, self._tail_bytes())
-        for start, stop in extents:
-            yield from self._between(start, stop, Pieces(cut=start > 0))
-        self._begin(tail)
+        yield from self._between(self._offset, self.size, self._pieces)
 
     def _tail_bytes(self) -> int:
         for length in TAIL_BYTES[:-1]:
