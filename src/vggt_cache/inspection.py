@@ -10,16 +10,15 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
 from vggt_cache.errors import SettingsError, SpecMismatchError
 from vggt_cache.frames import decode_frame, read_frame
 from vggt_cache.identity import FeatureSpec
-from vggt_cache.picture import draw_features
+from vggt_cache.picture import Row, draw_features
 from vggt_cache.precompute.failures import FailureLog
 from vggt_cache.precompute.plan import Plan, plan_and_tell
 from vggt_cache.precompute.report import EXIT_INVALID, EXIT_OK, Reporter, bytes_text, count_of
@@ -31,9 +30,6 @@ from vggt_cache.store.inventory import StoreDescription
 
 if TYPE_CHECKING:
     from vggt_cache.store import FeatureCache
-
-Pixels = npt.NDArray[np.uint8]
-Feature = npt.NDArray[np.float32]
 
 
 def show_info(cache_dir: str, *, as_json: bool) -> int:
@@ -106,12 +102,10 @@ def verify_cache(
         plan = None if data_root is None else _plan(data_root, cache, reporter, max_samples)
         total = len(cache) if plan is None else len(plan)
         with tqdm(total=total, desc="Verifying", unit="feature", mininterval=1.0) as bar:
-            told: dict[str, Any] = {
-                "on_invalid": reporter.invalid,
-                "on_progress": bar.update,
-                "threads": max(1, num_workers),
-            }
-            result = verify_records(cache, **told) if plan is None else verify_data(cache, plan, **told)
+            check = verify_records if plan is None else partial(verify_data, plan=plan)
+            result = check(
+                cache, threads=max(1, num_workers), on_invalid=reporter.invalid, on_progress=bar.update
+            )
     if plan is not None:
         reporter.info(f"Cache directory: {os.path.abspath(cache_dir)}")
     reporter.info(str(result))
@@ -139,7 +133,7 @@ def draw_view(
     reporter = Reporter()
     with FeatureCache.open(cache_dir, context=context, fingerprint=fingerprint) as cache:
         plan = _plan(data_root, cache, reporter, -1)
-        rows: dict[bytes, tuple[Pixels, Feature, str]] = {}
+        rows: dict[bytes, Row] = {}
         for feature in _spread(len(plan)):
             paths = plan.paths_of(feature)
             key = cache.key_of(paths)

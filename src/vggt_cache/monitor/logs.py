@@ -43,14 +43,12 @@ def found_logs(patterns: Iterable[str]) -> list[str]:
     return sorted(times, key=lambda path: (times[path], path))[-MOST_LOGS:]
 
 
-def _matches(pattern: str) -> Iterator[str]:
+def _matches(pattern: str) -> list[str]:
     if os.path.isdir(pattern):
-        for ending in IN_A_DIRECTORY:
-            yield from glob.iglob(os.path.join(glob.escape(pattern), ending))
-    elif os.path.lexists(pattern):
-        yield pattern  # brackets and stars may be part of a name
-    else:
-        yield from glob.iglob(pattern, recursive=True)
+        places = [os.path.join(glob.escape(pattern), ending) for ending in IN_A_DIRECTORY]
+        return [path for place in places for path in glob.glob(place)]
+    # Brackets and stars may be part of a name.
+    return [pattern] if os.path.lexists(pattern) else glob.glob(pattern, recursive=True)
 
 
 class WatchedLog:
@@ -124,19 +122,16 @@ class LogSet:
 
     def progress(self, samples_per_step: int | None) -> Progress:
         """The run whose bar moved last, or before any has, the newest log; with an error of another node."""
-        logs = [
-            (log.state.progress_at_s or 0.0, log.tail.modified_at_s, path)
-            for path, log in self._watched.items()
-        ]
-        if not logs:
+        if not self._watched:
             return Progress()
-        since_s, _, shown = max(logs)
-        known = self._watched[shown].progress(samples_per_step)
-        for moved_at_s, modified_at_s, path in logs:
+        logs = self._watched.values()
+        shown = max(logs, key=lambda log: (log.state.progress_at_s or 0.0, log.tail.modified_at_s, log.path))
+        known = shown.progress(samples_per_step)
+        for log in () if known.failure else logs:
+            failure, since_s = log.state.lines.failure, shown.state.progress_at_s or 0.0
             # Another node's log has no bar, and was written after the last step of the one shown.
-            elsewhere = self._watched[path].state.lines.failure
-            if elsewhere and not known.failure and not moved_at_s and modified_at_s >= since_s:
-                return replace(known, failure=f"{elsewhere} ({path})")
+            if failure and log.state.progress_at_s is None and log.tail.modified_at_s >= since_s:
+                return replace(known, failure=f"{failure} ({log.path})")
         return known
 
 

@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import replace
 from typing import Any
 
-from vggt_cache.monitor.parse import METRICS, Announced, Bar, Ended, Event, Failure, Metrics, events_in
+from vggt_cache.monitor.parse import Announced, Bar, Ended, Event, Failure, Metrics, events_in
 from vggt_cache.monitor.progress import NonFinite, Progress
 
 RECENT_STEPS = 20
@@ -70,19 +70,17 @@ class LoggedLines:
     """What the lines of one run say, beside its bar. A resumed run begins with new ones."""
 
     def __init__(self) -> None:
-        self.values: dict[str, float] = {}
+        self._values: dict[str, float] = {}
+        """The newest of each number, and means of the hit rate: a single line may stand for a few samples only."""
         self.ended: Ended | None = None
         self.failure: str | None = None
         """The first error since the last step: those after it, of other ranks and the launcher, come of it."""
         self._not_finite: dict[str, NonFinite] = {}
         self._hit_rates: deque[float] = deque(maxlen=_LINES_OF_HIT_RATE)
-        self._hit_rate: float | None = None
-        self._best_hit_rate: float | None = None
-        """Means of the last lines, because a single line may stand for a few samples only."""
 
     def log(self, values: dict[str, float], step: int | None) -> None:
         """Take in one line of metrics; `step` is the last one before it."""
-        self.values |= values
+        self._values |= values
         for name in ("loss", "grad_norm"):
             value, before = values.get(name, 0.0), self._not_finite.get(name)
             if not math.isfinite(value):
@@ -92,16 +90,16 @@ class LoggedLines:
                 self._not_finite[name] = replace(before, now=False)
         if math.isfinite(rate := values.get("cache_hit_rate", math.nan)):
             self._hit_rates.append(rate)
-            self._hit_rate = sum(self._hit_rates) / len(self._hit_rates)
-            self._best_hit_rate = max(self._best_hit_rate or 0.0, self._hit_rate)
+            recent = sum(self._hit_rates) / len(self._hit_rates)
+            best = max(self._values.get("cache_hit_rate_best", 0.0), recent)
+            self._values |= {"cache_hit_rate_recent": recent, "cache_hit_rate_best": best}
 
     def known(self) -> dict[str, Any]:
         """What the lines tell, under the names of `Progress`."""
-        known: dict[str, Any] = {name: self.values.get(name) for name in METRICS}
-        rank = self.values.get("slowest_rank", math.nan)
+        known: dict[str, Any] = dict(self._values)
+        known.setdefault("samples_per_s", known.pop("deepspeed_samples_per_s", None))
+        rank = known.get("slowest_rank", math.nan)
         known["slowest_rank"] = int(rank) if math.isfinite(rank) else None
-        known["samples_per_s"] = self.values.get("samples_per_s", self.values.get("deepspeed_samples_per_s"))
-        known |= {"cache_hit_rate_recent": self._hit_rate, "cache_hit_rate_best": self._best_hit_rate}
         return known | {"not_finite": tuple(self._not_finite.values()), "failure": self.failure}
 
 
@@ -154,8 +152,8 @@ class TrainingState:
                 "train_loss": ended.train_loss,
                 "left_s": 0.0,
             }
-        times = {"last_step_at_s": self._step_at_s, "last_progress_at_s": self.progress_at_s}
-        return Progress(**known, **times, cache_dir=said.cache_dir, coverage=said.coverage)
+        known |= {"last_step_at_s": self._step_at_s, "last_progress_at_s": self.progress_at_s}
+        return Progress(**known, cache_dir=said.cache_dir, coverage=said.coverage)
 
     # ------------------------------------------------------------ which bar is the training's
 
