@@ -50,13 +50,9 @@ def monitor(
 def _look(settings: MonitorSettings, logs: LogSet, gpus: GpuReader, now_s: float) -> Look:
     logs.refresh(now_s)
     progress = logs.progress(settings.samples_per_step)
-    return Look(
-        progress=progress,
-        alarms=tuple(alarms_of(progress, settings, now_s)),
-        gpus=gpus.read(),
-        notes=tuple(_notes(settings, progress)),
-        now_s=now_s,
-    )
+    alarms = tuple(alarms_of(progress, settings, now_s))
+    notes = tuple(_notes(settings, progress))
+    return Look(progress=progress, alarms=alarms, gpus=gpus.read(), notes=notes, now_s=now_s)
 
 
 def _notes(settings: MonitorSettings, progress: Progress) -> Iterator[str]:
