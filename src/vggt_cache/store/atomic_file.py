@@ -99,8 +99,6 @@ class PendingFile:
         if os.getpid() == self._process:  # else this is a forked copy, and the file is the parent's
             self._drop_temporary_name()
 
-    # ------------------------------------------------------------ steps
-
     def _open_fd(self) -> int:
         if self._fd is None:
             raise OSError(errno.EBADF, "the file is closed already")

@@ -111,18 +111,18 @@ class FeatureCache:
     def get(self, frames: Iterable[Frame], *, out: torch.Tensor | None = None) -> torch.Tensor | None:
         """The feature [h, w, C] of an ordered list of frames; None when it is not in the cache.
 
-        `frames`: paths of image files, or the files' bytes. Context `frame`: the feature of the last frame, of
-        which alone the file is read; `causal`: of the last frame having seen the others. The files are read
-        each time, so a frame that was replaced is never given its old feature. `out`: a contiguous CPU tensor
-        of the feature's shape and dtype, which is filled and returned, best torch's own memory (into numpy's, which
-        starts 16 bytes behind a page, some processors copy slowly); without it the result is the caller's own.
+        `frames`: paths of image files, or the files' bytes. In context `frame` the feature is of the last frame, and
+        only its file is read; in `causal`, of the last frame after it has seen the others. The files are read each
+        time, so a frame that was replaced never gets its old feature. `out`: a contiguous CPU tensor of the feature's
+        shape and dtype, which is filled and returned, best torch's own memory (some processors copy slowly into
+        numpy's, which starts 16 bytes behind a page); without it the result is the caller's own.
 
         Raises FrameError for an unreadable image file, CorruptRecordError, CacheAccessError, SettingsError.
         """
         return self.get_by_key(self.key_of(frames), out=out)
 
     def key_of(self, frames: Iterable[Frame]) -> bytes:
-        """The 16-byte key under which the feature of these frames is stored. Raises FrameError, SettingsError."""
+        """The 16-byte key of the feature of these frames. Raises FrameError, SettingsError."""
         used = self.spec.context_rule.used(_listed(frames))
         return feature_key(self.spec, [frame_digest(self._bytes_of_frame(frame)) for frame in used])
 
@@ -235,7 +235,7 @@ class FeatureCache:
             return self._taker.save(self._now())
 
     def close(self) -> None:
-        """Close all files; reads that are under way end as they would. Any later use raises CacheAccessError."""
+        """Close all files; reads that are under way still end well. Any later use raises CacheAccessError."""
         self._shards.close()
 
     def __enter__(self) -> FeatureCache:
@@ -268,11 +268,6 @@ class FeatureCache:
         """All locks that a thread may hold while another one forks."""
         return self._lock, self._stats_lock, self._shards.pool.lock
 
-    def start_anew_in_child(self) -> None:
-        """Called in a forked process, where a thread that does not exist may have held the locks."""
-        self._make_locks()
-        self._shards.pool.start_anew_in_child()
-
     # ------------------------------------------------------------ steps
 
     def _now(self) -> Snapshot:
@@ -293,7 +288,9 @@ class FeatureCache:
             except CorruptRecordError:
                 if not self._index_is_wrong(name, record):
                     raise
-                self._leave_index(snapshot)
+                with self._lock:
+                    if self._snapshot is snapshot:
+                        self._snapshot = self._taker.without_index(snapshot)
                 return self._first_copy(key, read)
         if vanished:
             raise ShardVanishedError(vanished)
@@ -324,12 +321,6 @@ class FeatureCache:
         except (ShardFormatError, CacheAccessError):
             return False
 
-    def _leave_index(self, snapshot: Snapshot) -> None:
-        """The same shards, all read from their headers."""
-        with self._lock:
-            if self._snapshot is snapshot:
-                self._snapshot = self._taker.without_index(snapshot)
-
     def _bytes_of_frame(self, frame: Frame) -> bytes:
         if isinstance(frame, (bytes, bytearray, memoryview)):
             return bytes(frame)
@@ -344,13 +335,9 @@ class FeatureCache:
 
     def _count(self, feature: torch.Tensor | None, seconds: float) -> None:
         with self._stats_lock:
-            counts = self._counts
-            counts["read_s"] += seconds
-            if feature is None:
-                counts["misses"] += 1
-            else:
-                counts["hits"] += 1
-                counts["bytes_read"] += feature.nbytes
+            self._counts["read_s"] += seconds
+            self._counts["misses" if feature is None else "hits"] += 1
+            self._counts["bytes_read"] += 0 if feature is None else feature.nbytes
 
     def _warn_of_damage(self, known: tuple[tuple[str, str], ...]) -> None:
         new = [item for item in self.damaged_shards if item not in known]
@@ -389,8 +376,10 @@ _ALIVE: weakref.WeakSet[FeatureCache] = weakref.WeakSet()
 
 
 def _in_child() -> None:
+    """A thread that does not exist here may have held the locks."""
     for cache in list(_ALIVE):
-        cache.start_anew_in_child()
+        cache._make_locks()
+        cache._shards.pool.start_anew_in_child()
 
 
 os.register_at_fork(after_in_child=_in_child)

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from vggt_cache.errors import (
@@ -44,19 +43,13 @@ STORE_NAME = re.compile(r"(?:frame|causal)-[0-9a-f]{16}")
 _SHARDS_TRIED_FOR_SPEC = 8
 
 
-@dataclass(frozen=True, kw_only=True)
-class Survey:
-    """What a cache directory holds."""
-
-    specs: tuple[FeatureSpec, ...]
-    """Ordered by the name of their folder, which is `short_name`."""
-    unreadable: tuple[tuple[str, StoreError], ...]
-    """Folders that are named like a store and have no readable specification: name, and why."""
-
-
 def list_stores(cache_dir: str | os.PathLike[str], fs: FileSystem = OPERATING_SYSTEM) -> list[FeatureSpec]:
     """Specifications of the stores in a cache directory. Errors as for `survey`."""
-    return list(survey(cache_dir, fs).specs)
+    return survey(cache_dir, fs)[0]
+
+
+Survey = tuple[list[FeatureSpec], list[tuple[str, StoreError]]]
+"""Specifications, ordered by `short_name`; and folders named like a store that have no readable one: name, and why."""
 
 
 def survey(cache_dir: str | os.PathLike[str], fs: FileSystem = OPERATING_SYSTEM) -> Survey:
@@ -66,7 +59,8 @@ def survey(cache_dir: str | os.PathLike[str], fs: FileSystem = OPERATING_SYSTEM)
     CacheAccessError where it cannot be read.
     """
     path = os.fspath(cache_dir)
-    specs, unreadable = [], []
+    specs: list[FeatureSpec] = []
+    unreadable: list[tuple[str, StoreError]] = []
     with released_after(fs, _open_cache_dir(path, fs)) as dir_fd:
         with accessing(path):
             names = sorted(filter(STORE_NAME.fullmatch, fs.list_names(dir_fd)))
@@ -75,7 +69,7 @@ def survey(cache_dir: str | os.PathLike[str], fs: FileSystem = OPERATING_SYSTEM)
                 specs.append(_read_spec(path, name, dir_fd, fs))
             except StoreError as error:
                 unreadable.append((name, error))
-    return Survey(specs=tuple(specs), unreadable=tuple(unreadable))
+    return specs, unreadable
 
 
 def _open_cache_dir(path: str, fs: FileSystem) -> int:
@@ -207,68 +201,50 @@ def select_store(
     Raises SettingsError, CacheNotFoundError, NotACacheError, AmbiguousCacheError, SpecMismatchError,
     CacheAccessError.
     """
-    _check_choice(fingerprint, context)
-    found = survey(cache_dir, fs)
-    for name, error in found.unreadable:
-        if not found.specs or (spec is not None and name == spec.short_name):
+    asked: list[tuple[str, Callable[[FeatureSpec], bool]]] = []
+    if spec is not None:
+        asked.append((describe_spec(spec), lambda found: found == spec))
+    if context is not None:
+        if context not in CONTEXTS:
+            raise SettingsError(
+                f"context is {context!r}, which is not one of {', '.join(CONTEXTS)}: choose one of these"
+            )
+        asked.append((f"context {context}", lambda found: found.context == context))
+    if fingerprint is not None:
+        if not fingerprint or set(fingerprint) - set("0123456789abcdef"):
+            raise SettingsError(
+                f"fingerprint is {fingerprint!r}, which is not hexadecimal digits: see `vggt-cache info`"
+            )
+        asked.append((f"fingerprint {fingerprint}", lambda found: found.fingerprint.startswith(fingerprint)))
+    specs, unreadable = survey(cache_dir, fs)
+    for name, error in unreadable:
+        if not specs or (spec is not None and name == spec.short_name):
             raise error
-    if not found.specs:
-        raise _no_store(cache_dir)
-    chosen = [
-        candidate
-        for candidate in found.specs
-        if (spec is None or candidate == spec)
-        and candidate.fingerprint.startswith(fingerprint or "")
-        and context in (None, candidate.context)
-    ]
-    if not chosen:
-        raise _no_match(cache_dir, found.specs, spec, fingerprint, context)
-    if len(chosen) > 1:
-        raise AmbiguousCacheError(
-            f"{cache_dir} holds {len(chosen)} caches: {_listing(chosen)}; say which one is meant, by context or by the "
+    chosen = [found for found in specs if all(fits(found) for _, fits in asked)]
+    if len(chosen) == 1:
+        return chosen[0]
+    raise _no_one_store(cache_dir, specs, chosen, " with ".join(words for words, _ in asked))
+
+
+def _no_one_store(
+    cache_dir: str, specs: Sequence[FeatureSpec], chosen: Sequence[FeatureSpec], wanted: str
+) -> StoreError:
+    listing = "; ".join(map(describe_spec, chosen or specs))
+    if chosen:
+        return AmbiguousCacheError(
+            f"{cache_dir} holds {len(chosen)} caches: {listing}; say which one is meant, by context or by the "
             "first digits of its fingerprint (on the command line --context or --fingerprint)"
         )
-    return chosen[0]
-
-
-def _check_choice(fingerprint: str | None, context: str | None) -> None:
-    if context is not None and context not in CONTEXTS:
-        raise SettingsError(
-            f"context is {context!r}, which is not one of {', '.join(CONTEXTS)}: choose one of these"
+    if specs:
+        return SpecMismatchError(
+            f"{cache_dir} holds {listing}, and {wanted} is wanted: such features are not in this "
+            "cache; precompute them, or ask for what it holds"
         )
-    if fingerprint is not None and (not fingerprint or set(fingerprint) - set("0123456789abcdef")):
-        raise SettingsError(
-            f"fingerprint is {fingerprint!r}, which is not hexadecimal digits: see `vggt-cache info`"
-        )
-
-
-def _no_store(cache_dir: str) -> NotACacheError:
-    name = os.path.basename(os.path.abspath(cache_dir))
-    if STORE_NAME.fullmatch(name):
+    if STORE_NAME.fullmatch(os.path.basename(os.path.abspath(cache_dir))):
         return NotACacheError(f"{cache_dir} is one store inside a cache: give the directory above it")
     return NotACacheError(
         f"{cache_dir} holds no feature cache: check the path, or make the cache with `vggt-cache precompute`"
     )
-
-
-def _no_match(
-    cache_dir: str,
-    specs: Sequence[FeatureSpec],
-    spec: FeatureSpec | None,
-    fingerprint: str | None,
-    context: str | None,
-) -> SpecMismatchError:
-    wanted = [describe_spec(spec)] if spec is not None else []
-    wanted += [f"context {context}"] if context is not None else []
-    wanted += [f"fingerprint {fingerprint}"] if fingerprint is not None else []
-    return SpecMismatchError(
-        f"{cache_dir} holds {_listing(specs)}, and {' with '.join(wanted)} is wanted: such features are not in this "
-        "cache; precompute them, or ask for what it holds"
-    )
-
-
-def _listing(specs: Sequence[FeatureSpec]) -> str:
-    return "; ".join(map(describe_spec, specs))
 
 
 def describe_spec(spec: FeatureSpec) -> str:

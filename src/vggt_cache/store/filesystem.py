@@ -28,8 +28,7 @@ _NO_LINK = os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO must not block us, and is the
 class FileSystem:
     """The operating system's calls, one method each. All raise OSError, but never because a signal interrupted them.
 
-    Python itself repeats what a signal interrupts, except calls about names, which file systems in user space and
-    on networks may interrupt too.
+    Python repeats such calls by itself, except those about names, which network file systems may interrupt too.
     """
 
     def open_directory(self, path: str, *, dir_fd: int | None = None, follow: bool = True) -> int:
@@ -123,10 +122,8 @@ OPERATING_SYSTEM = FileSystem()
 def _repeated(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """The call's result; the call is repeated for as long as a signal interrupts it."""
     while True:
-        try:
+        with suppress(InterruptedError):
             return call(*args, **kwargs)
-        except InterruptedError:
-            continue
 
 
 def write_fully(fs: FileSystem, fd: int, data: Buffer, offset: int) -> None:

@@ -39,7 +39,7 @@ from vggt_cache.store.record import ROW_DTYPE, Record, Rows, payload_bytes, stor
 
 
 class ForeignShardError(ShardFormatError):
-    """An intact shard that does not belong here: another format version, another specification, not a plain file.
+    """A shard of another format version or specification, or not a plain file.
 
     It is never removed: it may be somebody's good data in the wrong place.
     """
@@ -86,7 +86,9 @@ def parse_header(data: bytes, shard: str) -> ShardHeader:
         _refuse(shard, f"its header should have {length} bytes and has {len(data) - LENGTH_BYTES}")
     try:
         names = _decode(data[LENGTH_BYTES : LENGTH_BYTES + length])
-        metadata = _metadata(names)
+        metadata = names.pop("__metadata__", None)
+        if not isinstance(metadata, dict):
+            raise ValueError("its header has no __metadata__")
         version = _version(metadata, shard)
         spec = _spec_of(_text(metadata, "spec"), _text(metadata, "fingerprint"))
         codec = NONE if version == FORMAT_VERSION else _codec(metadata, spec, shard)
@@ -105,8 +107,8 @@ def parse_header(data: bytes, shard: str) -> ShardHeader:
     )
 
 
-def _refuse(shard: str, reason: str) -> NoReturn:
-    raise ShardFormatError(f"shard {shard} cannot be read: {reason}")
+def _refuse(shard: str, reason: str, kind: type[ShardFormatError] = ShardFormatError) -> NoReturn:
+    raise kind(f"shard {shard} cannot be read: {reason}")
 
 
 def _decode(header: bytes) -> dict[str, Any]:
@@ -132,13 +134,6 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _JSON = json.JSONDecoder(object_pairs_hook=_unique_names)
 
 
-def _metadata(names: dict[str, Any]) -> dict[str, Any]:
-    metadata = names.pop("__metadata__", None)
-    if not isinstance(metadata, dict):
-        raise ValueError("its header has no __metadata__")
-    return metadata
-
-
 def _text(metadata: dict[str, Any], name: str) -> str:
     value = metadata.get(name)
     if not isinstance(value, str):
@@ -151,10 +146,10 @@ def _version(metadata: dict[str, Any], shard: str) -> str:
         raise ValueError(f"its format is {short(metadata['format'])}, not {FORMAT_NAME}")
     version = _text(metadata, "format_version")
     if version not in (FORMAT_VERSION, CODED_FORMAT_VERSION):
-        raise UnknownFormatError(
-            f"shard {shard} cannot be read: it has format version {short(version)} and this program reads versions "
-            f"{FORMAT_VERSION} and {CODED_FORMAT_VERSION}; use the program that wrote it"
+        reason = (
+            f"it has format version {short(version)} and this program reads versions {FORMAT_VERSION} and "
         )
+        _refuse(shard, f"{reason}{CODED_FORMAT_VERSION}; use the program that wrote it", UnknownFormatError)
     return version
 
 
@@ -162,10 +157,8 @@ def _codec(metadata: dict[str, Any], spec: FeatureSpec, shard: str) -> str:
     codec = metadata.get("codec")
     known = coded_form(spec.feature_dtype)
     if known == NONE or codec != known:
-        raise UnknownFormatError(
-            f"shard {shard} cannot be read: its records of {spec.feature_dtype} are packed by codec {short(codec)}, "
-            "which this program does not know; use the program that wrote it"
-        )
+        reason = f"its records of {spec.feature_dtype} are packed by codec {short(codec)}, which this program does not "
+        _refuse(shard, f"{reason}know; use the program that wrote it", UnknownFormatError)
     return known
 
 

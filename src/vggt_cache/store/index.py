@@ -73,8 +73,6 @@ class IndexFile:
             return self._fs.stat(INDEX_FILE, dir_fd=folder).st_size
         return None
 
-    # ------------------------------------------------------------ steps
-
     def _folder(self) -> AbstractContextManager[int]:
         return released_after(self._fs, self._fs.open_directory(self._path, follow=False))
 

@@ -105,11 +105,11 @@ def describe(cache_dir: str | os.PathLike[str], fs: FileSystem = OPERATING_SYSTE
     Raises CacheNotFoundError, NotACacheError, CacheAccessError.
     """
     path = os.path.abspath(cache_dir)
-    found = survey(path, fs)
+    specs, unreadable = survey(path, fs)
     return CacheDescription(
         cache_dir=path,
-        stores=tuple(_describe_store(path, spec, fs) for spec in found.specs),
-        unreadable=tuple((name, str(error)) for name, error in found.unreadable),
+        stores=tuple(_describe_store(path, spec, fs) for spec in specs),
+        unreadable=tuple((name, str(error)) for name, error in unreadable),
     )
 
 

@@ -6,10 +6,9 @@ import errno
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from typing import NoReturn, TypeVar
+from typing import NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import xxhash
@@ -58,8 +57,7 @@ class ShardVanishedError(CacheAccessError):
     """A shard of the snapshot is no longer there: removed by `prune` or by hand."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShardEntry:
+class ShardEntry(NamedTuple):
     """A shard, without its records."""
 
     name: str
@@ -73,13 +71,12 @@ class ShardEntry:
 
 
 class OpenShard:
-    """An open shard, or their folder, and how many are using it: to be used in a `with` statement."""
+    """An open shard, or their folder: to be used in a `with` statement. `users` counts who needs it, also the pool."""
 
-    __slots__ = ("_folder", "dropped", "fd", "file_bytes", "name", "users")
+    __slots__ = ("_folder", "fd", "file_bytes", "name", "users")
 
     def __init__(self, folder: ShardFolder, name: str, fd: int, file_bytes: int) -> None:
-        self._folder, self.name, self.fd, self.file_bytes = folder, name, fd, file_bytes
-        self.users, self.dropped = 0, False
+        self._folder, self.name, self.fd, self.file_bytes, self.users = folder, name, fd, file_bytes, 1
 
     def __enter__(self) -> OpenShard:
         return self
@@ -101,8 +98,7 @@ class OpenShard:
     def read(self, record: Record, feature: memoryview) -> None:
         """Fill `feature`, which has the size of the feature, from the record: checked, then unpacked.
 
-        Raises CorruptRecordError, CacheAccessError, and SettingsError for memory that cannot be written or where
-        a package is missing.
+        Raises CorruptRecordError, CacheAccessError, and SettingsError for unwritable memory or a missing package.
         """
         codec = self._folder.codec_of(record)
         if codec.name == NONE:
@@ -122,19 +118,8 @@ class OpenShard:
         """The record as it lies in the file, checked; valid until this thread's next call. Errors as for `read`."""
         return self.read_stored(record, self._folder.scratch.of(self.stored_bytes(record)))
 
-    def is_intact(self, record: Record) -> bool:
-        """Raises CacheAccessError."""
-        try:
-            self.stored(record)
-        except CorruptRecordError:
-            return False
-        return True
-
     def read_stored(self, record: Record, memory: memoryview) -> memoryview:
-        """Fill `memory`, of `stored_bytes` bytes, with the record as it lies in the file, checked; returns it.
-
-        Errors as for `read`.
-        """
+        """The same in `memory`, of `stored_bytes` bytes, which is returned."""
         hasher = xxhash.xxh3_128()
         for at in range(0, len(memory), PIECE_BYTES):
             piece = memory[at : at + PIECE_BYTES]
@@ -172,25 +157,21 @@ class ShardFolder:
     def __init__(self, store_dir: str, spec: FeatureSpec, *, fs: FileSystem) -> None:
         """Raises CacheAccessError."""
         self.path = os.path.join(store_dir, SHARDS_FOLDER)
-        self.spec = spec
-        self.fs = fs
-        self.pool = OpenShards(fs)
-        self.scratch = _Scratch()
+        self.spec, self.fs = spec, fs
+        self.pool, self.scratch = OpenShards(fs), _Scratch()
         self._packed = codec_for(coded_form(spec.feature_dtype), spec.feature_dtype)
         always_packed = spec.feature_dtype not in DTYPE_NAMES
         self._plain = self._packed if always_packed else codec_for(NONE, spec.feature_dtype)
-        self._closed = False
         self._directory: OpenShard | None = None
         self.reopen()
 
     def close(self) -> None:
         """Close all files; those that are being read follow when the read has ended."""
-        self._closed = True
-        self._set_directory(None)
         self.pool.close()
+        self._set_directory(None)
 
     def require_open(self) -> None:
-        if self._closed:
+        if self.pool.closed:
             store_dir = os.path.dirname(self.path)
             raise CacheAccessError(f"the cache {store_dir} was closed: open it again to read from it")
 
@@ -210,13 +191,13 @@ class ShardFolder:
             except FileNotFoundError:
                 return
         self._set_directory(OpenShard(self, "", fd, 0))
-        if self._closed:  # meanwhile
+        if self.pool.closed:  # meanwhile
             self._set_directory(None)
 
     def _set_directory(self, new: OpenShard | None) -> None:
         old, self._directory = self._directory, new
         if old is not None:
-            self.pool.drop([old])
+            self.pool.give_back(old)
 
     def _in_directory(self, call: Callable[[int], T]) -> T:
         """What `call` makes of a handle of the folder. Raises FileNotFoundError where there is none, and OSError."""
@@ -287,9 +268,9 @@ class ShardFolder:
                     header = self._header(shard)
                 except ShardFormatError as error:
                     return self._remains(shard, error)
-                return ShardEntry(name=name, file_bytes=shard.file_bytes, codec=header.codec), header.rows
+                return ShardEntry(name, shard.file_bytes, header.codec), header.rows
         except ForeignShardError as error:  # not a plain file
-            return ShardEntry(name=name, file_bytes=0, problem=str(error), foreign=True), make_rows([])
+            return ShardEntry(name, 0, problem=str(error), foreign=True), make_rows([])
 
     def _remains(self, shard: OpenShard, error: ShardFormatError) -> tuple[ShardEntry, Rows]:
         unknown, foreign = isinstance(error, UnknownFormatError), isinstance(error, ForeignShardError)
@@ -298,23 +279,16 @@ class ShardFolder:
             # A record that matches a checksum of this version was written in it: later ones take another.
             records = self._rescued(shard, naming=self.spec.fingerprint if unknown else "")
         codec = coded_form(self.spec.feature_dtype) if any(r.stored_bytes for r in records) else NONE
-        entry = ShardEntry(
-            name=shard.name,
-            file_bytes=shard.file_bytes,
-            codec=codec,
-            problem=str(error),
-            foreign=foreign and not records,
-        )
-        return entry, make_rows(records)
+        foreign = foreign and not records
+        return ShardEntry(shard.name, shard.file_bytes, codec, str(error), foreign), make_rows(records)
 
     def _rescued(self, shard: OpenShard, naming: str) -> list[Record]:
-        """What is left in a damaged header, if it has the text `naming`. A record that matches its checksum proves
-        where the data begin."""
+        """What is left of a damaged header that has the text `naming`. A sound record proves where the data begin."""
         with accessing(os.path.join(self.path, shard.name)):
             remains = read_bytes(self.fs, shard.fd, LENGTH_BYTES + MAX_HEADER_BYTES, 0)
         if naming.encode() in remains:
             for records in rescue_records(remains, shard.file_bytes, self.spec):
-                if any(shard.is_intact(record) for record in records[:_RECORDS_PROVED]):
+                if any(self.is_intact(shard.name, record) for record in records[:_RECORDS_PROVED]):
                     return records
         return []
 
@@ -324,9 +298,10 @@ class ShardFolder:
         """Raises CacheAccessError."""
         try:
             with self.opened(name) as shard:
-                return shard.is_intact(record)
-        except ShardFormatError:
+                shard.stored(record)
+        except (CorruptRecordError, ShardFormatError):
             return False
+        return True
 
     def opened(self, name: str) -> OpenShard:
         """The shard, open until the end of the `with` statement that this is for.
@@ -401,7 +376,7 @@ class OpenShards:
     """Open shards, least recently used first. One in use is never closed, or its number could be another's."""
 
     def __init__(self, fs: FileSystem) -> None:
-        self._fs, self.limit, self._closed = fs, MAX_OPEN, False
+        self._fs, self.limit, self.closed = fs, MAX_OPEN, False
         self._forget()
 
     def _forget(self) -> None:
@@ -413,41 +388,40 @@ class OpenShards:
     def take(self, name: str) -> OpenShard | None:
         """The shard, if it is open; it stays so until `give_back`."""
         with self.lock:
-            shared = self._shards.get(name)
-            if shared is not None:
+            if (shared := self._shards.get(name)) is not None:
                 self._shards.move_to_end(name)
                 shared.users += 1
             return shared
 
     def add(self, opened: OpenShard) -> OpenShard:
-        """Keep a shard that was just opened, in use until `give_back`; or the one that another thread opened before."""
+        """Keep a shard that was just opened; returns it, or the same one that another thread opened before."""
         with suppress(OSError):  # a hint, and no more
             self._fs.expect_scattered_reads(opened.fd)
         with self.lock:
-            opened.dropped = self._closed  # meanwhile
-            shared = opened if self._closed else self._shards.setdefault(opened.name, opened)
+            if self.closed:  # meanwhile
+                return opened
+            shared = self._shards.setdefault(opened.name, opened)
             shared.users += 1
             idle = self._pop_idle(len(self._shards) - self.limit)
-        if shared is not opened:
-            idle.append(opened)
-        self._release(idle)
+        self._release(idle if shared is opened else [*idle, opened])
         return shared
 
     def hold(self, opened: OpenShard) -> bool:
         """Keep it open until `give_back`; False where it is closed already."""
         with self.lock:
-            opened.users += not opened.dropped
-            return not opened.dropped
+            opened.users += opened.users > 0
+            return opened.users > 0
 
     def give_back(self, shard: OpenShard) -> None:
+        """Close it as soon as nobody uses it any more."""
         with self.lock:
             shard.users -= 1
-            last = shard.dropped and not shard.users
-        if last:
+            unused = shard.users == 0
+        if unused:
             release(self._fs, shard.fd)
 
     def _pop_idle(self, count: int) -> list[OpenShard]:
-        names = [name for name, shared in self._shards.items() if not shared.users][: max(0, count)]
+        names = [name for name, shared in self._shards.items() if shared.users == 1][: max(0, count)]
         return [self._shards.pop(name) for name in names]
 
     def _release(self, shards: list[OpenShard]) -> None:
@@ -455,9 +429,9 @@ class OpenShards:
             release(self._fs, shared.fd)
 
     def release_idle(self, seen: int) -> bool:
-        """Close what is not in use, because descriptors ran out; from now on keep fewer.
+        """Close what is not in use, because descriptors ran out after `seen` releases; from now on keep fewer.
 
-        `seen`: `releases` before the attempt that failed. False: nothing was closed since then, nor can be.
+        False: nothing was closed since then, nor can be.
         """
         with self.lock:
             if self.releases != seen:
@@ -468,19 +442,13 @@ class OpenShards:
             self.releases += bool(idle)
         return bool(idle)
 
-    def drop(self, shards: Collection[OpenShard]) -> None:
-        """Close them, those that are in use as soon as they are not."""
-        with self.lock:
-            idle = [shared for shared in shards if not shared.users]
-            for shared in shards:
-                shared.dropped = True
-        self._release(idle)
-
     def close(self) -> None:
+        """Those that are in use are closed as soon as they are not."""
         with self.lock:
-            self._closed = True
-            shards, self._shards = list(self._shards.values()), OrderedDict()
-        self.drop(shards)
+            self.closed = True
+            shards, self._shards = self._shards, OrderedDict()
+        for shared in shards.values():
+            self.give_back(shared)
 
     def start_anew_in_child(self) -> None:
         """After fork: a lock may be held, and a shard in use, by a thread that does not exist here."""
@@ -493,8 +461,7 @@ class ReusedMemory:
     """Bytes that are used again and again, grown as needed: fresh memory costs a page fault each 4 KiB.
 
     They start at a multiple of 64 bytes, as torch's do. Some processors copy several times more slowly to a place that
-    lies 1 to 31 bytes further in its page than the source does in its own, and records lie at the start of pages,
-    while large memory of bytearray and numpy starts 16 or 32 bytes behind it.
+    lies 1 to 31 bytes further in its page than the source, and records lie at the start of pages.
     """
 
     def __init__(self) -> None:

@@ -49,8 +49,6 @@ class SnapshotTaker:
         self._store_dir = store_dir
         self._shards = shards
 
-    # ------------------------------------------------------------ taking
-
     def take(self, before: Snapshot = NOTHING, *, known_names: Iterable[str] = ()) -> Snapshot:
         """The store as it is now; `before`, `known_names`: what is known already. Raises CacheAccessError.
 
@@ -84,7 +82,7 @@ class SnapshotTaker:
         return snapshot
 
     def without_index(self, snapshot: Snapshot) -> Snapshot:
-        """The same shards without those that are gone, all read from their headers, now and from now on."""
+        """The same shards without those that are gone, read from their headers, now and from now on."""
         self.use_index = False
         return self._assemble(snapshot.names, NOTHING, None)
 
@@ -108,8 +106,6 @@ class SnapshotTaker:
         return Snapshot(
             names=present, table=table, damaged=tuple(sorted(damaged)), unindexed=tuple(sorted(unindexed))
         )
-
-    # ------------------------------------------------------------ saving
 
     def save(self, snapshot: Snapshot) -> bool:
         """Save an index of `snapshot` for all readers to come; False, with a warning, where that cannot be.

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from vggt_cache.codec import NONE, codec_for, coded_form, shard_codec
 from vggt_cache.errors import CommitError, CorruptRecordError, ShardFormatError
 from vggt_cache.identity import FeatureSpec
-from vggt_cache.store.directory import survey
+from vggt_cache.store.directory import list_stores
 from vggt_cache.store.filesystem import (
     OPERATING_SYSTEM,
     FileSystem,
@@ -194,7 +194,7 @@ def prune(
     """
     path = os.path.abspath(cache_dir)
     actions: list[PruneAction] = []
-    for spec in survey(path, fs).specs:
+    for spec in list_stores(path, fs):
         keeper = _StoreKeeper(path, spec, fs, dry_run=dry_run)
         with closing(keeper.shards):
             for folder, name, size in dead_temp_files(keeper.store_dir, min_age_s, fs):

@@ -153,8 +153,6 @@ class ShardWriter:
     def __exit__(self, *error: object) -> None:
         self.abort()
 
-    # ------------------------------------------------------------ steps
-
     def _attempt(self, step: Callable[[PendingFile], T]) -> T:
         """Do one step of writing; whatever goes wrong in it ends the shard."""
         with committing(self._shards_dir):
