@@ -304,9 +304,8 @@ def rescue_records(remains: bytes, file_bytes: int, spec: FeatureSpec) -> Iterat
     for match in _REMAINS.finditer(remains):
         texts.setdefault(match[1].decode(), []).append(match[2])
     # A name that does not stand there exactly twice is ambiguous, or half of it is lost.
-    pairs = {name: sorted(found) for name, found in texts.items() if len(found) == 2}
-    found = [_rescued(name, checksum, entry, spec) for name, (checksum, entry) in pairs.items()]
-    records = sorted(filter(None, found), key=lambda record: record.offset)[:MAX_RECORDS]
+    pairs = [(name, min(found), max(found)) for name, found in texts.items() if len(found) == 2]
+    records = sorted(_rescued(pairs, spec), key=lambda record: record.offset)[:MAX_RECORDS]
     ends = [record.offset + stored_length(spec, record) for record in records]
     declared = LENGTH_BYTES + int.from_bytes(remains[:LENGTH_BYTES], "little")
     for start in dict.fromkeys((declared, file_bytes - max(ends, default=0))):
@@ -315,12 +314,14 @@ def rescue_records(remains: bytes, file_bytes: int, spec: FeatureSpec) -> Iterat
             yield [record._replace(offset=start + record.offset) for record in there]
 
 
-def _rescued(name: str, checksum: bytes, entry: bytes, spec: FeatureSpec) -> Record | None:
-    """One record, its offset counted from where the data begin; None unless all of it fits together."""
-    packed = entry.startswith(f'{{"dtype":"{CODED_DTYPE}"'.encode())
+def _rescued(pairs: list[tuple[str, bytes, bytes]], spec: FeatureSpec) -> list[Record]:
+    """The records, their offsets counted from where the data begin, whose name, checksum and entry fit together."""
+    packed = bool(pairs) and pairs[0][2].startswith(f'{{"dtype":"{CODED_DTYPE}"'.encode())
     codec = coded_form(spec.feature_dtype) if packed else NONE
     try:
-        rows, _ = _table({name: json.loads(entry)}, {name: json.loads(checksum)}, spec, codec)
+        checksums = {name: json.loads(checksum) for name, checksum, _ in pairs}
+        rows, _ = _table({name: json.loads(entry) for name, _, entry in pairs}, checksums, spec, codec)
     except ValueError:
-        return None
-    return next(unpack_rows(rows))[1]
+        half = len(pairs) // 2
+        return _rescued(pairs[:half], spec) + _rescued(pairs[half:], spec) if half else []
+    return [record for _, record in unpack_rows(rows)]
