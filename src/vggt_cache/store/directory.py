@@ -209,7 +209,7 @@ def select_store(
             raise SettingsError(
                 f"context is {context!r}, which is not one of {', '.join(CONTEXTS)}: choose one of these"
             )
-        asked.append((f"context {context}", lambda found: found.context == context))
+        asked.append((f"context {context}", lambda found: context == found.context))
     if fingerprint is not None:
         if not fingerprint or set(fingerprint) - set("0123456789abcdef"):
             raise SettingsError(
