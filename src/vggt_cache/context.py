@@ -1,7 +1,7 @@
 """What a feature belongs to. VGGT mixes frames, so a feature is defined only with the frames that were seen.
 
 Each context is one object, and all that depends on the context is asked of it; nothing else asks which context it is.
-Here is no torch: the encoder is handed in.
+There is no torch here: the encoder is passed in.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ContextRule(ABC):
 
     name: str
     seen: str
-    """What a feature is of, and what that saw, in a few words."""
+    """What a feature belongs to, and which frames were seen for it, in a few words."""
     noun: str = "feature"
     """What is counted in the lines of a run."""
     features_per_block: int
@@ -45,7 +45,7 @@ class ContextRule(ABC):
 
     @abstractmethod
     def used(self, frames: Sequence[T]) -> Sequence[T]:
-        """Those of an ordered frame list that determine its feature: they are read, enter the key, are encoded."""
+        """The frames of an ordered list that determine its feature: they are read, hashed into the key and encoded."""
 
     @abstractmethod
     def wanted_lists(self, frames: Indexes, offsets: Indexes) -> tuple[Indexes, Indexes]:
@@ -62,7 +62,7 @@ class ContextRule(ABC):
         return h, w, channels
 
     def label(self, paths: Sequence[str]) -> str:
-        """How the feature of these frames is called in messages."""
+        """What the feature of these frames is called in messages."""
         return label_of_last(self.used(paths))
 
 

@@ -36,7 +36,7 @@ def state_of(status: os.stat_result) -> FileState:
 
 
 def file_state(path: str) -> FileState | None:
-    """The state of a file that a user named; None where there is none, or its clock is out of all bounds."""
+    """The state of a file that a user named; None where there is none, or its times are out of all bounds."""
     try:
         state = state_of(os.stat(path))
     except (OSError, ValueError):
@@ -82,7 +82,7 @@ class SmallFolder:
         self._flags = os.O_DIRECTORY | _READ | (0 if may_be_link else os.O_NOFOLLOW)
 
     def make(self) -> None:
-        """With the folders above it; there may be one."""
+        """Make it, and the folders above it, unless it is there."""
         with _failures_of(self.path):
             os.makedirs(self.path, exist_ok=True)
         self.names()
@@ -93,14 +93,14 @@ class SmallFolder:
 
     def read(self, name: str, limit: int, offset: int = 0) -> bytes:
         """The bytes from `offset` on; over `limit` of them are refused."""
-        with self._opened(name) as folder, self._file(name, _READ, folder) as descriptor:
+        with self._file(name, _READ) as descriptor:
             os.lseek(descriptor, offset, os.SEEK_SET)
             return _read_up_to(self.of(name), descriptor, limit)
 
     def state(self, name: str) -> FileState | None:
-        """What changes when the file is touched; None where there is none. Opened: a network file system looks anew."""
+        """What changes when the file is touched; None if there is none. Opening makes NFS look anew."""
         try:
-            with self._opened(name) as folder, self._file(name, _READ, folder) as descriptor:
+            with self._file(name, _READ) as descriptor:
                 return state_of(os.fstat(descriptor))
         except SmallFileError:
             return None
@@ -116,8 +116,7 @@ class SmallFolder:
         """
         with _failures_of(self.path):
             os.makedirs(self.path, exist_ok=True)
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
-        with self._opened(name) as folder, self._file(name, flags, folder) as descriptor:
+        with self._file(name, os.O_WRONLY | os.O_APPEND | os.O_CREAT) as descriptor:
             if os.fstat(descriptor).st_nlink > 1:
                 raise _other_kind(name)
             _write(descriptor, data)
@@ -141,7 +140,7 @@ class SmallFolder:
         return True
 
     def remove(self, name: str) -> None:
-        """There may be none."""
+        """Remove a file, unless it is gone."""
         with self._opened(name) as folder, suppress(FileNotFoundError):
             os.unlink(name, dir_fd=folder)
 
@@ -157,8 +156,11 @@ class SmallFolder:
             yield folder
 
     @contextmanager
-    def _file(self, name: str, flags: int, folder: int) -> Iterator[int]:
-        with _closed_after(open_plain(name, flags | os.O_NOFOLLOW, dir_fd=folder)) as descriptor:
+    def _file(self, name: str, flags: int) -> Iterator[int]:
+        with (
+            self._opened(name) as folder,
+            _closed_after(open_plain(name, flags | os.O_NOFOLLOW, dir_fd=folder)) as descriptor,
+        ):
             yield descriptor
 
 

@@ -17,9 +17,8 @@ from trials.oracle import FEATURES, VALUES, read_shard, rescued
 from vggt_cache.errors import CorruptRecordError, ShardFormatError, SpecMismatchError, StoreError
 from vggt_cache.store import FeatureCache
 from vggt_cache.store.format import MAX_RECORDS, MAX_SIDE
-from vggt_cache.store.header import ForeignShardError, parse_header, parse_spec
+from vggt_cache.store.header import ForeignShardError, parse_header, parse_spec, rescue_records
 from vggt_cache.store.record import payload_bytes, stored_length
-from vggt_cache.store.rescue import rescue_records
 from vggt_cache.store.tensors import bytes_of
 
 NUMBERS = (1, 2, 3)

@@ -132,7 +132,7 @@ MUTANTS = (
     Mutant(
         name="remains of a header not proved",
         function="shards.ShardFolder._rescued",
-        calls={"self._is_intact": "True"},
+        calls={"self.is_intact": "True"},
     ),
 )
 

@@ -9,25 +9,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vggt_cache.store.cache import CacheStats, FeatureCache
-    from vggt_cache.store.directory import create_store, list_stores
-    from vggt_cache.store.filesystem import FileSystem
-    from vggt_cache.store.inventory import describe
-    from vggt_cache.store.upkeep import Converted, convert, prune
-    from vggt_cache.store.writer import ShardWriter
-
-__all__ = [
-    "CacheStats",
-    "Converted",
-    "FeatureCache",
-    "FileSystem",
-    "ShardWriter",
-    "convert",
-    "create_store",
-    "describe",
-    "list_stores",
-    "prune",
-]
+    from vggt_cache.store.cache import CacheStats as CacheStats
+    from vggt_cache.store.cache import FeatureCache as FeatureCache
+    from vggt_cache.store.directory import create_store as create_store
+    from vggt_cache.store.directory import list_stores as list_stores
+    from vggt_cache.store.filesystem import FileSystem as FileSystem
+    from vggt_cache.store.inventory import describe as describe
+    from vggt_cache.store.upkeep import Converted as Converted
+    from vggt_cache.store.upkeep import convert as convert
+    from vggt_cache.store.upkeep import prune as prune
+    from vggt_cache.store.writer import ShardWriter as ShardWriter
 
 _HOME = {
     "CacheStats": "cache",

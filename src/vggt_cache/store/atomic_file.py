@@ -5,9 +5,9 @@
 3. link it to its final name (or rename, where the name may be replaced), drop the temporary name
 4. fsync the directory
 
-A failure at any step withdraws the earlier ones, except that a final name stays once it was given: others may
-rely on the file by then, `prune` above all, and it is complete. A failed fsync is never repeated: the system
-may by then have forgotten the bytes, and a second fsync would report success.
+A failure at any step withdraws the earlier ones, except that a final name stays once it was given: the file is
+complete, and others, above all `prune`, may rely on it by then. A failed fsync is never repeated: the system may have
+forgotten the bytes, and a second fsync would report success.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ from contextlib import suppress
 from vggt_cache.store.filesystem import Buffer, FileSystem, read_bytes, release, sync_directory, write_fully
 
 TEMP_NAME = re.compile(r"\.tmp-[0-9a-f]{16}")
-
 WRITE_BACK_BYTES = 4 * 1024 * 1024
 """After so many new bytes the disk is asked to begin with them: it works while the next are made, not only in fsync."""
 
-_NO_LINKS_HERE = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK}
 _NO_MODES_HERE = {errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP}
+_NO_LINKS_HERE = _NO_MODES_HERE | {errno.EMLINK}
 _WRITE_BITS = stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH
 
 
@@ -37,8 +36,7 @@ class PendingFile:
 
     def __init__(self, fs: FileSystem, dir_fd: int) -> None:
         """Create the temporary file in the directory `dir_fd`, which stays the caller's to close."""
-        self._fs = fs
-        self._dir_fd = dir_fd
+        self._fs, self._dir_fd = fs, dir_fd
         self._name = f".tmp-{secrets.token_hex(8)}"
         self._process = os.getpid()
         self._begun = 0
@@ -48,22 +46,20 @@ class PendingFile:
             status = fs.fstat(self._fd)
             self._identity = (status.st_dev, status.st_ino)
             self._mode = stat.S_IMODE(status.st_mode)
-            self._hold_lock()
+            with suppress(
+                OSError
+            ):  # tells `prune`, where locks work, that a writer lives; nothing else rests on it
+                fs.try_lock(self._fd)
         except BaseException:
             self.discard()
             raise
-
-    def _hold_lock(self) -> None:
-        # Tells `prune`, where locks work, that this file has a living writer. Nothing else rests on it.
-        with suppress(OSError):
-            self._fs.try_lock(self._open_fd())
 
     def write(self, data: Buffer, offset: int) -> None:
         fd = self._open_fd()
         write_fully(self._fs, fd, data, offset)
         end = offset + memoryview(data).nbytes
         if end - self._begun >= WRITE_BACK_BYTES:
-            with suppress(OSError):  # a hint, and no more: what becomes of the bytes, fsync tells
+            with suppress(OSError):  # only a hint: fsync tells what became of the bytes
                 self._fs.begin_write_back(fd, self._begun, end - self._begun)
             self._begun = end
 
@@ -74,8 +70,12 @@ class PendingFile:
     def seal(self, *, read_only: bool) -> None:
         """Bring the bytes to the disk and close the file."""
         fd = self._open_fd()
-        if read_only:
-            self._drop_write_bits(fd)
+        try:
+            if read_only:
+                self._fs.set_mode(fd, self._mode & ~_WRITE_BITS)
+        except OSError as error:
+            if error.errno not in _NO_MODES_HERE:
+                raise
         self._fs.fsync(fd)
         self._fd = None  # whatever close says, the descriptor is gone
         self._fs.close(fd)
@@ -88,11 +88,7 @@ class PendingFile:
 
     def publish_over(self, name: str) -> None:
         """Give the sealed file its name in place of the file that had it, and make that durable."""
-        try:
-            self._fs.rename(self._name, name, dir_fd=self._dir_fd)
-        except OSError:
-            if not self._is_this_file(name):
-                raise
+        self._rename(name)
         sync_directory(self._fs, self._dir_fd)
 
     def discard(self) -> None:
@@ -100,62 +96,47 @@ class PendingFile:
         fd, self._fd = self._fd, None
         if fd is not None:
             release(self._fs, fd)
-        if os.getpid() != self._process:
-            return  # a forked copy: the file is the parent's
-        self._unlink_quietly(self._name)
-
-    # ------------------------------------------------------------ steps
+        if os.getpid() == self._process:  # else this is a forked copy, and the file is the parent's
+            self._drop_temporary_name()
 
     def _open_fd(self) -> int:
         if self._fd is None:
             raise OSError(errno.EBADF, "the file is closed already")
         return self._fd
 
-    def _drop_write_bits(self, fd: int) -> None:
-        try:
-            self._fs.set_mode(fd, self._mode & ~_WRITE_BITS)
-        except OSError as error:
-            if error.errno not in _NO_MODES_HERE:
-                raise
-
     def _link_or_rename(self, name: str) -> None:
         try:
             self._fs.link(self._name, name, dir_fd=self._dir_fd)
+            return
         except OSError as error:
             if self._is_this_file(name):
-                return  # done, although reported as failed: a repeated request of a network file system
+                return
             if error.errno not in _NO_LINKS_HERE:
                 raise
-            self._rename_to_free_name(name)
-
-    def _rename_to_free_name(self, name: str) -> None:
         # Names carry 64 random bits, so nobody takes this one between the look and the rename.
-        try:
+        with suppress(FileNotFoundError):
             self._fs.stat(name, dir_fd=self._dir_fd)
-        except FileNotFoundError:
-            pass
-        else:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name)
+        self._rename(name)
+
+    def _rename(self, name: str) -> None:
         try:
             self._fs.rename(self._name, name, dir_fd=self._dir_fd)
         except OSError:
             if not self._is_this_file(name):
                 raise
 
-    def _drop_temporary_name(self) -> None:
-        # A second name of a complete file harms nobody; `prune` removes it should this fail.
-        self._unlink_quietly(self._name)
-
     def _is_this_file(self, name: str) -> bool:
+        """Whether what was reported as failed was done: a network file system may repeat a request."""
         try:
             status = self._fs.stat(name, dir_fd=self._dir_fd)
         except OSError:
             return False
         return (status.st_dev, status.st_ino) == self._identity
 
-    def _unlink_quietly(self, name: str) -> None:
-        with suppress(OSError):
-            self._fs.unlink(name, dir_fd=self._dir_fd)
+    def _drop_temporary_name(self) -> None:
+        with suppress(OSError):  # a second name of a complete file harms nobody, and `prune` removes it
+            self._fs.unlink(self._name, dir_fd=self._dir_fd)
 
 
 def replace_file(fs: FileSystem, dir_fd: int, name: str, parts: Sequence[Buffer]) -> None:

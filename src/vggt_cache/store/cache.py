@@ -9,10 +9,11 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from types import TracebackType
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import xxhash
 
 from vggt_cache.codec import INT8
 from vggt_cache.errors import CacheAccessError, CorruptRecordError, SettingsError, ShardFormatError
@@ -61,21 +62,17 @@ class FeatureCache:
         use_index: bool = True,
     ) -> None:
         """Use `open`. `names`: exactly these shards, instead of those that are there now."""
-        self.spec = spec
-        self.cache_dir = cache_dir
+        self.spec, self.cache_dir = spec, cache_dir
         self._root = root
-        self._use_index = use_index
         self._counts = asdict(CacheStats())
         self._make_locks()
         store_dir = os.path.join(cache_dir, spec.short_name)
         self._shards = ShardFolder(store_dir, spec, fs=fs)
-        self._taker = SnapshotTaker(store_dir, spec, self._shards)
+        self._taker = SnapshotTaker(store_dir, spec, self._shards, use_index=use_index)
         self._snapshot = NOTHING
         _ALIVE.add(self)
         try:
-            self._snapshot = (
-                self._taker.take(use_index=use_index) if names is None else self._taker.exactly(names)
-            )
+            self._snapshot = self._taker.take() if names is None else self._taker.exactly(names)
         except BaseException:
             self._shards.close()
             raise
@@ -114,25 +111,25 @@ class FeatureCache:
     def get(self, frames: Iterable[Frame], *, out: torch.Tensor | None = None) -> torch.Tensor | None:
         """The feature [h, w, C] of an ordered list of frames; None when it is not in the cache.
 
-        `frames`: paths of image files, or the files' bytes. Context `frame`: the feature of the last frame, of
-        which alone the file is read; `causal`: of the last frame having seen the others. The files are read
-        each time, so a frame that was replaced is never given its old feature. `out`: a contiguous CPU tensor
-        of the feature's shape and dtype, which is filled and returned, best torch's own memory (into numpy's, which
-        starts 16 bytes behind a page, some processors copy slowly); without it the result is the caller's own.
+        `frames`: paths of image files, or the files' bytes. In context `frame` the feature is of the last frame, and
+        only its file is read; in `causal`, of the last frame after it has seen the others. The files are read each
+        time, so a frame that was replaced never gets its old feature. `out`: a contiguous CPU tensor of the feature's
+        shape and dtype, which is filled and returned, best torch's own memory (some processors copy slowly into
+        numpy's, which starts 16 bytes behind a page); without it the result is the caller's own.
 
         Raises FrameError for an unreadable image file, CorruptRecordError, CacheAccessError, SettingsError.
         """
         return self.get_by_key(self.key_of(frames), out=out)
 
     def key_of(self, frames: Iterable[Frame]) -> bytes:
-        """The 16-byte key under which the feature of these frames is stored. Raises FrameError, SettingsError."""
+        """The 16-byte key of the feature of these frames. Raises FrameError, SettingsError."""
         used = self.spec.context_rule.used(_listed(frames))
         return feature_key(self.spec, [frame_digest(self._bytes_of_frame(frame)) for frame in used])
 
     def get_by_key(self, key: bytes, *, out: torch.Tensor | None = None) -> torch.Tensor | None:
         """The feature [h, w, C] under a key; None when it is not in the cache. `out` and errors as for `get`."""
         started_s = time.perf_counter()
-        feature = self._read(_checked(key), out)
+        feature = self._first_copy(key, lambda shard, record: self._feature_of(shard, record, out))
         self._count(feature, time.perf_counter() - started_s)
         return feature
 
@@ -148,13 +145,13 @@ class FeatureCache:
             raise SettingsError(
                 f"this cache keeps its features in {self.spec.feature_dtype}, not in {INT8}: use get_by_key"
             )
-        found = self._first_copy(_checked(key), lambda shard, record: self._encoded_of(shard, record, out))
+        found = self._first_copy(key, lambda shard, record: self._encoded_of(shard, record, out))
         self._count(None if found is None else found.record, time.perf_counter() - started_s)
         return found
 
     def verify_record(self, key: bytes) -> bool:
         """Whether the cache has the key; its record is read and checked. Errors as for `get_by_key`."""
-        return self._read(_checked(key), None) is not None
+        return self._first_copy(key, lambda shard, record: self._feature_of(shard, record, None)) is not None
 
     # ------------------------------------------------------------ keys
 
@@ -189,7 +186,7 @@ class FeatureCache:
     @property
     def snapshot(self) -> str:
         """32 hex digits, equal for equal sets of shards: ranks compare it to know that they see the same cache."""
-        return self._snapshot.digest(self.spec)
+        return xxhash.xxh3_128_hexdigest("\n".join((self.spec.fingerprint, *self.shard_names())).encode())
 
     @property
     def damaged_shards(self) -> tuple[tuple[str, str], ...]:
@@ -216,7 +213,7 @@ class FeatureCache:
 
         Raises CacheAccessError where one of them is not there.
         """
-        return _reopen(self.cache_dir, self.spec, "\n".join(names), self._root, self._shards.fs)
+        return FeatureCache(self.cache_dir, self.spec, root=self._root, fs=self._shards.fs, names=names)
 
     def refresh(self) -> None:
         """Take in shards that were committed since. Features are lost only if their shards were removed."""
@@ -224,7 +221,7 @@ class FeatureCache:
         with self._lock:
             known = self.damaged_shards
             self._shards.reopen()
-            after = self._taker.take(self._snapshot, use_index=self._use_index)
+            after = self._taker.take(self._snapshot)
             if after.names != self._snapshot.names:
                 self._snapshot = after
         self._warn_of_damage(known)
@@ -238,15 +235,13 @@ class FeatureCache:
             return self._taker.save(self._now())
 
     def close(self) -> None:
-        """Close all files; reads that are under way end as they would. Any later use raises CacheAccessError."""
+        """Close all files; reads that are under way still end well. Any later use raises CacheAccessError."""
         self._shards.close()
 
     def __enter__(self) -> FeatureCache:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __del__(self) -> None:
@@ -255,13 +250,8 @@ class FeatureCache:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What another process needs to open the same snapshot."""
-        return _reopen, (
-            self.cache_dir,
-            self.spec,
-            "\n".join(self.shard_names()),
-            self._root,
-            self._shards.fs,
-        )
+        root, fs, names = self._root, self._shards.fs, self.shard_names()
+        return partial(FeatureCache, self.cache_dir, self.spec, root=root, fs=fs, names=names), ()
 
     def __repr__(self) -> str:
         return f"FeatureCache({self.cache_dir!r}, {self.spec.short_name}, {len(self.shard_names())} shards)"
@@ -278,25 +268,16 @@ class FeatureCache:
         """All locks that a thread may hold while another one forks."""
         return self._lock, self._stats_lock, self._shards.pool.lock
 
-    def start_anew_in_child(self) -> None:
-        """Called in a forked process, where a thread that does not exist may have held the locks."""
-        self._make_locks()
-        self._shards.start_anew_in_child()
-
     # ------------------------------------------------------------ steps
 
     def _now(self) -> Snapshot:
         self._shards.require_open()
         return self._snapshot
 
-    def _read(self, key: bytes, out: torch.Tensor | None) -> torch.Tensor | None:
-        return self._first_copy(key, lambda shard, record: self._feature_of(shard, record, out))
-
     def _first_copy(self, key: bytes, read: Callable[[OpenShard, Record], T]) -> T | None:
-        """What `read` makes of the served copy, or of an older one where that one's shard has vanished."""
-        vanished = ""
-        snapshot = self._now()
-        for name, record in snapshot.table.find(key):
+        """What `read` makes of the copy that is served, or of an older one if the shard of that one has vanished."""
+        vanished, snapshot = "", self._now()
+        for name, record in snapshot.table.find(_checked(key)):
             try:
                 with self._shards.opened(name) as shard:
                     return read(shard, record)
@@ -307,7 +288,9 @@ class FeatureCache:
             except CorruptRecordError:
                 if not self._index_is_wrong(name, record):
                     raise
-                self._leave_index(snapshot)
+                with self._lock:
+                    if self._snapshot is snapshot:
+                        self._snapshot = self._taker.without_index(snapshot)
                 return self._first_copy(key, read)
         if vanished:
             raise ShardVanishedError(vanished)
@@ -331,19 +314,12 @@ class FeatureCache:
 
     def _index_is_wrong(self, shard: str, record: Record) -> bool:
         """Whether the shard itself tells something else about a record than the index did."""
-        if not self._use_index:
+        if not self._taker.use_index:
             return False
         try:
             return record not in self._shards.header(shard).records
         except (ShardFormatError, CacheAccessError):
             return False
-
-    def _leave_index(self, snapshot: Snapshot) -> None:
-        """The same shards, all read from their headers."""
-        with self._lock:
-            if self._snapshot is snapshot:
-                self._use_index = False
-                self._snapshot = self._taker.without_index(snapshot)
 
     def _bytes_of_frame(self, frame: Frame) -> bytes:
         if isinstance(frame, (bytes, bytearray, memoryview)):
@@ -359,13 +335,9 @@ class FeatureCache:
 
     def _count(self, feature: torch.Tensor | None, seconds: float) -> None:
         with self._stats_lock:
-            counts = self._counts
-            counts["read_s"] += seconds
-            if feature is None:
-                counts["misses"] += 1
-            else:
-                counts["hits"] += 1
-                counts["bytes_read"] += feature.nbytes
+            self._counts["read_s"] += seconds
+            self._counts["misses" if feature is None else "hits"] += 1
+            self._counts["bytes_read"] += 0 if feature is None else feature.nbytes
 
     def _warn_of_damage(self, known: tuple[tuple[str, str], ...]) -> None:
         new = [item for item in self.damaged_shards if item not in known]
@@ -398,19 +370,16 @@ def _listed(frames: Iterable[Frame]) -> list[Frame]:
     return listed
 
 
-def _reopen(cache_dir: str, spec: FeatureSpec, names: str, root: str | None, fs: FileSystem) -> FeatureCache:
-    """The other end of sending a cache to another process."""
-    return FeatureCache(cache_dir, spec, root=root, fs=fs, names=names.split("\n") if names else [])
-
-
 # ---------------------------------------------------------------- after a fork
 
 _ALIVE: weakref.WeakSet[FeatureCache] = weakref.WeakSet()
 
 
 def _in_child() -> None:
+    """A thread that does not exist here may have held the locks."""
     for cache in list(_ALIVE):
-        cache.start_anew_in_child()
+        cache._make_locks()
+        cache._shards.pool.start_anew_in_child()
 
 
 os.register_at_fork(after_in_child=_in_child)

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 from vggt_cache.errors import (
@@ -28,13 +27,10 @@ from vggt_cache.store.atomic_file import replace_file
 from vggt_cache.store.filesystem import (
     OPERATING_SYSTEM,
     FileSystem,
-    access_error,
     accessing,
-    commit_error,
-    is_regular,
-    opened_directory,
+    committing,
     read_bytes,
-    release,
+    released_after,
     sync_directory,
 )
 from vggt_cache.store.format import SHARD_NAME
@@ -47,19 +43,13 @@ STORE_NAME = re.compile(r"(?:frame|causal)-[0-9a-f]{16}")
 _SHARDS_TRIED_FOR_SPEC = 8
 
 
-@dataclass(frozen=True, kw_only=True)
-class Survey:
-    """What a cache directory holds."""
-
-    specs: tuple[FeatureSpec, ...]
-    """Ordered by the name of their folder, which is `short_name`."""
-    unreadable: tuple[tuple[str, StoreError], ...]
-    """Folders that are named like a store and have no readable specification: name, and why."""
-
-
 def list_stores(cache_dir: str | os.PathLike[str], fs: FileSystem = OPERATING_SYSTEM) -> list[FeatureSpec]:
     """Specifications of the stores in a cache directory. Errors as for `survey`."""
-    return list(survey(cache_dir, fs).specs)
+    return survey(cache_dir, fs)[0]
+
+
+Survey = tuple[list[FeatureSpec], list[tuple[str, StoreError]]]
+"""Specifications, ordered by `short_name`; and folders named like a store that have no readable one: name, and why."""
 
 
 def survey(cache_dir: str | os.PathLike[str], fs: FileSystem = OPERATING_SYSTEM) -> Survey:
@@ -69,9 +59,9 @@ def survey(cache_dir: str | os.PathLike[str], fs: FileSystem = OPERATING_SYSTEM)
     CacheAccessError where it cannot be read.
     """
     path = os.fspath(cache_dir)
-    dir_fd = _open_cache_dir(path, fs)
-    specs, unreadable = [], []
-    try:
+    specs: list[FeatureSpec] = []
+    unreadable: list[tuple[str, StoreError]] = []
+    with released_after(fs, _open_cache_dir(path, fs)) as dir_fd:
         with accessing(path):
             names = sorted(filter(STORE_NAME.fullmatch, fs.list_names(dir_fd)))
         for name in names:
@@ -79,25 +69,22 @@ def survey(cache_dir: str | os.PathLike[str], fs: FileSystem = OPERATING_SYSTEM)
                 specs.append(_read_spec(path, name, dir_fd, fs))
             except StoreError as error:
                 unreadable.append((name, error))
-    finally:
-        release(fs, dir_fd)
-    return Survey(specs=tuple(specs), unreadable=tuple(unreadable))
+    return specs, unreadable
 
 
 def _open_cache_dir(path: str, fs: FileSystem) -> int:
-    try:
-        return fs.open_directory(path)
-    except FileNotFoundError as error:
-        raise CacheNotFoundError(
-            f"there is no directory {path}, so there is no cache to read: check the path, or make the cache with "
-            "`vggt-cache precompute`"
-        ) from error
-    except NotADirectoryError as error:
-        raise NotACacheError(
-            f"{path} is not a directory, so it cannot be a cache: give the directory that was --cache_dir"
-        ) from error
-    except OSError as error:
-        raise access_error(path, error) from error
+    with accessing(path):
+        try:
+            return fs.open_directory(path)
+        except FileNotFoundError as error:
+            raise CacheNotFoundError(
+                f"there is no directory {path}, so there is no cache to read: check the path, or make the cache with "
+                "`vggt-cache precompute`"
+            ) from error
+        except NotADirectoryError as error:
+            raise NotACacheError(
+                f"{path} is not a directory, so it cannot be a cache: give the directory that was --cache_dir"
+            ) from error
 
 
 # ---------------------------------------------------------------- specification of a store
@@ -105,25 +92,19 @@ def _open_cache_dir(path: str, fs: FileSystem) -> int:
 
 def _read_spec(cache_dir: str, name: str, cache_fd: int, fs: FileSystem) -> FeatureSpec:
     """From spec.json, or where that is lost or damaged from a shard, which carries it too."""
-    with accessing(os.path.join(cache_dir, name)):
-        store_fd = fs.open_directory(name, dir_fd=cache_fd)
+    path = os.path.join(cache_dir, name)
+    with accessing(path), released_after(fs, fs.open_directory(name, dir_fd=cache_fd)) as store_fd:
         try:
-            try:
-                return _named(name, parse_spec(_read_small_file(fs, SPEC_FILE, store_fd)))
-            except (FileNotFoundError, UnicodeDecodeError, StoreError) as error:
-                spec = _spec_of_a_shard(name, store_fd, fs)
-                if spec is None:
-                    raise _lost_spec(os.path.join(cache_dir, name), error) from error
-                return spec
-        finally:
-            release(fs, store_fd)
-
-
-def _lost_spec(path: str, error: Exception) -> SpecMismatchError:
-    return SpecMismatchError(
-        f"{path}/{SPEC_FILE} is missing or damaged ({error}) and no shard beside it says what the specification is: "
-        "remove this folder if it holds no shards, else precompute again into a new directory"
-    )
+            return _named(name, parse_spec(_spec_text(store_fd, fs)))
+        except (FileNotFoundError, UnicodeDecodeError, StoreError) as error:
+            spec = _spec_of_a_shard(name, store_fd, fs)
+            if spec is None:
+                raise SpecMismatchError(
+                    f"{path}/{SPEC_FILE} is missing or damaged ({error}) and no shard beside it says what the "
+                    "specification is: remove this folder if it holds no shards, else precompute again into a new "
+                    "directory"
+                ) from error
+            return spec
 
 
 def _named(name: str, spec: FeatureSpec) -> FeatureSpec:
@@ -134,36 +115,24 @@ def _named(name: str, spec: FeatureSpec) -> FeatureSpec:
     return spec
 
 
+def _spec_text(store_fd: int, fs: FileSystem) -> str:
+    fd, _ = open_regular(fs, SPEC_FILE, store_fd)
+    with released_after(fs, fd):
+        return read_bytes(fs, fd, MAX_SPEC_BYTES, 0).decode("utf-8")
+
+
 def _spec_of_a_shard(name: str, store_fd: int, fs: FileSystem) -> FeatureSpec | None:
     try:
         shards_fd = fs.open_directory(SHARDS_FOLDER, dir_fd=store_fd, follow=False)
     except OSError:
         return None
-    try:
+    with released_after(fs, shards_fd):
         for shard in sorted(filter(SHARD_NAME.fullmatch, fs.list_names(shards_fd)))[:_SHARDS_TRIED_FOR_SPEC]:
             with suppress(StoreError, OSError):
-                return _named(name, _spec_in(shard, shards_fd, fs))
-    finally:
-        release(fs, shards_fd)
+                fd, _ = open_regular(fs, shard, shards_fd)
+                with released_after(fs, fd):
+                    return _named(name, parse_header(read_header_bytes(fs, fd, shard), shard).spec)
     return None
-
-
-def _spec_in(shard: str, shards_fd: int, fs: FileSystem) -> FeatureSpec:
-    fd, _ = open_regular(fs, shard, shards_fd)
-    try:
-        return parse_header(read_header_bytes(fs, fd, shard), shard).spec
-    finally:
-        release(fs, fd)
-
-
-def _read_small_file(fs: FileSystem, name: str, dir_fd: int) -> str:
-    fd = fs.open_file(name, dir_fd=dir_fd)
-    try:
-        if not is_regular(fs.fstat(fd)):
-            raise SpecMismatchError(f"{name} is not a plain file")
-        return read_bytes(fs, fd, MAX_SPEC_BYTES, 0).decode("utf-8")
-    finally:
-        release(fs, fd)
 
 
 # ---------------------------------------------------------------- a new store
@@ -178,29 +147,26 @@ def create_store(
     write the same bytes. Raises CommitError.
     """
     store_dir = Path(cache_dir) / spec.short_name
-    try:
+    with committing(str(store_dir)):
         _make_directories(str(store_dir / SHARDS_FOLDER), fs)
-        with opened_directory(fs, str(store_dir), follow=True) as store_fd:
+        with released_after(fs, fs.open_directory(str(store_dir))) as store_fd:
             _write_spec(spec, store_fd, fs)
         # Another process may have made the folders and died before they were synced.
         for directory in (store_dir, store_dir.parent):
             _sync_path(str(directory), fs)
-    except OSError as error:
-        raise commit_error(str(store_dir), error) from error
     return store_dir
 
 
 def _make_directories(path: str, fs: FileSystem) -> None:
+    parent = os.path.dirname(os.path.abspath(path))
     try:
         fs.make_directory(path)
     except FileExistsError:
         return  # should it be no directory, opening it will say so
     except FileNotFoundError:
-        parent = os.path.dirname(os.path.abspath(path))
         _make_directories(parent, fs)
-        _make_directories(path, fs)
-        return
-    _sync_path(os.path.dirname(os.path.abspath(path)), fs)
+        return _make_directories(path, fs)
+    _sync_path(parent, fs)
 
 
 def _sync_path(path: str, fs: FileSystem) -> None:
@@ -208,15 +174,13 @@ def _sync_path(path: str, fs: FileSystem) -> None:
         dir_fd = fs.open_directory(path)
     except PermissionError:
         return  # a parent that we may pass through and not read, such as /
-    try:
+    with released_after(fs, dir_fd):
         sync_directory(fs, dir_fd)
-    finally:
-        release(fs, dir_fd)
 
 
 def _write_spec(spec: FeatureSpec, store_fd: int, fs: FileSystem) -> None:
     with suppress(OSError, UnicodeDecodeError, StoreError):
-        if _read_small_file(fs, SPEC_FILE, store_fd) == spec.to_json():
+        if _spec_text(store_fd, fs) == spec.to_json():
             return
     replace_file(fs, store_fd, SPEC_FILE, [spec.to_json().encode()])
 
@@ -237,68 +201,50 @@ def select_store(
     Raises SettingsError, CacheNotFoundError, NotACacheError, AmbiguousCacheError, SpecMismatchError,
     CacheAccessError.
     """
-    _check_choice(fingerprint, context)
-    found = survey(cache_dir, fs)
-    for name, error in found.unreadable:
-        if not found.specs or (spec is not None and name == spec.short_name):
+    asked: list[tuple[str, Callable[[FeatureSpec], bool]]] = []
+    if spec is not None:
+        asked.append((describe_spec(spec), lambda found: found == spec))
+    if context is not None:
+        if context not in CONTEXTS:
+            raise SettingsError(
+                f"context is {context!r}, which is not one of {', '.join(CONTEXTS)}: choose one of these"
+            )
+        asked.append((f"context {context}", lambda found: context == found.context))
+    if fingerprint is not None:
+        if not fingerprint or set(fingerprint) - set("0123456789abcdef"):
+            raise SettingsError(
+                f"fingerprint is {fingerprint!r}, which is not hexadecimal digits: see `vggt-cache info`"
+            )
+        asked.append((f"fingerprint {fingerprint}", lambda found: found.fingerprint.startswith(fingerprint)))
+    specs, unreadable = survey(cache_dir, fs)
+    for name, error in unreadable:
+        if not specs or (spec is not None and name == spec.short_name):
             raise error
-    if not found.specs:
-        raise _no_store(cache_dir)
-    chosen = [
-        candidate
-        for candidate in found.specs
-        if (spec is None or candidate == spec)
-        and candidate.fingerprint.startswith(fingerprint or "")
-        and context in (None, candidate.context)
-    ]
-    if not chosen:
-        raise _no_match(cache_dir, found.specs, spec, fingerprint, context)
-    if len(chosen) > 1:
-        raise AmbiguousCacheError(
-            f"{cache_dir} holds {len(chosen)} caches: {_listing(chosen)}; say which one is meant, by context or by the "
+    chosen = [found for found in specs if all(fits(found) for _, fits in asked)]
+    if len(chosen) == 1:
+        return chosen[0]
+    raise _no_one_store(cache_dir, specs, chosen, " with ".join(words for words, _ in asked))
+
+
+def _no_one_store(
+    cache_dir: str, specs: Sequence[FeatureSpec], chosen: Sequence[FeatureSpec], wanted: str
+) -> StoreError:
+    listing = "; ".join(map(describe_spec, chosen or specs))
+    if chosen:
+        return AmbiguousCacheError(
+            f"{cache_dir} holds {len(chosen)} caches: {listing}; say which one is meant, by context or by the "
             "first digits of its fingerprint (on the command line --context or --fingerprint)"
         )
-    return chosen[0]
-
-
-def _check_choice(fingerprint: str | None, context: str | None) -> None:
-    if context is not None and context not in CONTEXTS:
-        raise SettingsError(
-            f"context is {context!r}, which is not one of {', '.join(CONTEXTS)}: choose one of these"
+    if specs:
+        return SpecMismatchError(
+            f"{cache_dir} holds {listing}, and {wanted} is wanted: such features are not in this "
+            "cache; precompute them, or ask for what it holds"
         )
-    if fingerprint is not None and (not fingerprint or set(fingerprint) - set("0123456789abcdef")):
-        raise SettingsError(
-            f"fingerprint is {fingerprint!r}, which is not hexadecimal digits: see `vggt-cache info`"
-        )
-
-
-def _no_store(cache_dir: str) -> NotACacheError:
-    name = os.path.basename(os.path.abspath(cache_dir))
-    if STORE_NAME.fullmatch(name):
+    if STORE_NAME.fullmatch(os.path.basename(os.path.abspath(cache_dir))):
         return NotACacheError(f"{cache_dir} is one store inside a cache: give the directory above it")
     return NotACacheError(
         f"{cache_dir} holds no feature cache: check the path, or make the cache with `vggt-cache precompute`"
     )
-
-
-def _no_match(
-    cache_dir: str,
-    specs: Sequence[FeatureSpec],
-    spec: FeatureSpec | None,
-    fingerprint: str | None,
-    context: str | None,
-) -> SpecMismatchError:
-    wanted = [describe_spec(spec)] if spec is not None else []
-    wanted += [f"context {context}"] if context is not None else []
-    wanted += [f"fingerprint {fingerprint}"] if fingerprint is not None else []
-    return SpecMismatchError(
-        f"{cache_dir} holds {_listing(specs)}, and {' with '.join(wanted)} is wanted: such features are not in this "
-        "cache; precompute them, or ask for what it holds"
-    )
-
-
-def _listing(specs: Sequence[FeatureSpec]) -> str:
-    return "; ".join(map(describe_spec, specs))
 
 
 def describe_spec(spec: FeatureSpec) -> str:

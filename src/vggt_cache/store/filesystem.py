@@ -1,8 +1,7 @@
 """The one seam between the store and the operating system, and what the system's refusals mean to the user.
 
-Every operation that the store performs on files goes through a `FileSystem`, so that tests can put a faulty
-or simulated one in its place. Names are opened relative to a directory handle and are never followed when
-they are links; reads carry their own offset, so a descriptor shared by fork cannot lead a reader astray.
+Tests put a faulty or simulated `FileSystem` in its place. Names are opened relative to a directory handle, and links
+are not followed; reads carry their own offset, so a descriptor shared by fork cannot lead a reader astray.
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ _NO_LINK = os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO must not block us, and is the
 class FileSystem:
     """The operating system's calls, one method each. All raise OSError, but never because a signal interrupted them.
 
-    Python itself repeats what a signal interrupts, except calls about names, which file systems in user space and
-    on networks may interrupt too.
+    Python repeats such calls by itself, except those about names, which network file systems may interrupt too.
     """
 
     def open_directory(self, path: str, *, dir_fd: int | None = None, follow: bool = True) -> int:
@@ -51,10 +49,9 @@ class FileSystem:
         return os.preadv(fd, buffers, offset)
 
     def expect_scattered_reads(self, fd: int) -> None:
-        """A hint that reads will not follow each other, so that nothing is fetched that nobody asked for.
+        """A hint that reads will not follow each other, so that the system fetches nothing that nobody asked for.
 
-        Only for disks of this machine. Through a network, or whatever else has no device, it is reading ahead that
-        keeps several requests under way.
+        Only for disks of this machine: through a network it is reading ahead that keeps several requests under way.
         """
         if _lies_on_a_disk(fd):
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
@@ -65,9 +62,8 @@ class FileSystem:
     def begin_write_back(self, fd: int, offset: int, length: int) -> None:
         """A hint that these bytes are final, so that the disk takes them while the next ones are being made.
 
-        Only for disks of this machine. Linux starts to write what is dirty in the range before it drops what is clean
-        there, and of bytes that were just written nothing is clean; elsewhere they may be on the server already, and
-        would only be dropped.
+        Only for disks of this machine. There Linux begins to write what is dirty, and just-written bytes are; elsewhere
+        they may be on the server already, and would only be dropped from memory.
         """
         if _lies_on_a_disk(fd):
             os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
@@ -126,10 +122,8 @@ OPERATING_SYSTEM = FileSystem()
 def _repeated(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """The call's result; the call is repeated for as long as a signal interrupts it."""
     while True:
-        try:
+        with suppress(InterruptedError):
             return call(*args, **kwargs)
-        except InterruptedError:
-            continue
 
 
 def write_fully(fs: FileSystem, fd: int, data: Buffer, offset: int) -> None:
@@ -160,7 +154,7 @@ def read_bytes(fs: FileSystem, fd: int, length: int, offset: int) -> bytes:
 
 
 def sync_directory(fs: FileSystem, dir_fd: int) -> None:
-    """fsync a directory; file systems that do not have the notion (EINVAL) are believed to need none."""
+    """fsync a directory; a file system that does not know this operation (EINVAL) is taken to need none."""
     try:
         fs.fsync_directory(dir_fd)
     except OSError as error:
@@ -169,9 +163,18 @@ def sync_directory(fs: FileSystem, dir_fd: int) -> None:
 
 
 def release(fs: FileSystem, fd: int) -> None:
-    """Close a descriptor that was read from or only held: an error in closing it can no longer matter."""
+    """Close a descriptor that was only read from, so that an error in closing it does not matter."""
     with suppress(OSError):
         fs.close(fd)
+
+
+@contextmanager
+def released_after(fs: FileSystem, fd: int) -> Iterator[int]:
+    """The descriptor, which is released after the body."""
+    try:
+        yield fd
+    finally:
+        release(fs, fd)
 
 
 def _lies_on_a_disk(fd: int) -> bool:
@@ -181,16 +184,6 @@ def _lies_on_a_disk(fd: int) -> bool:
 
 def is_regular(status: os.stat_result) -> bool:
     return stat.S_ISREG(status.st_mode)
-
-
-@contextmanager
-def opened_directory(fs: FileSystem, path: str, *, follow: bool = False) -> Iterator[int]:
-    """A handle of the directory for as long as the body runs. Raises OSError."""
-    dir_fd = fs.open_directory(path, follow=follow)
-    try:
-        yield dir_fd
-    finally:
-        release(fs, dir_fd)
 
 
 # ---------------------------------------------------------------- what a refusal means: one sentence, with the remedy
@@ -220,20 +213,8 @@ def _cause(error: OSError) -> str:
 
 
 def access_error(path: str, error: OSError) -> CacheAccessError:
-    """`path` cannot be read."""
     remedy = _READ_REMEDY.get(error.errno or 0, "check the file system it lies on")
     return CacheAccessError(f"{path} cannot be used ({_cause(error)}): {remedy}")
-
-
-def commit_error(path: str, error: OSError) -> CommitError:
-    """A file in the directory `path` could not be written to the disk."""
-    remedy = _WRITE_REMEDY.get(
-        error.errno or 0, "see that the disk is in order, and run the same command again"
-    )
-    return CommitError(
-        f"a file in {path} could not be written to the disk ({_cause(error)}), so it was not committed; "
-        f"what was committed before is untouched: {remedy}"
-    )
 
 
 @contextmanager
@@ -243,3 +224,18 @@ def accessing(path: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise access_error(path, error) from error
+
+
+@contextmanager
+def committing(path: str) -> Iterator[None]:
+    """OSErrors of the body become CommitError about a file in the directory `path`."""
+    try:
+        yield
+    except OSError as error:
+        remedy = _WRITE_REMEDY.get(
+            error.errno or 0, "see that the disk is in order, and run the same command again"
+        )
+        raise CommitError(
+            f"a file in {path} could not be written to the disk ({_cause(error)}), so it was not committed; "
+            f"what was committed before is untouched: {remedy}"
+        ) from error

@@ -1,7 +1,4 @@
-"""A shard's bytes: a safetensors file whose header carries, per record, a checksum. See `docs/format.md`.
-
-What is written, and the limits of what is read; `header.py` reads it.
-"""
+"""A shard's bytes, as they are written, and the limits of what `header.py` reads. See `docs/format.md`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """From the first bytes of a shard to its records. A header is not believed.
 
-Whatever the bytes are, `parse_header` returns records that the format allows, or raises ShardFormatError.
-Nothing is read or allocated here that is much larger than the bytes given.
+Whatever the bytes are, `parse_header` returns records that the format allows, or raises ShardFormatError; then
+`rescue_records` tells what may be left. Nothing is allocated here that is much larger than the bytes given.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from operator import itemgetter
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -35,15 +35,13 @@ from vggt_cache.store.format import (
     MAX_SIDE,
     MAX_STORED_BYTES,
 )
-from vggt_cache.store.record import ROW_DTYPE, Record, Rows, payload_bytes, unpack_rows
-
-_KEY = re.compile(r"[0-9a-f]{32}")
+from vggt_cache.store.record import ROW_DTYPE, Record, Rows, payload_bytes, stored_length, unpack_rows
 
 
 class ForeignShardError(ShardFormatError):
-    """An intact shard that does not belong here: another format version, another specification, not a plain file.
+    """A shard of another format version or specification, or not a plain file.
 
-    Never removed by us: it may be somebody's good data in the wrong place.
+    It is never removed: it may be somebody's good data in the wrong place.
     """
 
 
@@ -81,26 +79,36 @@ def header_length(prefix: bytes, shard: str) -> int:
 def parse_header(data: bytes, shard: str) -> ShardHeader:
     """Parse length field and header. `shard` names the file in messages.
 
-    Raises ShardFormatError, and nothing else, whatever the bytes; its subclass ForeignShardError where the
-    shard is of another format version.
+    Raises ShardFormatError, and nothing else, whatever the bytes; UnknownFormatError for another format version.
     """
     length = header_length(data, shard)
     if len(data) < LENGTH_BYTES + length:
         _refuse(shard, f"its header should have {length} bytes and has {len(data) - LENGTH_BYTES}")
     try:
         names = _decode(data[LENGTH_BYTES : LENGTH_BYTES + length])
-        metadata = _metadata(names)
+        metadata = names.pop("__metadata__", None)
+        if not isinstance(metadata, dict):
+            raise ValueError("its header has no __metadata__")
         version = _version(metadata, shard)
         spec = _spec_of(_text(metadata, "spec"), _text(metadata, "fingerprint"))
         codec = NONE if version == FORMAT_VERSION else _codec(metadata, spec, shard)
-        rows, data_end = _table(names, metadata, spec, codec, LENGTH_BYTES + length)
+        checksums = {name: value for name, value in metadata.items() if _DIGEST.fullmatch(name)}
+        if checksums.keys() != names.keys():
+            raise ValueError("the names of its records are not those of its checksums")
+        rows, spans = _table(names, checksums, spec, codec)
+        if (spans[:, 0] != np.append(0, spans[:, 1])[: len(spans)]).any():
+            raise ValueError("its records do not follow each other without gaps")
     except (ValueError, RecursionError) as error:
         _refuse(shard, str(error) or type(error).__name__)
-    return ShardHeader(spec=spec, codec=codec, rows=rows, data_end=data_end)
+    data_start = LENGTH_BYTES + length
+    rows["offset"] += data_start
+    return ShardHeader(
+        spec=spec, codec=codec, rows=rows, data_end=data_start + int(spans[:, 1].max(initial=0))
+    )
 
 
-def _refuse(shard: str, reason: str) -> NoReturn:
-    raise ShardFormatError(f"shard {shard} cannot be read: {reason}")
+def _refuse(shard: str, reason: str, kind: type[ShardFormatError] = ShardFormatError) -> NoReturn:
+    raise kind(f"shard {shard} cannot be read: {reason}")
 
 
 def _decode(header: bytes) -> dict[str, Any]:
@@ -126,13 +134,6 @@ def _unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _JSON = json.JSONDecoder(object_pairs_hook=_unique_names)
 
 
-def _metadata(names: dict[str, Any]) -> dict[str, Any]:
-    metadata = names.pop("__metadata__", None)
-    if not isinstance(metadata, dict):
-        raise ValueError("its header has no __metadata__")
-    return metadata
-
-
 def _text(metadata: dict[str, Any], name: str) -> str:
     value = metadata.get(name)
     if not isinstance(value, str):
@@ -145,10 +146,10 @@ def _version(metadata: dict[str, Any], shard: str) -> str:
         raise ValueError(f"its format is {short(metadata['format'])}, not {FORMAT_NAME}")
     version = _text(metadata, "format_version")
     if version not in (FORMAT_VERSION, CODED_FORMAT_VERSION):
-        raise UnknownFormatError(
-            f"shard {shard} cannot be read: it has format version {short(version)} and this program reads versions "
-            f"{FORMAT_VERSION} and {CODED_FORMAT_VERSION}; use the program that wrote it"
+        reason = (
+            f"it has format version {short(version)} and this program reads versions {FORMAT_VERSION} and "
         )
+        _refuse(shard, f"{reason}{CODED_FORMAT_VERSION}; use the program that wrote it", UnknownFormatError)
     return version
 
 
@@ -156,10 +157,8 @@ def _codec(metadata: dict[str, Any], spec: FeatureSpec, shard: str) -> str:
     codec = metadata.get("codec")
     known = coded_form(spec.feature_dtype)
     if known == NONE or codec != known:
-        raise UnknownFormatError(
-            f"shard {shard} cannot be read: its records of {spec.feature_dtype} are packed by codec {short(codec)}, "
-            "which this program does not know; use the program that wrote it"
-        )
+        reason = f"its records of {spec.feature_dtype} are packed by codec {short(codec)}, which this program does not "
+        _refuse(shard, f"{reason}know; use the program that wrote it", UnknownFormatError)
     return known
 
 
@@ -184,77 +183,60 @@ def parse_spec(text: str) -> FeatureSpec:
     return spec
 
 
-def _table(
-    names: dict[str, Any], metadata: dict[str, Any], spec: FeatureSpec, codec: str, data_start: int
-) -> tuple[Rows, int]:
-    """The records as rows, and the length that the file must have."""
-    checksums = {name: value for name, value in metadata.items() if _KEY.fullmatch(name)}
-    if checksums.keys() != names.keys():
-        raise ValueError("the names of its records are not those of its checksums")
-    extents = _plain_extents if codec == NONE else _packed_extents
-    found = extents(names, checksums, spec, codec)
-    rows = np.zeros(len(names), ROW_DTYPE)
-    keys = np.frombuffer(bytes.fromhex("".join(names)), ">u8").reshape(-1, 2)
-    rows["high"], rows["low"] = keys[:, 0], keys[:, 1]
-    rows["checksum"] = np.frombuffer(found.checksums, "V16")
-    rows["offset"], rows["stored"] = data_start + found.spans[:, 0], found.stored
-    rows["h"], rows["w"] = found.sides[:, 0], found.sides[:, 1]
-    order = np.argsort(found.spans[:, 0], kind="stable")
-    return rows[order], data_start + int(found.spans[:, 1].max(initial=0))
-
-
 # ---------------------------------------------------------------- where records lie
 
 Integers = npt.NDArray[np.int64]
 _ENTRY_FIELDS = itemgetter("dtype", "shape", "data_offsets")
-_DIGEST = re.compile(r"[0-9a-f]{32}")
+_DIGEST = re.compile(r"([0-9a-f]{32})")
 _DIGEST_AND_GRID = re.compile(r"([0-9a-f]{32}) ([1-9][0-9]{0,4}) ([1-9][0-9]{0,4})")
 
 
-class Extents(NamedTuple):
-    """Where records lie and how large they are, in the order of their names in the header."""
-
-    sides: Integers
-    """h and w [records, 2]"""
-    spans: Integers
-    """First byte and end [records, 2], counted from where data begin."""
-    checksums: bytes
-    """16 bytes each, one after the other."""
-    stored: Integers | int
-    """`stored_bytes` of each, or of all."""
-
-
-def _plain_extents(
+def _table(
     entries: Mapping[str, Any], checksums: Mapping[str, Any], spec: FeatureSpec, codec: str
-) -> Extents:
-    """Of records as they are, whose length follows from their shape. Raises ValueError."""
-    if spec.feature_dtype not in DTYPE_NAMES:
+) -> tuple[Rows, Integers]:
+    """Rows and byte spans [records, 2] in order; offsets count from where data begin. Raises ValueError."""
+    sides, spans, stored, digests = _fields(entries, checksums, spec, codec)
+    if codec != NONE:
+        least, most = codec_for(codec).size_limits(sides[:, 0] * sides[:, 1], spec.encoder.channels)
+        if not ((stored >= least) & (stored <= np.minimum(most, MAX_STORED_BYTES))).all():
+            raise ValueError(f"a record has more or fewer bytes than codec {codec} makes of its shape")
+    if not ((spans >= 0) & (spans <= MAX_DATA_BYTES)).all():
+        raise ValueError(f"a record lies outside of the {MAX_DATA_BYTES} bytes that a shard can have")
+    if (spans[:, 1] - spans[:, 0] != stored).any():
+        raise ValueError("a record has more or fewer bytes than its shape says")
+    rows = np.zeros(len(entries), ROW_DTYPE)
+    keys = np.frombuffer(bytes.fromhex("".join(entries)), ">u8").reshape(-1, 2)
+    rows["high"], rows["low"] = keys[:, 0], keys[:, 1]
+    rows["checksum"] = np.frombuffer(bytes.fromhex("".join(digests)), "V16")
+    rows["offset"], rows["stored"] = spans[:, 0], 0 if codec == NONE else stored
+    rows["h"], rows["w"] = sides[:, 0], sides[:, 1]
+    order = np.argsort(spans[:, 0], kind="stable")
+    return rows[order], spans[order]
+
+
+def _fields(
+    entries: Mapping[str, Any], checksums: Mapping[str, Any], spec: FeatureSpec, codec: str
+) -> tuple[Integers, Integers, Integers, list[str]]:
+    """Sides [records, 2], byte spans [records, 2], stored bytes [records], and checksums. Raises ValueError.
+
+    A record as it is says its shape. A packed one is bytes to safetensors, and has h and w beside its checksum.
+    """
+    packed, channels = codec != NONE, spec.encoder.channels
+    if not packed and spec.feature_dtype not in DTYPE_NAMES:
         raise ValueError(f"its records are not packed, and {spec.feature_dtype} is kept in packed ones only")
-    shapes, spans = _entries(list(entries.values()), DTYPE_NAMES[spec.feature_dtype], 3)
-    sides, channels = shapes[:, :2], spec.encoder.channels
-    if not ((sides >= 1) & (sides <= MAX_SIDE)).all() or (shapes[:, 2] != channels).any():
-        raise ValueError(f"a record's shape is not [h, w, {channels}] with sides of 1 to {MAX_SIDE} patches")
-    _check_spans(spans, sides[:, 0] * sides[:, 1] * payload_bytes(spec, 1, 1))
-    digests = [_match(_DIGEST, checksums[name], "32 hexadecimal digits")[0] for name in entries]
-    return Extents(sides, spans, bytes.fromhex("".join(digests)), 0)
-
-
-def _packed_extents(
-    entries: Mapping[str, Any], checksums: Mapping[str, Any], spec: FeatureSpec, codec: str
-) -> Extents:
-    """Of packed records: bytes to safetensors, their shape beside their checksum. Raises ValueError."""
-    shapes, spans = _entries(list(entries.values()), CODED_DTYPE, 1)
-    wanted = "32 hexadecimal digits, h and w"
-    found = [_match(_DIGEST_AND_GRID, checksums[name], wanted).groups() for name in entries]
-    sides = np.array([(int(h), int(w)) for _, h, w in found], np.int64).reshape(-1, 2)
-    if (sides > MAX_SIDE).any():
-        raise ValueError(f"a record has a side of more than {MAX_SIDE} patches")
-    stored = shapes[:, 0]
-    least, most = codec_for(codec).size_limits(sides[:, 0] * sides[:, 1], spec.encoder.channels)
-    if not ((stored >= least) & (stored <= np.minimum(most, MAX_STORED_BYTES))).all():
-        raise ValueError(f"a record has more or fewer bytes than codec {codec} makes of its shape")
-    _check_spans(spans, stored)
-    return Extents(sides, spans, bytes.fromhex("".join(digest for digest, _, _ in found)), stored)
+    dtype, dimensions = (CODED_DTYPE, 1) if packed else (DTYPE_NAMES[spec.feature_dtype], 3)
+    shapes, spans = _entries(list(entries.values()), dtype, dimensions)
+    found = [_match(_DIGEST_AND_GRID if packed else _DIGEST, checksums[name]) for name in entries]
+    if packed:
+        sides = np.array([(int(match[2]), int(match[3])) for match in found], np.int64).reshape(-1, 2)
+    else:
+        sides = shapes[:, :2]
+        if (shapes[:, 2] != channels).any():
+            raise ValueError(f"a record's shape is not [h, w, {channels}]")
+    if not ((sides >= 1) & (sides <= MAX_SIDE)).all():
+        raise ValueError(f"a record has a side of more than {MAX_SIDE} patches, or of none")
+    stored = shapes[:, 0] if packed else sides[:, 0] * sides[:, 1] * payload_bytes(spec, 1, 1)
+    return sides, spans, stored, [match[1] for match in found]
 
 
 def _entries(entries: list[Any], dtype: str, dimensions: int) -> tuple[Integers, Integers]:
@@ -284,20 +266,10 @@ def _integers(lists: list[Any], length: int) -> Integers:
         raise ValueError("a record has an integer of more than 64 bits") from error
 
 
-def _check_spans(spans: Integers, lengths: Integers) -> None:
-    """Raise unless the spans, in the order of their begin, follow each other from 0 and are as long as they should."""
-    if not ((spans >= 0) & (spans <= MAX_DATA_BYTES)).all():
-        raise ValueError(f"a record lies outside of the {MAX_DATA_BYTES} bytes that a shard can have")
-    in_order = spans[np.argsort(spans[:, 0], kind="stable")]
-    if (in_order[:, 0] != np.append(0, in_order[:, 1])[: len(spans)]).any():
-        raise ValueError("its records do not follow each other without gaps")
-    if (spans[:, 1] - spans[:, 0] != lengths).any():
-        raise ValueError("a record has more or fewer bytes than its shape says")
-
-
-def _match(pattern: re.Pattern[str], text: Any, wanted: str) -> re.Match[str]:
+def _match(pattern: re.Pattern[str], text: Any) -> re.Match[str]:
     match = pattern.fullmatch(text) if type(text) is str else None
     if match is None:
+        wanted = "32 hexadecimal digits" + (", h and w" if pattern is _DIGEST_AND_GRID else "")
         raise ValueError(f"{short(text)} stands where {wanted} are needed")
     return match
 
@@ -309,3 +281,47 @@ def short(value: object) -> str:
     except ValueError:  # an integer of thousands of digits has no decimal form
         text = "an enormous number"
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+# ---------------------------------------------------------------- what the remains of a damaged header still tell
+
+_REMAINS = re.compile(
+    rb'"([0-9a-f]{32})":('
+    rb'\{"dtype":"[A-Z0-9]{2,4}","shape":\[[0-9,]{1,32}\],"data_offsets":\[[0-9]{1,16},[0-9]{1,16}\]\}'
+    rb'|"[0-9a-f]{32}(?: [1-9][0-9]{0,4} [1-9][0-9]{0,4})?")'
+)
+"""What the writer writes of one record: its entry, or its checksum."""
+
+
+def rescue_records(remains: bytes, file_bytes: int, spec: FeatureSpec) -> Iterator[list[Record]]:
+    """The records whose entry and checksum are whole in the remains of a header, once for each possible data start.
+
+    A flipped bit must not cost more than the record that it hits, and nothing is believed for that: only its checksum,
+    which covers key and shape, proves a record, and with it the place where the data begin. That is behind the header
+    as its length field says; or so that they end with the file.
+    """
+    texts: dict[str, list[bytes]] = {}
+    for match in _REMAINS.finditer(remains):
+        texts.setdefault(match[1].decode(), []).append(match[2])
+    # A name that does not stand there exactly twice is ambiguous, or half of it is lost.
+    pairs = [(name, min(found), max(found)) for name, found in texts.items() if len(found) == 2]
+    records = sorted(_rescued(pairs, spec), key=lambda record: record.offset)[:MAX_RECORDS]
+    ends = [record.offset + stored_length(spec, record) for record in records]
+    declared = LENGTH_BYTES + int.from_bytes(remains[:LENGTH_BYTES], "little")
+    for start in dict.fromkeys((declared, file_bytes - max(ends, default=0))):
+        there = [record for record, end in zip(records, ends, strict=True) if start + end <= file_bytes]
+        if 0 < start <= LENGTH_BYTES + MAX_HEADER_BYTES and there:
+            yield [record._replace(offset=start + record.offset) for record in there]
+
+
+def _rescued(pairs: list[tuple[str, bytes, bytes]], spec: FeatureSpec) -> list[Record]:
+    """The records, their offsets counted from where the data begin, whose name, checksum and entry fit together."""
+    packed = bool(pairs) and pairs[0][2].startswith(f'{{"dtype":"{CODED_DTYPE}"'.encode())
+    codec = coded_form(spec.feature_dtype) if packed else NONE
+    try:
+        checksums = {name: json.loads(checksum) for name, checksum, _ in pairs}
+        rows, _ = _table({name: json.loads(entry) for name, _, entry in pairs}, checksums, spec, codec)
+    except ValueError:
+        half = len(pairs) // 2
+        return _rescued(pairs[:half], spec) + _rescued(pairs[half:], spec) if half else []
+    return [record for _, record in unpack_rows(rows)]

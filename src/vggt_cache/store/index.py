@@ -1,21 +1,23 @@
 """The saved index: the table of all records in one file. Derived from the shards, so it may be lost at any time.
 
-It is read whole when a cache is opened, and its one checksum looked at then; so a damaged index is noticed before it
-is asked anything. It is read with pread and never mapped: under mmap a truncated file would kill the process.
-docs/format.md has it in bytes.
+It is read whole when a cache is opened, and its one checksum is compared then, so a damaged index is never asked
+anything. It is read with pread and never mapped: under mmap a truncated file would kill the process. docs/format.md
+has it in bytes.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 
 import numpy as np
 import xxhash
 
 from vggt_cache.store.atomic_file import replace_file
-from vggt_cache.store.filesystem import FileSystem, opened_directory, read_bytes, read_fully, release
+from vggt_cache.store.filesystem import FileSystem, read_bytes, read_fully, released_after
 from vggt_cache.store.format import SHARD_NAME
 from vggt_cache.store.record import ROW_BYTES, ROW_DTYPE, RecordTable
 
@@ -42,63 +44,51 @@ class IndexFile:
 
     def load(self) -> RecordTable | None:
         """What it tells; None where there is none, or it is damaged, of another version or of another store."""
-        with suppress(OSError, MemoryError):
-            fd, rows, shards = self._open()
-            try:
-                return self._read(fd, rows, shards) if shards >= 0 else None
-            finally:
-                release(self._fs, fd)
+        with suppress(OSError, MemoryError), self._opened() as (fd, rows, shards):
+            return self._read(fd, rows, shards)
         return None
 
     def shard_names(self) -> list[str]:
         """The shards that it names, its checksum not looked at: hints where to look beside a listing."""
-        with suppress(OSError, MemoryError):
-            fd, _, shards = self._open()
-            try:
-                text = read_bytes(self._fs, fd, max(0, shards) * _NAME_BYTES, _NAMES_AT)
-            finally:
-                release(self._fs, fd)
-            return [
-                name for name in text.decode("ascii", "replace").split("\n") if SHARD_NAME.fullmatch(name)
-            ]
+        with suppress(OSError, MemoryError), self._opened() as (fd, _, shards):
+            text = read_bytes(self._fs, fd, shards * _NAME_BYTES, _NAMES_AT)
+            return list(filter(SHARD_NAME.fullmatch, text.decode("ascii", "replace").split("\n")))
         return []
 
     def save(self, table: RecordTable) -> None:
         """Replace it by one of this table, durably. Raises OSError."""
         with suppress(FileExistsError):
             self._fs.make_directory(self._path)
-        with opened_directory(self._fs, self._path) as folder:
+        with self._folder() as folder:
             replace_file(self._fs, folder, INDEX_FILE, index_bytes(table, self._fingerprint))
 
     def remove(self) -> None:
         """Give its room back, where the disk is full. Raises OSError."""
-        with opened_directory(self._fs, self._path) as folder:
+        with self._folder() as folder:
             self._fs.unlink(INDEX_FILE, dir_fd=folder)
 
     def file_bytes(self) -> int | None:
         """Its size; None where there is none."""
-        with suppress(OSError), opened_directory(self._fs, self._path) as folder:
+        with suppress(OSError), self._folder() as folder:
             return self._fs.stat(INDEX_FILE, dir_fd=folder).st_size
         return None
 
-    # ------------------------------------------------------------ steps
+    def _folder(self) -> AbstractContextManager[int]:
+        return released_after(self._fs, self._fs.open_directory(self._path, follow=False))
 
-    def _open(self) -> tuple[int, int, int]:
-        """Descriptor, number of rows, number of shards; -1 shards where it is no index that we can read."""
-        with opened_directory(self._fs, self._path) as folder:
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[int, int, int]]:
+        """Descriptor, number of rows, number of shards. Raises OSError, also where it is no index that we can read."""
+        with self._folder() as folder:
             fd = self._fs.open_file(INDEX_FILE, dir_fd=folder)
-        try:
-            head = read_bytes(self._fs, fd, _HEAD.size, 0)
-            size = self._fs.fstat(fd).st_size
-        except BaseException:
-            release(self._fs, fd)
-            raise
-        if len(head) == _HEAD.size:
+        with released_after(self._fs, fd):
+            head = read_bytes(self._fs, fd, _HEAD.size, 0).ljust(_HEAD.size, b"\0")
             magic, version, row_bytes, rows, shards, owner = _HEAD.unpack(head)
             ours = (magic, version, row_bytes, owner.hex()) == (MAGIC, VERSION, ROW_BYTES, self._fingerprint)
-            if ours and size == _rows_at(shards) + rows * ROW_BYTES <= _MAX_BYTES:
-                return fd, rows, shards
-        return fd, 0, -1
+            size = _rows_at(shards) + rows * ROW_BYTES
+            if not ours or not self._fs.fstat(fd).st_size == size <= _MAX_BYTES:
+                raise OSError(errno.EBADMSG, "not an index of this store")
+            yield fd, rows, shards
 
     def _read(self, fd: int, rows: int, shards: int) -> RecordTable | None:
         head = read_bytes(self._fs, fd, _rows_at(shards), 0)
@@ -116,11 +106,8 @@ class IndexFile:
         names = head[_NAMES_AT : _NAMES_AT + shards * _NAME_BYTES].decode("ascii", "replace").split("\n")[:-1]
         # Its checksum protects from accidents and from nobody who means harm.
         sound = len(names) == shards and all(map(SHARD_NAME.fullmatch, names)) and names == sorted(set(names))
-        return (
-            RecordTable(names, table)
-            if sound and int(table["shard"].max(initial=0)) < max(shards, 1)
-            else None
-        )
+        sound = sound and int(table["shard"].max(initial=0)) < max(shards, 1)
+        return RecordTable(names, table) if sound else None
 
 
 def _rows_at(shards: int) -> int:

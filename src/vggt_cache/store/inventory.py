@@ -5,47 +5,26 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
-from vggt_cache.errors import CorruptRecordError, ShardFormatError
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.store.atomic_file import TEMP_NAME
 from vggt_cache.store.directory import survey
-from vggt_cache.store.filesystem import (
-    OPERATING_SYSTEM,
-    FileSystem,
-    access_error,
-    accessing,
-    is_regular,
-    release,
-)
+from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem, accessing, is_regular, released_after
 from vggt_cache.store.index import INDEX_FOLDER, IndexFile
-from vggt_cache.store.record import Record, Rows, join_rows, key_groups, payload_bytes, sort_rows, unpack_rows
-from vggt_cache.store.shards import SHARDS_FOLDER, ReusedMemory, ShardFolder, ShardVanishedError
+from vggt_cache.store.record import Rows, begins_key, payload_bytes, sort_rows
+from vggt_cache.store.shards import SHARDS_FOLDER, ShardEntry, ShardFolder
 
 TEMP_MIN_AGE_S = 24 * 3600.0
 """A temporary file that was written to within this time may have a living writer."""
 
 
 # ---------------------------------------------------------------- one store
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardEntry:
-    """One shard of an inventory."""
-
-    name: str
-    file_bytes: int
-    codec: str
-    """What packed its records."""
-    problem: str = ""
-    """Why its header cannot be used."""
-    foreign: bool = False
-    """Intact as far as we can tell, but not ours: of another version or store, or not a plain file."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +35,16 @@ class Inventory:
     rows: Rows
     """Sorted by key, the served copy of each key first. `shard` counts in `shards`."""
 
-    @property
+    @cached_property
     def served(self) -> npt.NDArray[np.bool_]:
         """For each row, whether it is the copy that readers get."""
-        groups = key_groups(self.rows)
-        return np.append(True, groups[1:] != groups[:-1])[: len(groups)]
+        return begins_key(self.rows)
+
+    @cached_property
+    def winners(self) -> npt.NDArray[np.int64]:
+        """For each row, the number of the row that readers get for its key."""
+        result: npt.NDArray[np.int64] = np.flatnonzero(self.served)[np.cumsum(self.served) - 1]
+        return result
 
     def superseded_shards(self) -> list[int]:
         """Numbers of the shards with a usable header of which no record is served."""
@@ -70,57 +54,8 @@ class Inventory:
 
 def take_inventory(folder: ShardFolder) -> Inventory:
     """Read all headers. Raises CacheAccessError."""
-    shards: list[ShardEntry] = []
-    parts: list[Rows] = []
-    for name in folder.names():
-        size = folder.file_bytes(name)
-        if size is None:
-            continue
-        try:
-            found = folder.contents(name)
-        except ShardVanishedError:
-            continue
-        found.rows["shard"] = len(shards)
-        parts.append(found.rows)
-        shards.append(
-            ShardEntry(
-                name=name, file_bytes=size, codec=found.codec, problem=found.problem, foreign=found.foreign
-            )
-        )
-    return Inventory(shards=shards, rows=sort_rows(join_rows(parts)))
-
-
-class RecordChecker:
-    """Reads records into reused memory and checks them."""
-
-    def __init__(self, folder: ShardFolder) -> None:
-        self._folder = folder
-        self._memory = ReusedMemory()
-
-    def stored(self, shard: str, record: Record) -> memoryview:
-        """A record's bytes as they lie in the file, valid until the next call.
-
-        Raises CorruptRecordError, ShardFormatError, CacheAccessError.
-        """
-        with self._folder.opened(shard) as opened:
-            return opened.read_stored(record, self._memory.of(opened.stored_bytes(record)))
-
-    def is_intact(self, shard: str, record: Record) -> bool:
-        """Raises CacheAccessError."""
-        try:
-            self.stored(shard, record)
-        except (CorruptRecordError, ShardFormatError):
-            return False
-        return True
-
-    def intact(self, inventory: Inventory) -> npt.NDArray[np.bool_]:
-        """For each row whether its record is intact. Reads the whole store, shard by shard."""
-        rows = inventory.rows
-        result = np.zeros(len(rows), np.bool_)
-        order = np.lexsort((rows["offset"], rows["shard"]))
-        for position, (shard, record) in zip(order, unpack_rows(rows[order]), strict=True):
-            result[position] = self.is_intact(inventory.shards[shard].name, record)
-        return result
+    shards, rows = folder.read_headers(folder.names())
+    return Inventory(shards=shards, rows=sort_rows(rows))
 
 
 # ---------------------------------------------------------------- for `info`
@@ -138,11 +73,11 @@ class StoreDescription:
     codecs: Mapping[str, int]
     """How many of the shards each codec packed; `none`: as they are."""
     stored_bytes: int
-    """Bytes of all records, as they lie in the files."""
+    """Of all records, as they lie in the files."""
     raw_bytes: int
-    """Bytes of the same features as they are given out."""
+    """Of the same features as they are given out."""
     disk_bytes: int
-    """Shards, temporary files and index."""
+    """Of shards, temporary files and index."""
     superseded_records: int
     """Records whose key a later shard has too; they are not served."""
     temp_files: int
@@ -170,51 +105,44 @@ def describe(cache_dir: str | os.PathLike[str], fs: FileSystem = OPERATING_SYSTE
     Raises CacheNotFoundError, NotACacheError, CacheAccessError.
     """
     path = os.path.abspath(cache_dir)
-    found = survey(path, fs)
+    specs, unreadable = survey(path, fs)
     return CacheDescription(
         cache_dir=path,
-        stores=tuple(_describe_store(path, spec, fs) for spec in found.specs),
-        unreadable=tuple((name, str(error)) for name, error in found.unreadable),
+        stores=tuple(_describe_store(path, spec, fs) for spec in specs),
+        unreadable=tuple((name, str(error)) for name, error in unreadable),
     )
 
 
 def _describe_store(cache_dir: str, spec: FeatureSpec, fs: FileSystem) -> StoreDescription:
     path = os.path.join(cache_dir, spec.short_name)
-    folder = ShardFolder(path, spec, fs=fs)
-    try:
+    with closing(ShardFolder(path, spec, fs=fs)) as folder:
         found = take_inventory(folder)
-    finally:
-        folder.close()
     temps = list(dead_temp_files(path, TEMP_MIN_AGE_S, fs))
     index_bytes = IndexFile(path, spec.fingerprint, fs).file_bytes()
-    entries = int(found.served.sum())
     temp_bytes = sum(size for _, _, size in temps)
     damaged = [shard for shard in found.shards if shard.problem]
     raw, stored = _record_bytes(found.rows, spec)
+    # Records of shards with a damaged header would move to a new one.
+    has_problem = np.array([bool(shard.problem) for shard in found.shards], np.bool_)
+    rescued = _record_bytes(found.rows[has_problem[found.rows["shard"]]], spec)[1]
     return StoreDescription(
         spec=spec,
         path=path,
-        entries=entries,
+        entries=int(found.served.sum()),
         shards=len(found.shards),
         codecs=dict(sorted(Counter(shard.codec for shard in found.shards if not shard.problem).items())),
         stored_bytes=stored,
         raw_bytes=raw,
         disk_bytes=sum(shard.file_bytes for shard in found.shards) + temp_bytes + (index_bytes or 0),
-        superseded_records=len(found.rows) - entries,
+        superseded_records=int((~found.served).sum()),
         temp_files=len(temps),
         damaged_shards=tuple((shard.name, shard.problem) for shard in damaged),
         indexed=index_bytes is not None,
         reclaimable_bytes=temp_bytes
         + sum(found.shards[number].file_bytes for number in found.superseded_shards())
         + sum(shard.file_bytes for shard in damaged if not shard.foreign)
-        - _rescued_bytes(found, spec),
+        - rescued,
     )
-
-
-def _rescued_bytes(found: Inventory, spec: FeatureSpec) -> int:
-    """Bytes of records in shards with a damaged header, which would move to a new shard."""
-    damaged = np.array([bool(shard.problem) for shard in found.shards], np.bool_)
-    return _record_bytes(found.rows[damaged[found.rows["shard"]]], spec)[1]
 
 
 def _record_bytes(rows: Rows, spec: FeatureSpec) -> tuple[int, int]:
@@ -231,13 +159,12 @@ def dead_temp_files(store_dir: str, min_age_s: float, fs: FileSystem) -> Iterato
     not locked has none. Where locks do not work, age alone decides.
     """
     for folder in (store_dir, os.path.join(store_dir, SHARDS_FOLDER), os.path.join(store_dir, INDEX_FOLDER)):
-        try:
-            dir_fd = fs.open_directory(folder, follow=folder == store_dir)
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise access_error(folder, error) from error
-        try:
+        with accessing(folder):
+            try:
+                dir_fd = fs.open_directory(folder, follow=folder == store_dir)
+            except FileNotFoundError:
+                continue
+        with released_after(fs, dir_fd):
             with accessing(folder):
                 names = sorted(filter(TEMP_NAME.fullmatch, fs.list_names(dir_fd)))
             for name in names:
@@ -245,13 +172,10 @@ def dead_temp_files(store_dir: str, min_age_s: float, fs: FileSystem) -> Iterato
                     size = _bytes_if_dead(name, dir_fd, min_age_s, fs)
                     if size is not None:
                         yield folder, name, size
-        finally:
-            release(fs, dir_fd)
 
 
 def _bytes_if_dead(name: str, dir_fd: int, min_age_s: float, fs: FileSystem) -> int | None:
-    fd = fs.open_file(name, dir_fd=dir_fd)
-    try:
+    with released_after(fs, fs.open_file(name, dir_fd=dir_fd)) as fd:
         status = fs.fstat(fd)
         if not is_regular(status) or fs.clock_s() - status.st_mtime < min_age_s:
             return None
@@ -261,5 +185,3 @@ def _bytes_if_dead(name: str, dir_fd: int, min_age_s: float, fs: FileSystem) -> 
         return (
             status.st_size if status.st_nlink == 1 else 0
         )  # a second name of a committed shard frees nothing
-    finally:
-        release(fs, fd)

@@ -1,7 +1,7 @@
 """One record, and the table of all of them: where each feature lies, found by its key.
 
-A row is 56 bytes, in memory as in the index. The rows are sorted by key, and a small table tells where the rows
-of each bucket of keys begin, so finding one is a look into a few rows.
+A row is 56 bytes, in memory as in the index. The rows are sorted by key, and a small table tells where those of each
+bucket of keys begin, so a key is found among a few rows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Record(NamedTuple):
     w: int
     checksum: bytes
     stored_bytes: int = 0
-    """Bytes in the file of a record that a codec packed; 0: not packed, so h, w and the specification say how many."""
+    """Bytes in the file if a codec packed it; 0: not packed, so h, w and the specification say how many."""
 
 
 # ---------------------------------------------------------------- bytes and checksum
@@ -50,7 +50,7 @@ def record_checksum(
 ) -> bytes:
     """xxh3-128 (16 bytes, canonical order) over the bytes in the file, key, dtype name, and h, w, C as u32 LE.
 
-    Of a packed record the codec's name stands in the place of the dtype's.
+    For a packed record, the codec's name stands in place of the dtype's.
     """
     return finish_checksum(xxhash.xxh3_128(stored), spec, key, h, w, codec)
 
@@ -94,7 +94,7 @@ def make_rows(records: Sequence[Record]) -> Rows:
 
 
 def join_rows(parts: Sequence[Rows]) -> Rows:
-    """The rows of all parts, in a table of its own."""
+    """A copy of the rows of all parts, one after the other."""
     # Rows are moved as bytes: field by field takes many times as long, and fields would get the machine's byte order.
     return np.concatenate([np.empty(0, _WHOLE), *(part.view(_WHOLE) for part in parts)]).view(ROW_DTYPE)
 
@@ -119,10 +119,10 @@ def sort_rows(rows: Rows) -> Rows:
     return rows
 
 
-def key_groups(rows: Rows) -> npt.NDArray[np.int64]:
-    """A number for each of the sorted rows, counting up from 0, that is the same for equal keys."""
-    changes = (rows["high"][1:] != rows["high"][:-1]) | (rows["low"][1:] != rows["low"][:-1])
-    return np.concatenate([np.zeros(min(len(rows), 1), np.int64), np.cumsum(changes, dtype=np.int64)])
+def begins_key(rows: Rows) -> npt.NDArray[np.bool_]:
+    """For each of the sorted rows whether it is the first of its key, which is the one that is served."""
+    same = (rows["high"][1:] == rows["high"][:-1]) & (rows["low"][1:] == rows["low"][:-1])
+    return np.append(True, ~same)[: len(rows)]
 
 
 def _high(rows: Rows) -> npt.NDArray[np.uint64]:
@@ -133,6 +133,7 @@ def _high(rows: Rows) -> npt.NDArray[np.uint64]:
 
 _ROWS_PER_BUCKET = 8
 _MAX_BUCKET_BITS = 28
+_KEYS_AT_ONCE = 4096
 
 
 class RecordTable:
@@ -155,7 +156,7 @@ class RecordTable:
 
     @classmethod
     def merged(cls, wanted: Collection[str], parts: Sequence[tuple[Sequence[str], Rows]]) -> RecordTable:
-        """Of the shards `wanted`, the rows of each from the first part that has the shard: (names, rows)."""
+        """The shards `wanted`, each with its rows from the first part, (names, rows), that has the shard."""
         owners: dict[str, int] = {}
         for number, (names, _) in enumerate(parts):
             for name in names:
@@ -175,7 +176,7 @@ class RecordTable:
         return cls(shards, sort_rows(join_rows(taken)))
 
     def find(self, key: bytes) -> list[tuple[str, Record]]:
-        """Shard and record of every copy of this key; the latest shard, which is the one that is served, first."""
+        """Shard and record of every copy of this key, the one that is served (of the latest shard) first."""
         bucket = int.from_bytes(key[:8], "big") >> self._shift
         rows = self._bytes[self._starts[bucket] * ROW_BYTES : self._starts[bucket + 1] * ROW_BYTES].tobytes()
         at = rows.find(key)
@@ -202,10 +203,4 @@ class RecordTable:
     @cached_property
     def key_count(self) -> int:
         """Number of different keys."""
-        same = (self.rows["high"][1:] == self.rows["high"][:-1]) & (
-            self.rows["low"][1:] == self.rows["low"][:-1]
-        )
-        return len(self.rows) - int(same.sum())
-
-
-_KEYS_AT_ONCE = 4096
+        return int(begins_key(self.rows).sum())

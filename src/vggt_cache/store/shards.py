@@ -6,11 +6,9 @@ import errno
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection
-from contextlib import suppress
-from dataclasses import dataclass
-from types import TracebackType
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import xxhash
@@ -27,6 +25,7 @@ from vggt_cache.store.filesystem import (
     read_bytes,
     read_fully,
     release,
+    released_after,
     sync_directory,
 )
 from vggt_cache.store.format import LENGTH_BYTES, MAX_HEADER_BYTES, SHARD_NAME
@@ -36,9 +35,9 @@ from vggt_cache.store.header import (
     UnknownFormatError,
     header_length,
     parse_header,
+    rescue_records,
 )
-from vggt_cache.store.record import Record, Rows, finish_checksum, make_rows
-from vggt_cache.store.rescue import rescue_records
+from vggt_cache.store.record import Record, Rows, finish_checksum, join_rows, make_rows
 
 T = TypeVar("T")
 
@@ -46,6 +45,8 @@ SHARDS_FOLDER = "shards"
 PIECE_BYTES = 4 * 1024 * 1024
 """Read and added to the checksum at a time: little enough that the checksum finds the bytes in the processor's last
 cache, and so much that reader threads seldom meet at the interpreter's lock, which costs more than a slower cache."""
+MAX_OPEN = 64
+"""How many shards are kept open beyond those in use."""
 _FIRST_READ_BYTES = 64 * 1024
 """Covers the whole header of a shard of the default size."""
 _RECORDS_PROVED = 4
@@ -56,41 +57,35 @@ class ShardVanishedError(CacheAccessError):
     """A shard of the snapshot is no longer there: removed by `prune` or by hand."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShardContents:
-    """The records of a shard, as far as they can be known."""
+class ShardEntry(NamedTuple):
+    """A shard, without its records."""
 
-    rows: Rows
-    """`shard` is 0."""
+    name: str
+    file_bytes: int
     codec: str = NONE
+    """What packed its records."""
     problem: str = ""
-    """Why its header cannot be used; then the rows are those that its remains tell of."""
+    """Why its header cannot be used."""
     foreign: bool = False
     """Intact as far as we can tell, but not ours: of another version or store, or not a plain file."""
 
 
 class OpenShard:
-    """An open shard, or their folder, and how many are using it: to be used in a `with` statement."""
+    """An open shard, or their folder: to be used in a `with` statement. `users` counts who needs it, also the pool."""
 
-    __slots__ = ("_folder", "dropped", "fd", "file_bytes", "name", "users")
+    __slots__ = ("_folder", "fd", "file_bytes", "name", "users")
 
     def __init__(self, folder: ShardFolder, name: str, fd: int, file_bytes: int) -> None:
-        self._folder, self.name, self.fd, self.file_bytes = folder, name, fd, file_bytes
-        self.users, self.dropped = 0, False
+        self._folder, self.name, self.fd, self.file_bytes, self.users = folder, name, fd, file_bytes, 1
 
     def __enter__(self) -> OpenShard:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._folder.pool.give_back(self)
 
     def stored_bytes(self, record: Record) -> int:
-        """Bytes of the record in the file. Raises CorruptRecordError where the file does not hold so many.
-
-        Where an index tells of a record, nobody has looked at them yet.
-        """
+        """Bytes of the record in the file. Raises CorruptRecordError for what cannot be: an index may be wrong."""
         codec = self._folder.codec_of(record)
         least, most = codec.size_limits(record.h * record.w, self._folder.spec.encoder.channels)
         length = record.stored_bytes or (least if codec.name == NONE else 0)
@@ -103,30 +98,28 @@ class OpenShard:
     def read(self, record: Record, feature: memoryview) -> None:
         """Fill `feature`, which has the size of the feature, from the record: checked, then unpacked.
 
-        Raises CorruptRecordError, CacheAccessError, and SettingsError for memory that cannot be written or where
-        a package is missing.
+        Raises CorruptRecordError, CacheAccessError, and SettingsError for unwritable memory or a missing package.
         """
         codec = self._folder.codec_of(record)
         if codec.name == NONE:
             self.read_stored(record, feature)
             return
         codec.prepare()
-        stored = self.read_stored(record, self._folder.scratch.of(self.stored_bytes(record)))
-        for at in (
-            0,
-            (len(feature) - 1) // 64 * 64,
-        ):  # the system refuses memory at which a decoder would crash
-            self._fill(feature[at : at + 1], record.offset)
+        stored = self.stored(record)
+        # The system refuses memory at which a decoder would crash.
+        self._fill(feature[:1], record.offset)
+        self._fill(feature[(len(feature) - 1) // 64 * 64 :][:1], record.offset)
         try:
             codec.decode(stored, feature, record.h * record.w, self._folder.spec.encoder.channels)
         except ValueError as error:
             self._corrupt(record, f"cannot be unpacked ({error})", error)
 
-    def read_stored(self, record: Record, memory: memoryview) -> memoryview:
-        """Fill `memory`, of `stored_bytes` bytes, with the record as it lies in the file, checked; returns it.
+    def stored(self, record: Record) -> memoryview:
+        """The record as it lies in the file, checked; valid until this thread's next call. Errors as for `read`."""
+        return self.read_stored(record, self._folder.scratch.of(self.stored_bytes(record)))
 
-        Errors as for `read`.
-        """
+    def read_stored(self, record: Record, memory: memoryview) -> memoryview:
+        """The same in `memory`, of `stored_bytes` bytes, which is returned."""
         hasher = xxhash.xxh3_128()
         for at in range(0, len(memory), PIECE_BYTES):
             piece = memory[at : at + PIECE_BYTES]
@@ -159,38 +152,31 @@ class OpenShard:
 
 
 class ShardFolder:
-    """The shards of one store. Safe to use from several threads and, after `start_anew_in_child`, in a fork."""
+    """The shards of one store. Safe to use from several threads, and after `pool.start_anew_in_child` in a fork."""
 
-    def __init__(self, store_dir: str, spec: FeatureSpec, *, fs: FileSystem, max_open: int = 64) -> None:
-        """`max_open`: how many shards are kept open. Raises CacheAccessError."""
+    def __init__(self, store_dir: str, spec: FeatureSpec, *, fs: FileSystem) -> None:
+        """Raises CacheAccessError."""
         self.path = os.path.join(store_dir, SHARDS_FOLDER)
-        self.spec = spec
-        self.fs = fs
-        self.pool = OpenShards(fs, max_open)
-        self.scratch = _Scratch()
+        self.spec, self.fs = spec, fs
+        self.pool, self.scratch = OpenShards(fs), _Scratch()
         self._packed = codec_for(coded_form(spec.feature_dtype), spec.feature_dtype)
-        self._plain = codec_for(NONE, spec.feature_dtype)
-        self._always_packed = spec.feature_dtype not in DTYPE_NAMES
-        self._closed = False
+        always_packed = spec.feature_dtype not in DTYPE_NAMES
+        self._plain = self._packed if always_packed else codec_for(NONE, spec.feature_dtype)
         self._directory: OpenShard | None = None
         self.reopen()
 
     def close(self) -> None:
-        """Close all files, those that are being read as soon as they are not."""
-        self._closed = True
-        self._set_directory(None)
+        """Close all files; those that are being read follow when the read has ended."""
         self.pool.close()
+        self._set_directory(None)
 
     def require_open(self) -> None:
-        if self._closed:
+        if self.pool.closed:
             store_dir = os.path.dirname(self.path)
             raise CacheAccessError(f"the cache {store_dir} was closed: open it again to read from it")
 
-    def start_anew_in_child(self) -> None:
-        self.pool.start_anew_in_child()
-
     def codec_of(self, record: Record) -> Codec:
-        return self._packed if record.stored_bytes or self._always_packed else self._plain
+        return self._packed if record.stored_bytes else self._plain
 
     # ------------------------------------------------------------ names
 
@@ -199,20 +185,19 @@ class ShardFolder:
 
         Where nothing is there by now, the folder that was open stays: it was moved. Raises CacheAccessError.
         """
-        try:
-            fd = self._with_room(lambda: self.fs.open_directory(self.path, follow=False))
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise access_error(self.path, error) from error
+        with accessing(self.path):
+            try:
+                fd = self._with_room(lambda: self.fs.open_directory(self.path, follow=False))
+            except FileNotFoundError:
+                return
         self._set_directory(OpenShard(self, "", fd, 0))
-        if self._closed:  # meanwhile
+        if self.pool.closed:  # meanwhile
             self._set_directory(None)
 
     def _set_directory(self, new: OpenShard | None) -> None:
         old, self._directory = self._directory, new
         if old is not None:
-            self.pool.drop([old])
+            self.pool.give_back(old)
 
     def _in_directory(self, call: Callable[[int], T]) -> T:
         """What `call` makes of a handle of the folder. Raises FileNotFoundError where there is none, and OSError."""
@@ -236,85 +221,87 @@ class ShardFolder:
         if self._directory is not None:
             self._in_directory(lambda dir_fd: sync_directory(self.fs, dir_fd))
 
-    def file_bytes(self, name: str) -> int | None:
-        """The size of the file of this name; None where there is none. Raises CacheAccessError."""
-        status = self._status(name)
-        return None if status is None else status.st_size
-
     def exists(self, name: str) -> bool:
         """Whether there is a plain file of this name. Raises CacheAccessError."""
-        status = self._status(name)
-        return status is not None and is_regular(status)
-
-    def _status(self, name: str) -> os.stat_result | None:
-        try:
-            return self._in_directory(lambda dir_fd: self.fs.stat(name, dir_fd=dir_fd))
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise access_error(os.path.join(self.path, name), error) from error
+        with accessing(os.path.join(self.path, name)):
+            try:
+                return is_regular(self._in_directory(lambda dir_fd: self.fs.stat(name, dir_fd=dir_fd)))
+            except FileNotFoundError:
+                return False
 
     # ------------------------------------------------------------ headers
 
     def header(self, name: str) -> ShardHeader:
         """Parse a shard's header. Raises ShardFormatError, ShardVanishedError or CacheAccessError."""
-        fd, _ = self._open(name)
-        try:
-            with accessing(os.path.join(self.path, name)):
-                header = parse_header(read_header_bytes(self.fs, fd, name), name)
-        finally:
-            release(self.fs, fd)
+        with self._opened_alone(name) as shard:
+            return self._header(shard)
+
+    def _header(self, shard: OpenShard) -> ShardHeader:
+        with accessing(os.path.join(self.path, shard.name)):
+            header = parse_header(read_header_bytes(self.fs, shard.fd, shard.name), shard.name)
         if header.spec != self.spec:
             raise ForeignShardError(
-                f"shard {name} belongs to another store ({header.spec.short_name}): move it there"
+                f"shard {shard.name} belongs to another store ({header.spec.short_name}): move it there"
             )
         return header
 
-    def contents(self, name: str) -> ShardContents:
-        """What a shard holds. Of one with a damaged header, the records whose own part of it is intact.
+    def read_headers(self, names: Iterable[str]) -> tuple[list[ShardEntry], Rows]:
+        """What the shards hold, without those that are gone; `shard` counts in the entries. Raises CacheAccessError."""
+        entries: list[ShardEntry] = []
+        parts: list[Rows] = []
+        for name in names:
+            with suppress(ShardVanishedError):
+                entry, rows = self.contents(name)
+                rows["shard"] = len(entries)
+                entries.append(entry)
+                parts.append(rows)
+        return entries, join_rows(parts)
+
+    def contents(self, name: str) -> tuple[ShardEntry, Rows]:
+        """What a shard holds. If its header is damaged, the records whose own part of it is intact; `shard` is 0.
 
         Raises ShardVanishedError or CacheAccessError.
         """
         try:
-            header = self.header(name)
-        except ShardFormatError as error:
-            return self._remains(name, error)
-        return ShardContents(rows=header.rows, codec=header.codec)
+            with self._opened_alone(name) as shard:
+                try:
+                    header = self._header(shard)
+                except ShardFormatError as error:
+                    return self._remains(shard, error)
+                return ShardEntry(name, shard.file_bytes, header.codec), header.rows
+        except ForeignShardError as error:  # not a plain file
+            return ShardEntry(name, 0, problem=str(error), foreign=True), make_rows([])
 
-    def _remains(self, name: str, error: ShardFormatError) -> ShardContents:
+    def _remains(self, shard: OpenShard, error: ShardFormatError) -> tuple[ShardEntry, Rows]:
         unknown, foreign = isinstance(error, UnknownFormatError), isinstance(error, ForeignShardError)
         records: list[Record] = []
         if unknown or not foreign:
             # A record that matches a checksum of this version was written in it: later ones take another.
-            records = self._rescued(name, naming=self.spec.fingerprint if unknown else "")
+            records = self._rescued(shard, naming=self.spec.fingerprint if unknown else "")
         codec = coded_form(self.spec.feature_dtype) if any(r.stored_bytes for r in records) else NONE
-        return ShardContents(
-            rows=make_rows(records), codec=codec, problem=str(error), foreign=foreign and not records
-        )
+        foreign = foreign and not records
+        return ShardEntry(shard.name, shard.file_bytes, codec, str(error), foreign), make_rows(records)
 
-    def _rescued(self, name: str, naming: str = "") -> list[Record]:
-        """Where the data begin is not believed either, but what makes a record match its checksum.
-
-        None where the header does not have the text `naming`.
-        """
-        with self.opened(name) as shard:
-            with accessing(os.path.join(self.path, name)):
-                remains = read_bytes(self.fs, shard.fd, LENGTH_BYTES + MAX_HEADER_BYTES, 0)
-            if naming.encode() not in remains:
-                return []
+    def _rescued(self, shard: OpenShard, naming: str) -> list[Record]:
+        """What is left of a damaged header that has the text `naming`. A sound record proves where the data begin."""
+        with accessing(os.path.join(self.path, shard.name)):
+            remains = read_bytes(self.fs, shard.fd, LENGTH_BYTES + MAX_HEADER_BYTES, 0)
+        if naming.encode() in remains:
             for records in rescue_records(remains, shard.file_bytes, self.spec):
-                if any(self._is_intact(shard, record) for record in records[:_RECORDS_PROVED]):
+                if any(self.is_intact(shard.name, record) for record in records[:_RECORDS_PROVED]):
                     return records
         return []
 
-    def _is_intact(self, shard: OpenShard, record: Record) -> bool:
+    # ------------------------------------------------------------ records
+
+    def is_intact(self, name: str, record: Record) -> bool:
+        """Raises CacheAccessError."""
         try:
-            shard.read_stored(record, self.scratch.of(shard.stored_bytes(record)))
-        except CorruptRecordError:
+            with self.opened(name) as shard:
+                shard.stored(record)
+        except (CorruptRecordError, ShardFormatError):
             return False
         return True
-
-    # ------------------------------------------------------------ records
 
     def opened(self, name: str) -> OpenShard:
         """The shard, open until the end of the `with` statement that this is for.
@@ -327,14 +314,23 @@ class ShardFolder:
             shared = self.pool.add(OpenShard(self, name, *self._open(name)))
         return shared
 
+    @contextmanager
+    def _opened_alone(self, name: str) -> Iterator[OpenShard]:
+        """The same, not kept open: one of many whose header is read once."""
+        fd, file_bytes = self._open(name)
+        with released_after(self.fs, fd):
+            yield OpenShard(self, name, fd, file_bytes)
+
     def _open(self, name: str) -> tuple[int, int]:
         path = os.path.join(self.path, name)
-        try:
-            return self._in_directory(lambda dir_fd: open_regular(self.fs, name, dir_fd))
-        except FileNotFoundError as error:
-            raise _vanished(path) from error
-        except OSError as error:
-            raise access_error(path, error) from error
+        with accessing(path):
+            try:
+                return self._in_directory(lambda dir_fd: open_regular(self.fs, name, dir_fd))
+            except FileNotFoundError as error:
+                raise ShardVanishedError(
+                    f"{path} is no longer there, although this process has seen it: it was removed, by "
+                    "`vggt-cache prune` or by hand; open the cache again, or call refresh()"
+                ) from error
 
     def _with_room(self, call: Callable[[], T]) -> T:
         """The call's result. Where descriptors run out, shards that nobody is reading are closed, and it goes on."""
@@ -347,18 +343,9 @@ class ShardFolder:
                     raise
 
 
-def _vanished(path: str) -> ShardVanishedError:
-    return ShardVanishedError(
-        f"{path} is no longer there, although this process has seen it: it was removed, by `vggt-cache prune` "
-        "or by hand; open the cache again, or call refresh()"
-    )
-
-
 def open_regular(fs: FileSystem, name: str, dir_fd: int) -> tuple[int, int]:
     """Descriptor and size in bytes of a plain file. Raises ForeignShardError for anything else, or OSError."""
-    refusal = ForeignShardError(
-        f"shard {name} cannot be read: it is not a plain file; put the file itself there"
-    )
+    refusal = ForeignShardError(f"{name} cannot be read: it is not a plain file; put the file itself there")
     try:
         fd = fs.open_file(name, dir_fd=dir_fd)
     except OSError as error:
@@ -388,11 +375,8 @@ def read_header_bytes(fs: FileSystem, fd: int, name: str) -> bytes:
 class OpenShards:
     """Open shards, least recently used first. One in use is never closed, or its number could be another's."""
 
-    def __init__(self, fs: FileSystem, limit: int) -> None:
-        self._fs = fs
-        self.limit = limit
-        """How many are kept open beyond those in use."""
-        self._closed = False
+    def __init__(self, fs: FileSystem) -> None:
+        self._fs, self.limit, self.closed = fs, MAX_OPEN, False
         self._forget()
 
     def _forget(self) -> None:
@@ -404,41 +388,40 @@ class OpenShards:
     def take(self, name: str) -> OpenShard | None:
         """The shard, if it is open; it stays so until `give_back`."""
         with self.lock:
-            shared = self._shards.get(name)
-            if shared is not None:
+            if (shared := self._shards.get(name)) is not None:
                 self._shards.move_to_end(name)
                 shared.users += 1
             return shared
 
     def add(self, opened: OpenShard) -> OpenShard:
-        """Keep a shard that was just opened, in use until `give_back`; or the one that another thread opened before."""
+        """Keep a shard that was just opened; returns it, or the same one that another thread opened before."""
         with suppress(OSError):  # a hint, and no more
             self._fs.expect_scattered_reads(opened.fd)
         with self.lock:
-            opened.dropped = self._closed  # meanwhile
-            shared = opened if self._closed else self._shards.setdefault(opened.name, opened)
+            if self.closed:  # meanwhile
+                return opened
+            shared = self._shards.setdefault(opened.name, opened)
             shared.users += 1
             idle = self._pop_idle(len(self._shards) - self.limit)
-        if shared is not opened:
-            idle.append(opened)
-        self._release(idle)
+        self._release(idle if shared is opened else [*idle, opened])
         return shared
 
     def hold(self, opened: OpenShard) -> bool:
         """Keep it open until `give_back`; False where it is closed already."""
         with self.lock:
-            opened.users += not opened.dropped
-            return not opened.dropped
+            opened.users += opened.users > 0
+            return opened.users > 0
 
     def give_back(self, shard: OpenShard) -> None:
+        """Close it as soon as nobody uses it any more."""
         with self.lock:
             shard.users -= 1
-            last = shard.dropped and not shard.users
-        if last:
+            unused = shard.users == 0
+        if unused:
             release(self._fs, shard.fd)
 
     def _pop_idle(self, count: int) -> list[OpenShard]:
-        names = [name for name, shared in self._shards.items() if not shared.users][: max(0, count)]
+        names = [name for name, shared in self._shards.items() if shared.users == 1][: max(0, count)]
         return [self._shards.pop(name) for name in names]
 
     def _release(self, shards: list[OpenShard]) -> None:
@@ -446,9 +429,9 @@ class OpenShards:
             release(self._fs, shared.fd)
 
     def release_idle(self, seen: int) -> bool:
-        """Close what is not in use, because descriptors ran out; from now on keep fewer.
+        """Close what is not in use, because descriptors ran out after `seen` releases; from now on keep fewer.
 
-        `seen`: `releases` before the attempt that failed. False: nothing was closed since then, nor can be.
+        False: nothing was closed since then, nor can be.
         """
         with self.lock:
             if self.releases != seen:
@@ -459,19 +442,13 @@ class OpenShards:
             self.releases += bool(idle)
         return bool(idle)
 
-    def drop(self, shards: Collection[OpenShard]) -> None:
-        """Close them, those that are in use as soon as they are not."""
-        with self.lock:
-            idle = [shared for shared in shards if not shared.users]
-            for shared in shards:
-                shared.dropped = True
-        self._release(idle)
-
     def close(self) -> None:
+        """Those that are in use are closed as soon as they are not."""
         with self.lock:
-            self._closed = True
-            shards, self._shards = list(self._shards.values()), OrderedDict()
-        self.drop(shards)
+            self.closed = True
+            shards, self._shards = self._shards, OrderedDict()
+        for shared in shards.values():
+            self.give_back(shared)
 
     def start_anew_in_child(self) -> None:
         """After fork: a lock may be held, and a shard in use, by a thread that does not exist here."""
@@ -484,8 +461,7 @@ class ReusedMemory:
     """Bytes that are used again and again, grown as needed: fresh memory costs a page fault each 4 KiB.
 
     They start at a multiple of 64 bytes, as torch's do. Some processors copy several times more slowly to a place that
-    lies 1 to 31 bytes further in its page than the source does in its own, and records lie at the start of pages,
-    while large memory of bytearray and numpy starts 16 or 32 bytes behind it.
+    lies 1 to 31 bytes further in its page than the source, and records lie at the start of pages.
     """
 
     def __init__(self) -> None:

@@ -10,12 +10,10 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-import xxhash
-
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.store.index import IndexFile
-from vggt_cache.store.record import RecordTable, Rows, join_rows
-from vggt_cache.store.shards import ShardFolder, ShardVanishedError
+from vggt_cache.store.record import RecordTable, join_rows
+from vggt_cache.store.shards import ShardFolder
 
 MAX_LISTINGS = 4
 """How often the folder is listed while shards go on to vanish."""
@@ -36,15 +34,6 @@ class Snapshot:
     unindexed: tuple[str, ...] = ()
     """Shards whose header was read, because no saved index covered them."""
 
-    def digest(self, spec: FeatureSpec) -> str:
-        """32 hex digits that are the same for the same set of shards of the same store."""
-        return xxhash.xxh3_128_hexdigest("\n".join((spec.fingerprint, *self.names)).encode())
-
-    def sound_shards(self) -> list[str]:
-        """Those of the table whose header is as it should be: an index may cover them."""
-        damaged = {name for name, _ in self.damaged}
-        return [name for name in self.table.shards if name not in damaged]
-
 
 NOTHING = Snapshot(names=(), table=RecordTable((), join_rows([])))
 
@@ -52,16 +41,15 @@ NOTHING = Snapshot(names=(), table=RecordTable((), join_rows([])))
 class SnapshotTaker:
     """Takes snapshots of one store, and saves its index. Not for several threads at once."""
 
-    def __init__(self, store_dir: str, spec: FeatureSpec, shards: ShardFolder) -> None:
+    def __init__(
+        self, store_dir: str, spec: FeatureSpec, shards: ShardFolder, *, use_index: bool = True
+    ) -> None:
+        self.use_index = use_index
+        self.index = IndexFile(store_dir, spec.fingerprint, shards.fs)
         self._store_dir = store_dir
         self._shards = shards
-        self.index = IndexFile(store_dir, spec.fingerprint, shards.fs)
 
-    # ------------------------------------------------------------ taking
-
-    def take(
-        self, before: Snapshot | None = None, *, known_names: Iterable[str] = (), use_index: bool = True
-    ) -> Snapshot:
+    def take(self, before: Snapshot = NOTHING, *, known_names: Iterable[str] = ()) -> Snapshot:
         """The store as it is now; `before`, `known_names`: what is known already. Raises CacheAccessError.
 
         No listing is relied on to be complete: one that is made while `prune` removes a shard may show neither that
@@ -73,12 +61,13 @@ class SnapshotTaker:
         for _ in range(MAX_LISTINGS):
             names = self._shards.names()
             # Only now: what was removed before the listing ended has its successor in here.
-            loaded = self.index.load() if use_index and before is None else None
+            wanted = before is NOTHING or len(set(names).difference(before.names)) > _FEW_SHARDS
+            loaded = self.index.load() if self.use_index and wanted else None
             known = set(self.index.shard_names() if loaded is None else loaded.shards)
-            known.update(known_names, before.names if before is not None else ())
+            known.update(known_names, before.names)
             missing = known.difference(names, gone)
             found = {name for name in missing if self._shards.exists(name)}
-            snapshot = self._assemble(sorted({*names, *found}), loaded, before, use_index)
+            snapshot = self._assemble(sorted({*names, *found}), before, loaded)
             vanished = {*(missing - found), *names} - {*snapshot.names} - gone
             if not vanished:
                 break
@@ -87,61 +76,36 @@ class SnapshotTaker:
 
     def exactly(self, names: Sequence[str]) -> Snapshot:
         """The snapshot of just these shards, in order. Raises CacheAccessError, also if one of them is gone."""
-        snapshot = self._assemble(list(names), self.index.load(), None, True)
+        snapshot = self._assemble(names, NOTHING, self.index.load())
         for name in set(names) - set(snapshot.names):
             self._shards.contents(name)  # raises what is to be said of a shard that is gone
         return snapshot
 
     def without_index(self, snapshot: Snapshot) -> Snapshot:
-        """The same shards as in `snapshot`, all read from their headers; those that are gone are left out."""
-        return self._assemble(list(snapshot.names), None, None, False)
+        """The same shards without those that are gone, read from their headers, now and from now on."""
+        self.use_index = False
+        return self._assemble(snapshot.names, NOTHING, None)
 
-    def _assemble(
-        self, names: list[str], loaded: RecordTable | None, before: Snapshot | None, use_index: bool
-    ) -> Snapshot:
+    def _assemble(self, names: Sequence[str], before: Snapshot, loaded: RecordTable | None) -> Snapshot:
         """The snapshot of these shards, except those that are gone."""
-        base = before or NOTHING
-        if before is None and loaded is not None:
-            base = Snapshot(names=loaded.shards, table=loaded)
-        known = frozenset(base.names)
+        tables = [before.table] if loaded is None else [before.table, loaded]
+        known = {*before.names, *tables[-1].shards}
         new = [name for name in names if name not in known]
-        parts = [(base.table.shards, base.table.rows)]
-        if before is not None and use_index and len(new) > _FEW_SHARDS:
-            later = self.index.load()
-            if later is not None:
-                parts.append((later.shards, later.rows))
-                new = sorted(set(new).difference(later.shards))
-        read, rows, damaged, gone = self._read_headers(new)
+        entries, rows = self._shards.read_headers(new)
+        read = [entry.name for entry in entries]
+        gone = set(new).difference(read)
         present = tuple(name for name in names if name not in gone)
-        table = base.table
-        if read or len(parts) > 1 or not set(table.shards).issubset(present):
-            table = RecordTable.merged(present, [*parts, (read, rows)])
-        damaged += [item for item in base.damaged if item[0] in present]
-        unindexed = {*new, *base.unindexed}.intersection(present)
+        there = frozenset(present)
+        parts = [(table.shards, table.rows) for table in tables if table.shards]
+        table = tables[-1]
+        if read or len(parts) > 1 or not there.issuperset(table.shards):
+            table = RecordTable.merged(there, [*parts, (read, rows)])
+        damaged = [(entry.name, entry.problem) for entry in entries if entry.problem]
+        damaged += [item for item in before.damaged if item[0] in there]
+        unindexed = there.intersection((*read, *before.unindexed))
         return Snapshot(
             names=present, table=table, damaged=tuple(sorted(damaged)), unindexed=tuple(sorted(unindexed))
         )
-
-    def _read_headers(self, names: Iterable[str]) -> tuple[list[str], Rows, list[tuple[str, str]], set[str]]:
-        """Shards that have records, their rows (whose `shard` counts in these), damaged with reason, and gone."""
-        read: list[str] = []
-        parts: list[Rows] = []
-        damaged, gone = [], set()
-        for name in names:
-            try:
-                contents = self._shards.contents(name)
-            except ShardVanishedError:
-                gone.add(name)
-                continue
-            if contents.problem:
-                damaged.append((name, contents.problem))
-            if not contents.problem or len(contents.rows):
-                contents.rows["shard"] = len(read)
-                parts.append(contents.rows)
-                read.append(name)
-        return read, join_rows(parts), damaged, gone
-
-    # ------------------------------------------------------------ saving
 
     def save(self, snapshot: Snapshot) -> bool:
         """Save an index of `snapshot` for all readers to come; False, with a warning, where that cannot be.
@@ -161,17 +125,19 @@ class SnapshotTaker:
 
     def save_or_raise(self, snapshot: Snapshot) -> None:
         """The same, where something depends on it. Raises OSError, CacheAccessError."""
-        saved = self.index.load()
-        wanted = snapshot.sound_shards()
+        saved = self.index.load() or NOTHING.table
+        damaged = {
+            name for name, _ in snapshot.damaged
+        }  # no index may cover a shard whose header is not as it was
+        wanted = [name for name in snapshot.table.shards if name not in damaged]
         # What another process has named there must not be forgotten: a reader's listing may lack it.
-        others = set(saved.shards).difference(snapshot.names) if saved is not None else set()
+        others = set(saved.shards).difference(snapshot.names)
         alive = {name for name in others if self._shards.exists(name)}
-        if saved is not None and alive == others and set(wanted) <= set(saved.shards):
+        if saved is not NOTHING.table and alive == others and set(wanted) <= set(saved.shards):
             return
-        parts = [(snapshot.table.shards, snapshot.table.rows)]
-        if saved is not None and alive:
-            parts.append((saved.shards, saved.rows))
-        whole = not alive and len(wanted) == len(snapshot.table.shards)
-        table = snapshot.table if whole else RecordTable.merged([*wanted, *alive], parts)
+        table = snapshot.table
+        if alive or len(wanted) < len(table.shards):
+            parts = [(table.shards, table.rows), (saved.shards, saved.rows)]
+            table = RecordTable.merged([*wanted, *alive], parts)
         self._shards.sync_names()  # what the index lists must not be lost in a power failure
         self.index.save(table)

@@ -47,7 +47,7 @@ def check_target(out: torch.Tensor, spec: FeatureSpec, h: int, w: int) -> None:
 
 
 def bytes_for(length: int, out: torch.Tensor | None) -> torch.Tensor:
-    """uint8 [length] on the CPU: the first bytes of `out` where it is given. Raises SettingsError if it is unfit."""
+    """uint8 [length] on the CPU: the first bytes of `out` where it is given. Raises SettingsError for an unfit one."""
     if out is None:
         return torch.empty(length, dtype=torch.uint8, device="cpu")
     if out.dtype != torch.uint8 or out.ndim != 1 or not out.is_cpu or len(out) < length or out.stride(0) != 1:

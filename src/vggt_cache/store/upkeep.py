@@ -1,14 +1,14 @@
 """Removing what no reader can get, repairing shards with damaged records, and rewriting shards with another codec.
 
 A shard is never changed: what is needed of it is committed to a new one, proved, named in the index, and only then the
-old one goes. Whatever moment this is killed at, every key is served as before, and the next call goes on.
+old one goes. Whenever this is killed, every key is served as before, and the next call goes on.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,24 +17,18 @@ import numpy.typing as npt
 from vggt_cache.codec import NONE, codec_for, coded_form, shard_codec
 from vggt_cache.errors import CommitError, CorruptRecordError, ShardFormatError
 from vggt_cache.identity import FeatureSpec
-from vggt_cache.store.directory import survey
+from vggt_cache.store.directory import list_stores
 from vggt_cache.store.filesystem import (
     OPERATING_SYSTEM,
     FileSystem,
-    access_error,
-    commit_error,
-    opened_directory,
+    accessing,
+    committing,
+    released_after,
     sync_directory,
 )
-from vggt_cache.store.inventory import (
-    TEMP_MIN_AGE_S,
-    Inventory,
-    RecordChecker,
-    dead_temp_files,
-    take_inventory,
-)
-from vggt_cache.store.record import Record, Rows, key_groups, payload_bytes, stored_length, unpack_rows
-from vggt_cache.store.shards import SHARDS_FOLDER, ReusedMemory, ShardFolder, ShardVanishedError
+from vggt_cache.store.inventory import TEMP_MIN_AGE_S, Inventory, dead_temp_files, take_inventory
+from vggt_cache.store.record import Record, begins_key, payload_bytes, stored_length, unpack_rows
+from vggt_cache.store.shards import ReusedMemory, ShardFolder, ShardVanishedError
 from vggt_cache.store.snapshot import SnapshotTaker
 from vggt_cache.store.writer import ShardWriter
 
@@ -50,20 +44,14 @@ class _StoreKeeper:
 
     def __init__(self, cache_dir: str, spec: FeatureSpec, fs: FileSystem, *, dry_run: bool) -> None:
         self.store_dir = os.path.join(cache_dir, spec.short_name)
-        self.shards_dir = os.path.join(self.store_dir, SHARDS_FOLDER)
-        self.dry_run = dry_run
-        self.spec = spec
-        self.fs = fs
+        self.dry_run, self.spec, self.fs = dry_run, spec, fs
         self.shards = ShardFolder(self.store_dir, spec, fs=fs)
-        self.checker = RecordChecker(self.shards)
+        self.gone: set[str] = set()
+        """Shards that were removed, or in a dry run would be."""
         self._taker = SnapshotTaker(self.store_dir, spec, self.shards)
         self._known: set[str] = set()
         """Shards that were there, or made, since this began."""
-        self._value = ReusedMemory()
-        self._proof = ReusedMemory()
-
-    def close(self) -> None:
-        self.shards.close()
+        self._value, self._proof = ReusedMemory(), ReusedMemory()
 
     def inventory(self) -> Inventory:
         """What is there. Raises CacheAccessError."""
@@ -79,13 +67,12 @@ class _StoreKeeper:
         First the index names what takes their place, and before that the disk knows these names: a reader that lists
         the folder meanwhile may see neither, and a power loss must not take both. Raises CommitError, CacheAccessError.
         """
+        self.gone.update(names)
         if names and not self.dry_run:
-            try:
+            with committing(self.store_dir):
                 self._save_index()
-            except OSError as error:
-                raise commit_error(self.store_dir, error) from error
             for name in names:
-                self.remove_file(self.shards_dir, name)
+                self.remove_file(self.shards.path, name)
 
     def _save_index(self) -> None:
         snapshot = self._taker.take(known_names=self._known)
@@ -99,20 +86,20 @@ class _StoreKeeper:
 
     def forget_removed(self) -> None:
         """Save an index without them. Nothing depends on it. Raises CacheAccessError."""
-        self._taker.save(self._taker.take())
+        if self.gone and not self.dry_run:
+            self._taker.save(self._taker.take())
 
     def remove_file(self, folder: str, name: str) -> None:
         """Remove a file, durably; it may be gone already. Raises CacheAccessError."""
         if self.dry_run:
             return
-        try:
-            with opened_directory(self.fs, folder, follow=True) as dir_fd:
-                self.fs.unlink(name, dir_fd=dir_fd)
-                sync_directory(self.fs, dir_fd)
-        except FileNotFoundError:
-            pass  # another process was quicker
-        except OSError as error:
-            raise access_error(os.path.join(folder, name), error) from error
+        with (
+            accessing(os.path.join(folder, name)),
+            suppress(FileNotFoundError),  # another process was quicker
+            released_after(self.fs, self.fs.open_directory(folder)) as dir_fd,
+        ):
+            self.fs.unlink(name, dir_fd=dir_fd)
+            sync_directory(self.fs, dir_fd)
 
     # ------------------------------------------------------------ rewriting
 
@@ -129,56 +116,48 @@ class _StoreKeeper:
             written = [self._copy(writer, shard, record, codec) for record in in_order]
             name = writer.commit()
         self._known.add(name)
-        self._prove(name, written)
-        return self.shards.file_bytes(name) or 0
+        return self._proved_bytes(name, written)
 
     def _copy(self, writer: ShardWriter, shard: str, record: Record, codec: str) -> Record:
         """Write one record, and see that what is in the file unpacks to the same bytes."""
-        packed = record.stored_bytes > 0
-        if packed == (
-            shard_codec(self.spec.feature_dtype, codec) != NONE
-        ):  # there is one codec for each dtype
-            value = self.checker.stored(shard, record)
-            writer.append_stored(record.key, record.h, record.w, value)
-            copy, stored = writer.read_back(record.key)
-            same = memoryview(stored) == value
-        else:
-            value = self._value.of(payload_bytes(self.spec, record.h, record.w))
-            with self.shards.opened(shard) as opened:
+        payload = payload_bytes(self.spec, record.h, record.w)
+        # There is one codec for each dtype, so that a packed record needs no other packing.
+        as_it_is = (record.stored_bytes > 0) == (shard_codec(self.spec.feature_dtype, codec) != NONE)
+        with self.shards.opened(shard) as opened:
+            if as_it_is:
+                value = opened.stored(record)
+                writer.append_stored(record.key, record.h, record.w, value)
+            else:
+                value = self._value.of(payload)
                 opened.read(record, value)
-            writer.append_payload(record.key, record.h, record.w, value)
-            copy, stored = writer.read_back(record.key)
-            same = self._unpacked(copy, stored, codec) == value
-        if not same:
+                writer.append_payload(record.key, record.h, record.w, value)
+        copy, stored = writer.read_back(record.key)
+        proof = memoryview(stored)
+        if not as_it_is:
+            proof = self._proof.of(payload)
+            decoder = codec_for(codec, self.spec.feature_dtype)
+            try:
+                decoder.decode(memoryview(stored), proof, copy.h * copy.w, self.spec.encoder.channels)
+            except ValueError:
+                proof = memoryview(b"")
+        if proof != value:
             raise CommitError(
                 f"record {record.key.hex()} of shard {shard} is changed by codec {codec}, so "
                 "nothing was changed: examine memory and disk of this machine (vggt-cache doctor)"
             )
         return copy
 
-    def _unpacked(self, record: Record, stored: bytes, codec: str) -> memoryview:
-        proof = self._proof.of(payload_bytes(self.spec, record.h, record.w))
-        decoder = codec_for(codec, self.spec.feature_dtype)
-        try:
-            decoder.decode(memoryview(stored), proof, record.h * record.w, self.spec.encoder.channels)
-        except ValueError:
-            return memoryview(b"")
-        return proof
-
-    def _prove(self, name: str, written: list[Record]) -> None:
-        """See that the committed shard says and holds what was written; else take it back."""
-        try:
-            intact = self.shards.header(name).records == written and all(
-                self.checker.is_intact(name, record) for record in written
-            )
-        except ShardFormatError:
-            intact = False
-        if not intact:
-            self.remove_file(self.shards_dir, name)
-            raise CommitError(
-                f"shard {name} was committed and does not read back as it was written, so it was removed again and the "
-                "old one kept: examine this disk (vggt-cache doctor)"
-            )
+    def _proved_bytes(self, name: str, written: list[Record]) -> int:
+        """The size of a committed shard that says and holds what was written; any other one is taken back."""
+        with suppress(ShardFormatError):
+            header = self.shards.header(name)
+            if header.records == written and all(self.shards.is_intact(name, record) for record in written):
+                return header.data_end
+        self.remove_file(self.shards.path, name)
+        raise CommitError(
+            f"shard {name} was committed and does not read back as it was written, so it was removed again and the "
+            "old one kept: examine this disk (vggt-cache doctor)"
+        )
 
 
 # ---------------------------------------------------------------- prune
@@ -215,94 +194,71 @@ def prune(
     """
     path = os.path.abspath(cache_dir)
     actions: list[PruneAction] = []
-    for spec in survey(path, fs).specs:
-        pruner = _Pruner(_StoreKeeper(path, spec, fs, dry_run=dry_run))
-        try:
-            actions += pruner.run(damaged=damaged, min_age_s=min_age_s)
-        finally:
-            pruner.keeper.close()
+    for spec in list_stores(path, fs):
+        keeper = _StoreKeeper(path, spec, fs, dry_run=dry_run)
+        with closing(keeper.shards):
+            for folder, name, size in dead_temp_files(keeper.store_dir, min_age_s, fs):
+                keeper.remove_file(folder, name)
+                reason = "a temporary file whose writer is gone"
+                actions.append(PruneAction(path=os.path.join(folder, name), bytes=size, reason=reason))
+            if damaged:
+                actions += _repair(keeper, keeper.inventory())
+            actions += _remove_superseded(keeper, keeper.inventory())
+            keeper.forget_removed()
     return actions
 
 
-class _Pruner:
-    def __init__(self, keeper: _StoreKeeper) -> None:
-        self.keeper = keeper
-        self._gone: set[str] = set()
-
-    def run(self, *, damaged: bool, min_age_s: float) -> Iterator[PruneAction]:
-        keeper = self.keeper
-        for folder, name, size in dead_temp_files(keeper.store_dir, min_age_s, keeper.fs):
-            keeper.remove_file(folder, name)
-            yield PruneAction(
-                path=os.path.join(folder, name), bytes=size, reason="a temporary file whose writer is gone"
-            )
-        if damaged:
-            yield from self._repair(keeper.inventory())
-        yield from self._remove(list(self._superseded(keeper.inventory())))
-        if self._gone and not keeper.dry_run:
-            keeper.forget_removed()
-
-    def _remove(self, actions: list[PruneAction]) -> list[PruneAction]:
-        names = [os.path.basename(action.path) for action in actions]
-        self.keeper.remove_shards(names)
-        self._gone.update(names)
-        return actions
-
-    def _repair(self, found: Inventory) -> Iterator[PruneAction]:
-        intact = self.keeper.checker.intact(found)
-        kept = _first_intact_of_each_key(found, intact)
-        spoilt = set(np.unique(found.rows["shard"][~intact]).tolist())
-        spoilt.update(
-            number for number, shard in enumerate(found.shards) if shard.problem and not shard.foreign
-        )
-        # Latest first: a record that an older shard does not keep is in a sound shard by the time that one goes.
-        for number in sorted(spoilt, reverse=True):
-            shard, mine = found.shards[number], found.rows["shard"] == number
-            bad = int((mine & ~intact).sum())
-            reason = shard.problem or f"{bad} of its records are damaged"
-            records = [record for _, record in unpack_rows(found.rows[mine & kept])]
-            try:
-                yield from self._remove([self._moved(shard.name, shard.file_bytes, records, reason)])
-            except (CorruptRecordError, ShardFormatError):
-                return  # worse by now: this one and those that rely on it stay for another time
-
-    def _moved(self, name: str, size: int, records: list[Record], reason: str) -> PruneAction:
-        """Commit the intact records that are served from this shard to a new one; the old one can go."""
-        keeper = self.keeper
-        kept_bytes = sum(stored_length(keeper.spec, record) for record in records)
+def _repair(keeper: _StoreKeeper, found: Inventory) -> Iterator[PruneAction]:
+    intact = _intact_rows(keeper.shards, found)
+    # Of each key the copy that would be served if no damaged record existed.
+    kept = np.flatnonzero(intact)
+    kept = kept[begins_key(found.rows[kept])]
+    spoilt = set(np.unique(found.rows["shard"][~intact]).tolist())
+    spoilt.update(number for number, shard in enumerate(found.shards) if shard.problem and not shard.foreign)
+    # Latest first: a record that an older shard does not keep is in a sound shard by the time that one goes.
+    for number in sorted(spoilt, reverse=True):
+        shard, bad = found.shards[number], int((found.rows["shard"][~intact] == number).sum())
+        records = [record for _, record in unpack_rows(found.rows[kept[found.rows["shard"][kept] == number]])]
         if records and not keeper.dry_run:
             packed = any(record.stored_bytes for record in records)
-            keeper.rewrite(name, records, coded_form(keeper.spec.feature_dtype) if packed else NONE)
+            try:
+                keeper.rewrite(shard.name, records, coded_form(keeper.spec.feature_dtype) if packed else NONE)
+            except (CorruptRecordError, ShardFormatError):
+                return  # worse by now: this one and those that rely on it stay for another time
+        keeper.remove_shards([shard.name])
         moves = f"the {len(records)} others move to a new shard" if records else "no other is needed"
-        path = os.path.join(keeper.shards_dir, name)
-        return PruneAction(path=path, bytes=max(0, size - kept_bytes), reason=f"{reason}; {moves}")
-
-    def _superseded(self, found: Inventory) -> Iterator[PruneAction]:
-        groups, shards = key_groups(found.rows), found.rows["shard"]
-        served = np.flatnonzero(found.served)
-        for number in found.superseded_shards():
-            shard = found.shards[number]
-            winners = found.rows[served[groups[shards == number]]]
-            if shard.name not in self._gone and self._all_sound(found, winners):
-                path = os.path.join(self.keeper.shards_dir, shard.name)
-                reason = "later shards hold all of its records, intact"
-                yield PruneAction(path=path, bytes=shard.file_bytes, reason=reason)
-
-    def _all_sound(self, found: Inventory, rows: Rows) -> bool:
-        return all(
-            not found.shards[shard].problem
-            and self.keeper.checker.is_intact(found.shards[shard].name, record)
-            for shard, record in unpack_rows(rows)
+        kept_bytes = sum(stored_length(keeper.spec, record) for record in records)
+        yield PruneAction(
+            path=os.path.join(keeper.shards.path, shard.name),
+            bytes=max(0, shard.file_bytes - kept_bytes),
+            reason=f"{shard.problem or f'{bad} of its records are damaged'}; {moves}",
         )
 
 
-def _first_intact_of_each_key(found: Inventory, intact: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """For each row whether it is what would be served if no damaged record existed."""
-    positions = np.flatnonzero(intact)
-    _, first = np.unique(key_groups(found.rows)[positions], return_index=True)
-    kept = np.zeros(len(found.rows), np.bool_)
-    kept[positions[first]] = True
-    return kept
+def _intact_rows(shards: ShardFolder, found: Inventory) -> npt.NDArray[np.bool_]:
+    """For each row whether its record is intact. Reads the whole store, shard by shard."""
+    intact = np.zeros(len(found.rows), np.bool_)
+    order = np.lexsort((found.rows["offset"], found.rows["shard"]))
+    for position, (shard, record) in zip(order, unpack_rows(found.rows[order]), strict=True):
+        intact[position] = shards.is_intact(found.shards[shard].name, record)
+    return intact
+
+
+def _remove_superseded(keeper: _StoreKeeper, found: Inventory) -> list[PruneAction]:
+    shards = []
+    for number in found.superseded_shards():
+        winners = found.rows[found.winners[found.rows["shard"] == number]]
+        if found.shards[number].name not in keeper.gone and all(
+            not found.shards[newer].problem and keeper.shards.is_intact(found.shards[newer].name, record)
+            for newer, record in unpack_rows(winners)
+        ):
+            shards.append(found.shards[number])
+    keeper.remove_shards([shard.name for shard in shards])
+    reason = "later shards hold all of its records, intact"
+    return [
+        PruneAction(path=os.path.join(keeper.shards.path, shard.name), bytes=shard.file_bytes, reason=reason)
+        for shard in shards
+    ]
 
 
 # ---------------------------------------------------------------- convert
@@ -343,52 +299,40 @@ def convert(
     wanted = shard_codec(spec.feature_dtype, codec)
     codec_for(wanted, spec.feature_dtype).prepare()
     keeper = _StoreKeeper(os.path.abspath(cache_dir), spec, fs, dry_run=dry_run)
-    try:
-        yield from _converted(keeper, wanted, codec)
-    finally:
-        keeper.close()
-
-
-def _converted(keeper: _StoreKeeper, wanted: str, codec: str) -> Iterator[Converted]:
-    found = keeper.inventory()
-    served, removed, waiting = found.served, False, dict[str, int]()
-    winners = np.flatnonzero(served)[key_groups(found.rows)]
-    try:
-        for number, shard in enumerate(found.shards):
-            if shard.codec == wanted or shard.problem:
-                continue
-            mine = found.rows["shard"] == number
-            records = [record for _, record in unpack_rows(found.rows[mine & served])]
-            outcome = Converted(shard=shard.name, records=len(records), bytes_before=shard.file_bytes)
-            if not keeper.dry_run:
-                outcome = _convert_one(
-                    keeper, outcome, records, codec, found, found.rows[winners[mine & ~served]]
-                )
-                if not outcome.problem:
+    with closing(keeper.shards):
+        found, waiting = keeper.inventory(), dict[str, int]()
+        try:
+            for number, shard in enumerate(found.shards):
+                if shard.codec == wanted or shard.problem:
+                    continue
+                outcome = _convert_one(keeper, found, number, codec)
+                if not dry_run and not outcome.problem:
                     waiting[shard.name] = shard.file_bytes
-            yield outcome
-            if sum(waiting.values()) > WAITING_BYTES:
-                keeper.remove_shards(list(waiting))
-                removed, waiting = True, {}
-    finally:
-        keeper.remove_shards(list(waiting))
-        if removed or waiting:
+                yield outcome
+                if sum(waiting.values()) > WAITING_BYTES:
+                    keeper.remove_shards(list(waiting))
+                    waiting = {}
+        finally:
+            keeper.remove_shards(list(waiting))
             keeper.forget_removed()
 
 
-def _convert_one(
-    keeper: _StoreKeeper, outcome: Converted, records: list[Record], codec: str, found: Inventory, newer: Rows
-) -> Converted:
-    """`newer`: what is served in the place of the shard's other records."""
+def _convert_one(keeper: _StoreKeeper, found: Inventory, number: int, codec: str) -> Converted:
+    shard, mine = found.shards[number], found.rows["shard"] == number
+    records = [record for _, record in unpack_rows(found.rows[mine & found.served])]
+    outcome = Converted(shard=shard.name, records=len(records), bytes_before=shard.file_bytes)
+    if keeper.dry_run:
+        return outcome
     try:
         # The older copy of a damaged record is what `prune --damaged` would bring back, so it must stay.
-        for shard, record in unpack_rows(newer):
-            if found.shards[shard].problem:
+        for newer, record in unpack_rows(found.rows[found.winners[mine & ~found.served]]):
+            if found.shards[newer].problem:
                 raise CorruptRecordError(
-                    f"newer copies are in a damaged shard: {found.shards[shard].problem}"
+                    f"newer copies are in a damaged shard: {found.shards[newer].problem}"
                 )
-            keeper.checker.stored(found.shards[shard].name, record)
-        size = keeper.rewrite(outcome.shard, records, codec) if records else 0
+            with keeper.shards.opened(found.shards[newer].name) as opened:
+                opened.stored(record)
+        size = keeper.rewrite(shard.name, records, codec) if records else 0
     except (CorruptRecordError, ShardFormatError) as error:
         return replace(outcome, records=0, problem=str(error))
     except ShardVanishedError:

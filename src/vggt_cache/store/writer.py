@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterable
-from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 from vggt_cache.codec import NONE, codec_for, shard_codec
 from vggt_cache.errors import SettingsError, SpecMismatchError
 from vggt_cache.identity import KEY_BYTES, FeatureSpec
 from vggt_cache.store.atomic_file import PendingFile
-from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem, commit_error, release
+from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem, committing, release
 from vggt_cache.store.format import (
     MAX_RECORDS,
     MAX_SIDE,
@@ -59,9 +58,7 @@ class ShardWriter:
                 f"{os.fspath(store_dir)} is not the store of this specification, which is {spec.short_name}: "
                 "use the path that create_store returns"
             )
-        self._fs = fs
-        self._spec = spec
-        self._max_records = max_records
+        self._fs, self._spec, self._max_records = fs, spec, max_records
         self._codec_name = shard_codec(spec.feature_dtype, codec)
         self._codec = codec_for(self._codec_name, spec.feature_dtype)
         self._codec.prepare()
@@ -70,17 +67,13 @@ class ShardWriter:
         self._records: dict[bytes, Record] = {}
         self.opened_s = fs.clock_s()
         """When this shard was begun, seconds since 1970."""
-        try:
+        with committing(self._shards_dir):
             self._dir_fd = fs.open_directory(self._shards_dir, follow=False)
-        except OSError as error:
-            raise commit_error(self._shards_dir, error) from error
-        try:
-            self._file: PendingFile | None = PendingFile(fs, self._dir_fd)
-        except BaseException as error:
-            release(fs, self._dir_fd)
-            if isinstance(error, OSError):
-                raise commit_error(self._shards_dir, error) from error
-            raise
+            try:
+                self._file: PendingFile | None = PendingFile(fs, self._dir_fd)
+            except BaseException:
+                release(fs, self._dir_fd)
+                raise
 
     @property
     def record_count(self) -> int:
@@ -109,7 +102,6 @@ class ShardWriter:
 
     def append_payload(self, key: bytes, h: int, w: int, payload: memoryview) -> None:
         """The same from the feature's bytes, row-major and little-endian."""
-        self._require_open()
         self._check_record(key, h, w)
         if payload.nbytes != payload_bytes(self._spec, h, w):
             raise _no_feature(payload, h, w)
@@ -117,7 +109,6 @@ class ShardWriter:
 
     def append_stored(self, key: bytes, h: int, w: int, stored: memoryview) -> None:
         """The same from the bytes as they lie in a shard of the same codec."""
-        self._require_open()
         self._check_record(key, h, w)
         packed = self._codec_name != NONE
         least, most = self._codec.size_limits(h * w, self._spec.encoder.channels)
@@ -159,22 +150,17 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.abort()
-
-    # ------------------------------------------------------------ steps
 
     def _attempt(self, step: Callable[[PendingFile], T]) -> T:
         """Do one step of writing; whatever goes wrong in it ends the shard."""
-        try:
-            return step(self._require_open())
-        except BaseException as error:
-            self.abort()
-            if isinstance(error, OSError):
-                raise commit_error(self._shards_dir, error) from error
-            raise
+        with committing(self._shards_dir):
+            try:
+                return step(self._require_open())
+            except BaseException:
+                self.abort()
+                raise
 
     def _require_open(self) -> PendingFile:
         if self._file is None:
@@ -190,6 +176,7 @@ class ShardWriter:
         return name
 
     def _check_record(self, key: bytes, h: int, w: int) -> None:
+        self._require_open()
         if not isinstance(key, bytes) or len(key) != KEY_BYTES:
             raise SettingsError(f"{key!r} is no key: a key has {KEY_BYTES} bytes")
         if key in self._records:
@@ -211,8 +198,7 @@ def _no_feature(data: memoryview, h: int, w: int) -> SettingsError:
 def next_shard_name(names: Iterable[str], now_s: float) -> str:
     """A name that sorts behind all of `names`, whatever the clock says.
 
-    Where two shards hold the same key the later name wins, so a recomputed feature must not lose because it
-    was made on a machine whose clock is slow.
+    Of two shards with the same key the later name wins: a recomputed feature must not lose to a slow clock.
     """
     latest_ms = max((int(name[:12], 16) for name in names if SHARD_NAME.fullmatch(name)), default=-1)
     instant_ms = min(max(int(now_s * 1000), latest_ms + 1, 0), _LAST_INSTANT_MS)
