@@ -32,8 +32,7 @@ import torch
 import record
 from bench_writing import CHANNELS, GRID, spec_of
 from vggt_cache.doctor import mount_of
-from vggt_cache.precompute.outgoing import all_finite
-from vggt_cache.precompute.write import DEFAULT_SHARD_BYTES, FeatureWriter
+from vggt_cache.precompute.write import DEFAULT_SHARD_BYTES, FeatureWriter, all_finite
 from vggt_cache.store import ShardWriter, create_store
 from vggt_cache.store.record import record_checksum
 from vggt_cache.store.tensors import bytes_of
@@ -60,11 +59,9 @@ class Bench:
     def ours(self) -> float:
         """Seconds until all is committed."""
         writer = FeatureWriter(
-            lambda: ShardWriter(self.store_dir, self.spec),
+            new_shard=lambda: ShardWriter(self.store_dir, self.spec),
             feature_dtype=self.spec.feature_dtype,
             shard_bytes=DEFAULT_SHARD_BYTES,
-            on_commit=lambda blocks: None,
-            on_written=lambda count: None,
             on_bad_feature=lambda label, reason: None,
         )
         labels = [""] * len(self.batch)

@@ -12,6 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vggt_cache.precompute.plan import Plan
+from vggt_cache.samples import Problem, find_sources, iter_samples
+
 SIZE = ["--image_size", "56", "--device", "cpu", "--num_workers", "0", "--batch_size", "4"]
 """64x48 frames become a grid of 3 x 4 patches: fast enough to run the real encoder in every test."""
 
@@ -52,6 +55,16 @@ def write_dataset(root: Path, *, episodes: int = 2, steps: int = 6) -> list[list
         lists += [[names[frame] for frame in history(step)] for step in range(steps)]
     write_annotations(root / "train.jsonl", lists)
     return lists
+
+
+def plan_of(root: Path, context: str, max_samples: int = -1) -> Plan:
+    """The plan of data in which nothing is wrong."""
+
+    def fail(problem: Problem) -> None:
+        raise AssertionError(problem)
+
+    sources = find_sources(root)
+    return Plan(iter_samples(sources, on_problem=fail), sources.root, context, max_samples)
 
 
 def command_line(arguments: Sequence[object]) -> list[str]:

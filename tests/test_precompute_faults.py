@@ -16,7 +16,7 @@ from trials.replaced_images import SETTLE_S
 from trials.toy_encoder import ToyCheckpoint, toy_encoder
 from vggt_cache.cli import main
 from vggt_cache.errors import OutOfMemoryError
-from vggt_cache.precompute import decode, pipeline
+from vggt_cache.precompute import decode, encode, pipeline
 from vggt_cache.precompute import run as run_module
 from vggt_cache.precompute.claims import Claims
 
@@ -116,7 +116,7 @@ def test_a_claim_that_cannot_be_given_back_does_not_hide_what_ended_the_run(run,
         monkeypatch.setattr(os, "unlink", lambda *_, **__: os.rmdir("/nowhere"))
         raise OutOfMemoryError("the right error")
 
-    monkeypatch.setattr(pipeline.Pipeline, "_encode", out_of_memory)
+    monkeypatch.setattr(encode.BatchEncoder, "frames", out_of_memory)
     code, _, err = run()
     assert code == 1
     assert sentence(err) == "[ERROR] the right error"

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from small_data import history, write_annotations, write_dataset
+from small_data import history, plan_of, write_annotations, write_dataset
 from vggt_cache.precompute.encode import even_parts
-from vggt_cache.precompute.plan import Plan, _distinct_lists, _distinct_prefixes, make_plan
+from vggt_cache.precompute.plan import _distinct_lists, _distinct_prefixes
 
 LISTS = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=6), min_size=1, max_size=30)
-
-
-def plan_of(root: Path, context: str, max_samples: int = -1) -> Plan:
-    problems = []
-    plan = make_plan(str(root), context, max_samples, problems.append)
-    assert not problems
-    return plan
 
 
 def flat(lists: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -54,7 +46,7 @@ def test_batches_cover_all_in_order_and_differ_by_at_most_one(count, size):
 def test_every_wanted_feature_is_in_exactly_one_block(tmp_path, context, limit):
     write_dataset(tmp_path, episodes=6, steps=30)
     plan = plan_of(tmp_path, context, limit)
-    features = [feature for block in plan.blocks for feature in block.features.tolist()]
+    features = [feature for block in plan.blocks for feature in block.features]
     assert sorted(features) == list(range(len(plan)))
     assert len(plan) == min(180, limit if limit > 0 else 180)
     assert len({block.block_id for block in plan.blocks}) == len(plan.blocks)
@@ -76,7 +68,7 @@ def test_lists_that_share_a_prefix_are_never_split_over_blocks(tmp_path):
     plan = plan_of(tmp_path, "causal")
     block_of_first: dict[int, str] = {}
     for block in plan.blocks:
-        for feature in block.features.tolist():
+        for feature in block.features:
             first = int(plan.frames_of(feature)[0])
             assert block_of_first.setdefault(first, block.block_id) == block.block_id
 
@@ -89,7 +81,7 @@ def test_a_sixty_step_episode_costs_one_pass_per_distinct_prefix(tmp_path):
     plan = plan_of(tmp_path, "causal")
     lists = [tuple(history(step)) for step in range(60)]
     prefixes = {one[: depth + 1] for one in lists for depth in range(len(one))}
-    assert plan.passes() == (sum(map(len, lists)), len(prefixes))
+    assert plan.passes(range(len(plan))) == (sum(map(len, lists)), len(prefixes))
 
 
 def test_samples_of_text_alone_are_counted_and_need_nothing(tmp_path):

@@ -14,10 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from small_data import SIZE, start, write_dataset
+from small_data import SIZE, plan_of, start, write_dataset
 from trials.killed_runs import killed_runs
 from vggt_cache import FeatureCache
-from vggt_cache.precompute.plan import make_plan
 
 FLAGS = [*SIZE, "--feature_dtype", "float32"]
 SCRIPT = Path(__file__).parent.parent / "scripts" / "precompute_vggt_features.py"
@@ -222,7 +221,7 @@ def test_a_claim_torn_by_a_crash_expires(arguments, data, tmp_path):
     cache_dir = tmp_path / "cache"
     finish(start(arguments(cache_dir, "--max_samples", 1)))
     (claims,) = cache_dir.glob("*/claims")
-    block = make_plan(str(data), "frame", -1, print).blocks[1]
+    block = plan_of(data, "frame").blocks[1]
     (claims / f"{block.block_id}.0").touch()
     assert processed(finish(start(arguments(cache_dir), VGGT_CACHE_CLAIM_TTL_S="3"))) == 199
     assert list(claims.iterdir()) == []

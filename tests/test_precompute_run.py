@@ -18,7 +18,7 @@ from vggt_cache import FeatureCache
 from vggt_cache.cli import main
 from vggt_cache.encoder import Checkpoint
 from vggt_cache.frames import decode_frame, read_frame
-from vggt_cache.precompute.estimate import TimeNeed
+from vggt_cache.precompute.estimate import time_sentence
 
 
 @pytest.fixture
@@ -558,8 +558,8 @@ def test_a_dry_run_tells_what_it_takes_and_writes_nothing(run, cache_dir, data):
 
 @pytest.mark.parametrize(("precompute_s", "epoch"), [(4.0, 1), (10.0, 1), (10.1, 2), (25.0, 3)])
 def test_the_cache_pays_from_the_epoch_by_whose_end_it_has_cost_less(precompute_s, epoch):
-    need = TimeNeed(precompute_s=precompute_s, live_epoch_s=10.0, measured_passes=8)
-    assert f"pays for itself from epoch {epoch} on" in need.sentence()
+    said = time_sentence(precompute_s=precompute_s, live_epoch_s=10.0, measured_passes=8)
+    assert f"pays for itself from epoch {epoch} on" in said
 
 
 def test_a_dry_run_counts_what_is_there_already(run):

@@ -57,7 +57,7 @@ def test_a_dry_run_ends_at_a_signal_that_comes_while_an_image_is_decoded(
 def test_a_stop_that_a_library_turns_into_an_error_of_its_own_is_a_stop(
     run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def passes(plan: Plan) -> tuple[int, int]:
+    def passes(plan: Plan, features: object) -> tuple[int, int]:
         try:
             signal.raise_signal(signal.SIGTERM)
         except StoppedError as error:

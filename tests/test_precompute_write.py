@@ -32,9 +32,7 @@ from store_kit import (
 from vggt_cache.codec.quantise import quantised
 from vggt_cache.errors import CommitError, OutOfMemoryError, SettingsError
 from vggt_cache.identity import FeatureSpec
-from vggt_cache.precompute.outgoing import HostCopy, all_finite, outgoing
-from vggt_cache.precompute.worker import Worker
-from vggt_cache.precompute.write import BlockDone, FeatureWriter
+from vggt_cache.precompute.write import FeatureWriter, Outgoing, Worker, all_finite
 from vggt_cache.store import FeatureCache, FileSystem, ShardWriter, create_store
 
 LONG_S = 30.0
@@ -53,14 +51,14 @@ class Writing:
         self.store_dir = create_store(folder, spec)
         self.opened = self.written = 0
         self.done: list[str] = []
+        self.on_done: Callable[[str], object] = self.done.append
         self.bad: list[tuple[str, str]] = []
         self._fs = fs or FileSystem()
         self._told = threading.Condition()
         self.writer = FeatureWriter(
-            self._new_shard,
+            new_shard=self._new_shard,
             feature_dtype=spec.feature_dtype,
             shard_bytes=records * make_feature(0, spec).nbytes,
-            on_commit=self.on_commit,
             on_written=self._on_written,
             on_bad_feature=lambda label, reason: self.bad.append((label, reason)),
         )
@@ -74,15 +72,12 @@ class Writing:
             self.written += count
             self._told.notify_all()
 
-    def on_commit(self, blocks: list[BlockDone]) -> None:
-        self.done += [block.block_id for block in blocks]
-
     def put(self, *numbers: int) -> None:
         features = torch.stack([make_feature(number, self.spec) for number in numbers])
         self.writer.put([make_key(number) for number in numbers], [f"frame {n}" for n in numbers], features)
 
     def finish(self, name: str) -> None:
-        self.writer.finish_block(BlockDone(block_id=name, rows=()))
+        self.writer.when_committed(lambda: self.on_done(name))
 
     def has_written(self, count: int, *, within_s: float = LONG_S) -> bool:
         with self._told:
@@ -177,7 +172,7 @@ def test_a_feature_that_is_not_finite_is_reported_and_the_others_are_stored(
 def test_what_is_done_to_a_batch_on_its_device_waits_for_no_value(feature_dtype: str) -> None:
     """A tensor on `meta` has none: whatever looks at one raises."""
     dtype = torch.bfloat16 if feature_dtype == "int8" else getattr(torch, feature_dtype)
-    batch = outgoing([b""] * 2, [""] * 2, torch.empty(2, 3, 4, 8, dtype=dtype, device="meta"), feature_dtype)
+    batch = Outgoing([b""] * 2, [""] * 2, torch.empty(2, 3, 4, 8, dtype=dtype, device="meta"), feature_dtype)
     assert (batch.stored.is_meta, batch.finite.is_meta, batch.finite.shape) == (True, True, (2,))
     with pytest.raises((RuntimeError, NotImplementedError)):
         bool(quantised(torch.empty(12, 8, dtype=torch.bfloat16, device="meta"))[1])
@@ -198,11 +193,11 @@ def test_what_comes_from_a_gpu_is_what_would_come_from_a_cpu(spec: FeatureSpec) 
     on_device = features.cuda()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        batch = outgoing([b""] * 5, [""] * 5, on_device, spec.feature_dtype)
+        batch = Outgoing([b""] * 5, [""] * 5, on_device, spec.feature_dtype)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    host, finite = HostCopy().fetch(batch)
-    expected, flags = HostCopy().fetch(outgoing([b""] * 5, [""] * 5, features, spec.feature_dtype))
+    host, finite = batch.on_host()
+    expected, flags = Outgoing([b""] * 5, [""] * 5, features, spec.feature_dtype).on_host()
     assert finite == flags == [True, True, True, False, True]
     assert all(equal(host[at], expected[at]) for at in (0, 1, 2, 4))
 
@@ -246,15 +241,13 @@ def test_a_block_is_done_when_all_of_its_features_are_in_committed_shards(tmp_pa
     writing = Writing(tmp_path, records=2)
     blocks = {"first": (1, 2, 3), "second": (4,), "third": (5, 6, 7, 8, 9), "empty": ()}
     missing: list[str] = []
-    finished = writing.on_commit
 
-    def on_commit(done: list[BlockDone]) -> None:
+    def on_done(name: str) -> None:
         with FeatureCache.open(tmp_path, use_index=False) as cache:
-            keys = [(block.block_id, number) for block in done for number in blocks[block.block_id]]
-            missing.extend(name for name, number in keys if make_key(number) not in cache)
-        finished(done)
+            missing.extend(name for number in blocks[name] if make_key(number) not in cache)
+        writing.done.append(name)
 
-    writing.writer._on_commit = on_commit
+    writing.on_done = on_done
     for name, numbers in blocks.items():
         for number in numbers:
             writing.put(number)
@@ -369,11 +362,13 @@ def test_a_shard_that_is_open_when_a_commit_fails_leaves_nothing(tmp_path: Path)
     gate = Gate("fsync")
     writing = Writing(tmp_path, fs=gate.fs, records=2)
 
-    def on_commit(done: list[BlockDone]) -> None:
+    def on_done(name: str) -> None:
         raise CommitError("the digests cannot be noted")
 
-    writing.writer._on_commit = on_commit
-    writing.put(1, 2)
+    writing.on_done = on_done
+    writing.put(1)
+    writing.finish("block")
+    writing.put(2)
     writing.put(3)
     assert writing.has_written(3)
     gate.opened.set()
@@ -439,10 +434,11 @@ def test_a_thread_ends_although_the_word_to_end_was_lost_and_does_what_came_befo
 def test_an_error_in_saying_that_blocks_are_done_ends_the_writing(tmp_path: Path) -> None:
     writing = Writing(tmp_path)
 
-    def on_commit(done: list[BlockDone]) -> None:
+    def on_done(name: str) -> None:
         raise CommitError("the digests cannot be noted")
 
-    writing.writer._on_commit = on_commit
+    writing.on_done = on_done
+    writing.finish("block")
     writing.put(1)
     with pytest.raises(CommitError, match="digests"):
         until_refused(writing)
@@ -459,8 +455,8 @@ def test_out_of_memory_on_the_way_to_the_disk_is_one_sentence(
     def full(*arguments: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    place = "write.outgoing" if where == "the check" else "outgoing.HostCopy.fetch"
-    monkeypatch.setattr(f"vggt_cache.precompute.{place}", full)
+    place = "Outgoing" if where == "the check" else "Outgoing.on_host"
+    monkeypatch.setattr(f"vggt_cache.precompute.write.{place}", full)
     writing = Writing(tmp_path)
     with pytest.raises(OutOfMemoryError, match=r"^no memory is left for the features .* --batch_size"):
         until_refused(writing)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from small_data import SIZE, write_annotations, write_image
+from small_data import SIZE, plan_of, write_annotations, write_image
 from trials.replaced_images import SETTLE_S
 from trials.toy_encoder import ToyCheckpoint, toy_encoder, toy_feature
 from vggt_cache import FeatureCache
@@ -21,7 +21,6 @@ from vggt_cache.cli import main
 from vggt_cache.errors import VggtCacheError
 from vggt_cache.identity import Preprocessing, frame_digest
 from vggt_cache.precompute.digests import DigestTable, state_hash
-from vggt_cache.precompute.plan import make_plan
 from vggt_cache.small_files import file_state
 
 INVALID, INCOMPLETE = 1, 3
@@ -82,7 +81,7 @@ class Shared:
 
     def put(self, place: str, kind: str) -> None:
         (store,) = (path.parent for path in self.cache.glob("*/spec.json"))
-        block = make_plan(str(self.data), "frame", -1, lambda problem: None).blocks[0].block_id
+        block = plan_of(self.data, "frame").blocks[0].block_id
         path = self.cache / place.replace("STORE", store.name).replace("BLOCK", block)
         if path.exists():
             path.rename(path.parent / "put aside")

@@ -20,9 +20,8 @@ from vggt_cache.errors import (
     SmallFileError,
 )
 from vggt_cache.precompute.digests import DigestTable
-from vggt_cache.precompute.failures import FailureLog
-from vggt_cache.precompute.qwen import QwenLimits
 from vggt_cache.precompute.report import Reporter
+from vggt_cache.precompute.settings import QwenLimits
 from vggt_cache.samples import find_sources, iter_samples, read_episode_text
 from vggt_cache.small_files import SmallFolder, read_bytes, read_text
 
@@ -200,10 +199,11 @@ def test_a_list_of_failures_is_not_written_through(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     NOT_FILES[kind](tmp_path / "failures.jsonl")
-    log = FailureLog(str(tmp_path), Reporter())
-    log.add("a.png", "it is damaged")
-    log.add("b.png", "it is damaged")
-    assert log.count == 2
+    reporter = Reporter()
+    reporter.list_failures(str(tmp_path))
+    reporter.failed("a.png", "it is damaged")
+    reporter.failed("b.png", "it is damaged")
+    assert len(reporter.failures) == 2
     said = capsys.readouterr().out
     assert said.count("failures are only shown here") == 1
     assert "[WARN] b.png: it is damaged" in said

@@ -10,17 +10,13 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
-from functools import partial
 from typing import TYPE_CHECKING
-
-from tqdm import tqdm
 
 from vggt_cache.errors import SettingsError, SpecMismatchError
 from vggt_cache.frames import decode_frame, read_frame
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.picture import Row, draw_features
-from vggt_cache.precompute.failures import FailureLog
-from vggt_cache.precompute.plan import Plan, plan_and_tell
+from vggt_cache.precompute.plan import plan_and_tell
 from vggt_cache.precompute.report import EXIT_INVALID, EXIT_OK, Reporter, bytes_text, count_of
 from vggt_cache.precompute.settings import PrecomputeSettings
 from vggt_cache.store import convert, describe, prune
@@ -29,7 +25,7 @@ from vggt_cache.store.filesystem import OPERATING_SYSTEM
 from vggt_cache.store.inventory import StoreDescription
 
 if TYPE_CHECKING:
-    from vggt_cache.store import FeatureCache
+    pass
 
 
 def show_info(cache_dir: str, *, as_json: bool) -> int:
@@ -88,10 +84,10 @@ def verify_cache(
     Needs no model. `asked`: what else the user gave; the cache must have been made with those of them that are
     settings of precompute.
     """
-    from vggt_cache.precompute.verify import verify_data, verify_records
+    from vggt_cache.precompute.verify import tell_verdicts, verify_data, verify_records
     from vggt_cache.store import FeatureCache
 
-    reporter = Reporter()
+    reporter, threads = Reporter(), max(1, num_workers)
     use_index = data_root is not None
     with FeatureCache.open(cache_dir, context=context, fingerprint=fingerprint, use_index=use_index) as cache:
         for name, made_with in cache.spec.contradictions(asked).items():
@@ -99,27 +95,18 @@ def verify_cache(
                 f"--{name} {asked[name]} was given, but the cache was made with {made_with}: leave the flag out to "
                 "verify this cache, or name the directory of the other one"
             )
-        plan = None if data_root is None else _plan(data_root, cache, reporter, max_samples)
-        total = len(cache) if plan is None else len(plan)
-        with tqdm(total=total, desc="Verifying", unit="feature", mininterval=1.0) as bar:
-            check = verify_records if plan is None else partial(verify_data, plan=plan)
-            result = check(
-                cache, threads=max(1, num_workers), on_invalid=reporter.invalid, on_progress=bar.update
-            )
-    if plan is not None:
-        reporter.info(f"Cache directory: {os.path.abspath(cache_dir)}")
-    reporter.info(str(result))
-    if plan is not None and result.invalid:
+        if data_root is None:
+            invalid = tell_verdicts(verify_records(cache, threads=threads), len(cache), reporter)
+        else:
+            plan = plan_and_tell(data_root, cache.spec.context, max_samples, reporter)
+            reporter.info(f"Cache directory: {os.path.abspath(cache_dir)}")
+            invalid = tell_verdicts(verify_data(cache, plan, threads=threads), len(plan), reporter)
+    if data_root is not None and invalid:
         reporter.warn(
-            f"{count_of(result.invalid, 'feature')} that this data needs cannot be read from the cache: run precompute "
+            f"{count_of(invalid, 'feature')} that this data needs cannot be read from the cache: run precompute "
             f"again to make what is missing (after vggt-cache prune {cache_dir} --damaged --yes for damaged ones)"
         )
-    return EXIT_INVALID if result.invalid else EXIT_OK
-
-
-def _plan(data_root: str, cache: FeatureCache, reporter: Reporter, max_samples: int) -> Plan:
-    failures = FailureLog(cache.cache_dir, reporter, write=False)
-    return plan_and_tell(data_root, cache.spec.context, max_samples, reporter, failures)
+    return EXIT_INVALID if invalid else EXIT_OK
 
 
 def draw_view(
@@ -132,7 +119,7 @@ def draw_view(
         raise SettingsError(f"--count {count} draws nothing: give 1 or more")
     reporter = Reporter()
     with FeatureCache.open(cache_dir, context=context, fingerprint=fingerprint) as cache:
-        plan = _plan(data_root, cache, reporter, -1)
+        plan = plan_and_tell(data_root, cache.spec.context, -1, reporter)
         rows: dict[bytes, Row] = {}
         for feature in _spread(len(plan)):
             paths = plan.paths_of(feature)
@@ -140,7 +127,7 @@ def draw_view(
             stored = None if key in rows else cache.get_by_key(key)
             if stored is not None:
                 pixels = decode_frame(read_frame(paths[-1]), cache.spec.preprocessing)
-                rows[key] = pixels, stored.float().numpy(), os.path.relpath(paths[-1], plan.sources.root)
+                rows[key] = pixels, stored.float().numpy(), os.path.relpath(paths[-1], plan.root)
             if len(rows) == count:
                 break
     if not rows:

@@ -52,13 +52,7 @@ def _check_answer(cache: FeatureCache, number: int, name: str, value: bytes | No
 
 def _check_verify(cache: FeatureCache, damaged: set[str]) -> None:
     """`verify` reports exactly the damaged records that are served, and the broken shards."""
-    reported: set[str] = set()
-    verify_records(
-        cache,
-        threads=1,
-        on_invalid=lambda label, reason: reported.add(label),
-        on_progress=lambda count: None,
-    )
+    reported = {label for label, reason in verify_records(cache, threads=1) if reason}
     assert reported == damaged | {name for name, _ in cache.damaged_shards}
 
 

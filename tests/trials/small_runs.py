@@ -23,7 +23,8 @@ from trials.toy_encoder import toy_encoder
 from vggt_cache import cli
 from vggt_cache.encoder import Encoder, EncoderConfig
 from vggt_cache.identity import EncoderSpec, FeatureSpec
-from vggt_cache.precompute import failures, pipeline, run
+from vggt_cache.precompute import pipeline, run
+from vggt_cache.precompute.report import FAILURES_FILE
 from vggt_cache.store import FeatureCache
 from vggt_cache.store.tensors import bytes_of
 
@@ -189,5 +190,5 @@ class Scene:
         end = self.start(cache_dir, "--verify").well()
         assert f"{len(self.expected)}/{len(self.expected)} valid, 0 invalid" in end.said, end.said
         assert self.check(cache_dir) == set(self.expected)
-        assert not (cache_dir / failures.FILE_NAME).exists(), (cache_dir / failures.FILE_NAME).read_text()
+        assert not (cache_dir / FAILURES_FILE).exists(), (cache_dir / FAILURES_FILE).read_text()
         return end

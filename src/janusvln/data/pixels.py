@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from janusvln.data.errors import UnfitSampleError
 from vggt_cache.errors import SettingsError
 from vggt_cache.identity import PATCH_SIZE
-from vggt_cache.precompute.qwen import QwenLimits
+from vggt_cache.precompute.settings import QwenLimits
 
 _LEVELS = 256
 _CHANNELS = 3

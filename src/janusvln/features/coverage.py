@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from vggt_cache.precompute.digests import DigestTable
 from vggt_cache.precompute.plan import KnownKeys, Plan
-from vggt_cache.samples import Sources
+from vggt_cache.samples import Sources, iter_samples
 from vggt_cache.store import FeatureCache
 
 
@@ -37,8 +37,8 @@ class Coverage:
 
 def measure_coverage(sources: Sources, cache: FeatureCache) -> Coverage:
     """Read all annotations and the metadata of all images. Takes seconds for 100,000 samples."""
-    plan = Plan(sources, cache.spec.context)
-    plan.read_samples(lambda problem: None)
+    samples = iter_samples(sources, on_problem=lambda problem: None)
+    plan = Plan(samples, sources.root, cache.spec.context)
     known = KnownKeys(plan, cache.spec, DigestTable(cache.cache_dir))
     present = unknown = 0
     for feature in range(len(plan)):

@@ -46,11 +46,9 @@ class CacheFiller:
         self._not_finite = 0
         self._gave_up = False
         self._writer = FeatureWriter(
-            lambda: ShardWriter(store_dir, spec),
+            new_shard=lambda: ShardWriter(store_dir, spec),
             feature_dtype=spec.feature_dtype,
             shard_bytes=shard_bytes(),
-            on_commit=lambda blocks: None,
-            on_written=lambda count: None,
             on_bad_feature=self._on_bad_feature,
         )
 

@@ -20,7 +20,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from vggt_cache.environment import seconds_of
@@ -36,7 +37,7 @@ _TOKEN = re.compile(rb"[0-9a-f]{32}")
 _MAX_BYTES = 4096
 
 
-class Claims:
+class Claims(AbstractContextManager["Claims"]):
     """This process's claims in one directory. Use as a context manager: leaving it gives all claims back."""
 
     def __init__(
@@ -57,40 +58,28 @@ class Claims:
         self._token = os.urandom(16).hex()
         self._mark = f"{self._token}.alive"
         self._held: dict[str, int] = {}
-        """By block the generation that is ours."""
+        """By block the generation that is ours. Two threads use it, each time in one step."""
         self._seen: dict[str, tuple[FileState | None, float]] = {}
         """By file its last state, and since when it has been so, on our clock."""
         self._progress_s = clock_s()
         self._on_silence, self._silent = on_silence, False
-        self._lock = threading.Lock()
         self._stopped = threading.Event()
-        try:
+        with _failing_in_a_sentence():
             self._folder.make()
             self._folder.create(self._mark, json.dumps(_this_process()).encode())
-        except SmallFileError as error:
-            raise _no_claims(error) from error
         self._heart = threading.Thread(target=self._beat_on, name="claim-heartbeat", daemon=True)
         self._heart.start()
 
-    def __enter__(self) -> Claims:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
     def try_claim(self, block_id: str) -> bool:
         """Become the holder of a block if nobody alive holds it. Raises CacheAccessError."""
-        try:
+        with _failing_in_a_sentence():
             generation = self._highest_generation(block_id)
             if generation is not None and self._owner_lives(f"{block_id}.{generation}"):
                 return False
             following = 0 if generation is None else generation + 1
             if not self._folder.create(f"{block_id}.{following}", self._token.encode()):
                 return False
-        except SmallFileError as error:
-            raise _no_claims(error) from error
-        with self._lock:
-            self._held[block_id] = following
+        self._held[block_id] = following
         self.progressed()
         return True
 
@@ -99,27 +88,24 @@ class Claims:
 
         The own claim goes last: until then the block counts as held.
         """
-        with self._lock:
-            generation = self._held.pop(block_id, None)
+        generation = self._held.pop(block_id, None)
         if generation is None:
             return
         self.progressed()
-        try:
+        with suppress(SmallFileError):
             if self._folder.read(f"{block_id}.{generation}", _MAX_BYTES) == self._token.encode():
                 dead = [found for found in self._generations().get(block_id, []) if found < generation]
                 for number in (*dead, generation):
                     self._folder.remove(f"{block_id}.{number}")
-        except SmallFileError:
-            return
 
     def held_by_others(self) -> int:
         """How many blocks somebody else alive is working on."""
         try:
-            newest = {block: max(found) for block, found in self._generations().items()}
+            found = self._generations()
         except SmallFileError:
             return 0
-        claims = (f"{block}.{number}" for block, number in newest.items() if block not in self._held)
-        return sum(self._owner_lives(claim) for claim in claims)
+        others = (f"{block}.{max(numbers)}" for block, numbers in found.items() if block not in self._held)
+        return sum(map(self._owner_lives, others))
 
     def progressed(self) -> None:
         """A frame was decoded, a batch encoded, a shard committed: this process does not hang."""
@@ -129,24 +115,26 @@ class Claims:
         """Move the mark, unless nothing has progressed for long."""
         was_silent, silent_s = self._silent, self._clock_s() - self._progress_s
         self._silent = silent_s >= PATIENCE * self._ttl_s
-        if self._silent:
-            if not was_silent:
-                self._on_silence(silent_s)
-            return
-        try:
-            self._folder.touch(self._mark)
-        except SmallFileError:
-            return  # a mount that stalls for a while comes back; a lost claim costs work only
+        if not self._silent:
+            with suppress(SmallFileError):  # a mount that stalls comes back; a lost claim costs work only
+                self._folder.touch(self._mark)
+        elif not was_silent:
+            self._on_silence(silent_s)
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     def close(self) -> None:
         for block_id in list(self._held):
             self.release(block_id)
         self._stopped.set()
         self._heart.join()
-        try:
+        with suppress(SmallFileError):
             self._folder.remove(self._mark)
-        except SmallFileError:
-            return
+
+    def _beat_on(self) -> None:
+        while not self._stopped.wait(self._ttl_s / 6):
+            self.beat()
 
     # ------------------------------------------------------------ others
 
@@ -169,19 +157,15 @@ class Claims:
             token = b""  # not a claim at all: it counts as one for as long as a dead owner's does
         if not _TOKEN.fullmatch(token):
             return self._moves(claim)  # created, its content not written (or not visible) yet
-        if token == self._token.encode():
-            return True
         mark = f"{token.decode()}.alive"
-        return self._moves(mark) and not self._is_known_dead(mark)
+        return mark == self._mark or (self._moves(mark) and not self._is_known_dead(mark))
 
     def _moves(self, name: str) -> bool:
         """Whether a file was seen to change, or seen for the first time, within the last seconds of our clock."""
         state, now_s = self._folder.state(name), self._clock_s()
-        before, since_s = self._seen.get(name, (None, now_s))
-        if name not in self._seen or before != state:
+        if name not in self._seen or self._seen[name][0] != state:
             self._seen[name] = state, now_s
-            return True
-        return now_s - since_s < self._ttl_s
+        return now_s - self._seen[name][1] < self._ttl_s
 
     def _is_known_dead(self, mark: str) -> bool:
         try:
@@ -189,16 +173,16 @@ class Claims:
         except (SmallFileError, ValueError, RecursionError):
             return False
 
-    def _beat_on(self) -> None:
-        while not self._stopped.wait(self._ttl_s / 6):
-            self.beat()
 
-
-def _no_claims(error: SmallFileError) -> CacheAccessError:
-    return CacheAccessError(
-        f"no work can be claimed, and so none be done: {error}; if the cache is somebody else's, ask for write "
-        "permission or precompute into a directory of your own"
-    )
+@contextmanager
+def _failing_in_a_sentence() -> Iterator[None]:
+    try:
+        yield
+    except SmallFileError as error:
+        raise CacheAccessError(
+            f"no work can be claimed, and so none be done: {error}; if the cache is somebody else's, ask for write "
+            "permission or precompute into a directory of your own"
+        ) from error
 
 
 # ---------------------------------------------------------------- processes of this machine
@@ -215,19 +199,13 @@ def _has_ended(process: object) -> bool:
     pid = process.get("pid")
     if type(pid) is not int or not 0 < pid < 1 << 31:
         return False
-    started = _start_time(pid)
-    return process.get("started") != started if started is not None else not _exists(pid)
-
-
-def _exists(pid: int) -> bool:
-    """Asked of the kernel: /proc may hide the processes of other users (hidepid)."""
+    if (started := _start_time(pid)) is not None:
+        return process.get("started") != started
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
+        os.kill(pid, 0)  # asked of the kernel: /proc may hide the processes of other users (hidepid)
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)
+    return False
 
 
 def _machine() -> str:

@@ -1,9 +1,9 @@
 """Worker processes that turn image files into pixels while the encoder runs.
 
-A worker reads a file once and returns the digest of those bytes together with the pixels decoded from the
-same bytes. It imports neither torch nor the encoder. A worker that dies (killed by the system for its
-memory, or by a decoder bug on a hostile file) costs one file: the pool is made anew, and what was in flight
-is tried again one by one to find the file that kills.
+A worker reads a file once and returns the digest of those bytes together with the pixels decoded from the same bytes.
+It imports neither torch nor the encoder. A worker that dies (killed by the system for its memory, or by a decoder bug
+on a hostile file) costs one file: the pool is made anew, and what was in flight is tried again one by one to find the
+file that kills.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -63,87 +64,60 @@ def reason_without_path(error: FrameError, path: str) -> str:
     return f"it{text.removeprefix(path)}" if text.startswith(f"{path} ") else text
 
 
-class DecodePool:
+class DecodePool(AbstractContextManager["DecodePool"]):
     """Decodes files ahead in `workers` processes; with 0 workers, in the caller when a result is asked for."""
 
     def __init__(self, workers: int, preprocessing: Preprocessing) -> None:
         self._workers = workers
         self._preprocessing = preprocessing
-        self._executor: ProcessPoolExecutor | None = self._start() if workers else None
-
-    def __enter__(self) -> DecodePool:
-        return self
+        self._executor = _start(workers) if workers else None
 
     def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def submit(self, paths: Iterable[str]) -> list[PendingFrame]:
-        """Start decoding; the results are asked for with `result`, in any order."""
-        return [PendingFrame(path, self._schedule(path)) for path in paths]
-
-    def result(self, pending: PendingFrame) -> DecodedFrame:
-        """Wait for one file."""
-        if pending.future is None:
-            return decode_file(pending.path, self._preprocessing)
-        try:
-            return pending.future.result()
-        except BrokenProcessPool:
-            return self._decode_alone(pending.path)
-
-    def close(self) -> None:
         if self._executor is not None:
             self._executor.shutdown(wait=True, cancel_futures=True)
-            self._executor = None
 
-    def _submit(self, path: str) -> Future[DecodedFrame]:
-        assert self._executor is not None
-        # A worker may be started for it, and would say a traceback of a Ctrl-C that comes before it can ignore it.
-        with signals_held_back():
-            return self._executor.submit(decode_file, path, self._preprocessing)
-
-    def _start(self) -> ProcessPoolExecutor:
-        # spawn: a fork would copy the threads' locks and the CUDA context of this process.
-        context = multiprocessing.get_context("spawn")
-        return ProcessPoolExecutor(self._workers, mp_context=context, initializer=_prepare_worker)
-
-    def _schedule(self, path: str) -> Future[DecodedFrame] | None:
+    def submit(self, path: str) -> Callable[[], DecodedFrame]:
+        """Start decoding a file; what is returned waits for the result, and may be called in any order."""
         if self._executor is None:
-            return None
+            return partial(decode_file, path, self._preprocessing)
         try:
-            return self._submit(path)
+            future = self._submit(self._executor, path)
         except BrokenProcessPool:
-            self._restart()
-            return self._submit(path)
+            self._executor.shutdown(wait=False, cancel_futures=True)
+            self._executor = _start(self._workers)
+            future = self._submit(self._executor, path)
+        return partial(self._result, future, path)
+
+    def _submit(self, executor: ProcessPoolExecutor, path: str) -> Future[DecodedFrame]:
+        # A worker may be started for it, and would say a traceback of a Ctrl-C that comes before it can ignore it.
+        with _signals_held_back():
+            return executor.submit(decode_file, path, self._preprocessing)
+
+    def _result(self, future: Future[DecodedFrame], path: str) -> DecodedFrame:
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            return self._decode_alone(path)
 
     def _decode_alone(self, path: str) -> DecodedFrame:
-        """Decode with nothing else in flight, so that a second death names the file that causes it."""
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(1, mp_context=context, initializer=_prepare_worker) as lone:
+        """With nothing else in flight, so that a second death names the file that causes it."""
+        with _start(1) as lone:
             try:
-                with signals_held_back():
-                    future = lone.submit(decode_file, path, self._preprocessing)
-                return future.result()
+                return self._submit(lone, path).result()
             except BrokenProcessPool:
                 return DecodedFrame(
                     error="the process that decoded it died: the file is damaged or needs too much memory"
                 )
 
-    def _restart(self) -> None:
-        if self._executor is not None:
-            self._executor.shutdown(wait=False, cancel_futures=True)
-        self._executor = self._start()
 
-
-@dataclass(frozen=True, slots=True)
-class PendingFrame:
-    """A file that a worker has been asked to decode."""
-
-    path: str
-    future: Future[DecodedFrame] | None
+def _start(workers: int) -> ProcessPoolExecutor:
+    # spawn: a fork would copy the threads' locks and the CUDA context of this process.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_prepare_worker)
 
 
 @contextmanager
-def signals_held_back() -> Iterator[None]:
+def _signals_held_back() -> Iterator[None]:
     """SIGINT and SIGTERM reach this process when this ends, and never the processes that are started meanwhile."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:

@@ -19,7 +19,7 @@ import os
 import re
 import struct
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -34,19 +34,17 @@ _HEADER = struct.Struct("<8sQQ")
 _ROW = np.dtype([("hi", "<u8"), ("lo", "<u8"), ("digest", "u1", 32)])
 _AGED_ROW = np.dtype([*_ROW.descr, ("file", "<u8")])
 """A row, with what orders its file among the others."""
-_NAME = re.compile(r"([0-9a-f]{12})-([0-9a-f]{4})[0-9a-f]{12}\.rows")
+_NAME = re.compile(r"[0-9a-f]{12}-[0-9a-f]{16}\.rows")
 _LAST_MS = (1 << 48) - 1
 _MAX_FILE_BYTES = 128 * 2**20
 """A process goes on in another file then."""
-_COARSE_CLOCK_NS = 2_000_000_000
-_FINE_CLOCK_NS = 50_000_000
+_COARSE_CLOCK_NS, _FINE_CLOCK_NS = 2_000_000_000, 50_000_000
 
 
 def state_hash(name: str, state: FileState) -> bytes:
     """16 bytes that stand for one state of one file."""
-    return xxhash.xxh3_128_digest(
-        name.encode("utf-8", "surrogateescape") + b"\0" + struct.pack("<qqqQ", *state)
-    )
+    text = name.encode("utf-8", "surrogateescape") + b"\0"
+    return xxhash.xxh3_128_digest(text + struct.pack("<qqqQ", *state))
 
 
 def settled(state: FileState, read_at_ns: int) -> bool:
@@ -86,7 +84,7 @@ class DigestTable:
 
     def reload(self) -> bool:
         """Take in what has been appended since the last look; whether there was anything."""
-        fresh = [_aged(rows, name) for name in self._names() for rows in self._new_chunks(name)]
+        fresh = [rows for name in self._names() for rows in self._new_chunks(name)]
         if fresh:
             rows = np.concatenate([self._rows, *fresh])
             rows = rows[np.lexsort((rows["file"], rows["hi"]))]  # stable: rows of one file keep their order
@@ -109,9 +107,8 @@ class DigestTable:
         payload = b"".join(state + digest for state, digest in rows)
         if not payload:
             return
-        chunk = (
-            _HEADER.pack(_MAGIC, len(payload) // _ROW.itemsize, xxhash.xxh3_64_intdigest(payload)) + payload
-        )
+        header = _HEADER.pack(_MAGIC, len(payload) // _ROW.itemsize, xxhash.xxh3_64_intdigest(payload))
+        chunk = header + payload
         if not self._own_name or self._own_bytes + len(chunk) > _MAX_FILE_BYTES:
             self._own_name, self._own_bytes = self._new_name(), 0
         try:
@@ -123,11 +120,8 @@ class DigestTable:
     def correct(self, rows: Mapping[bytes, bytes]) -> None:
         """Write those of the rows that are not known, or are known otherwise; they are newer than all there are."""
         known, digests = self.lookup(state_hash_array(rows))
-        wrong = [
-            row
-            for row, is_known, digest in zip(rows.items(), known, digests, strict=True)
-            if not is_known or digest.tobytes() != row[1]
-        ]
+        found = zip(rows.items(), known, digests, strict=True)
+        wrong = [row for row, is_known, digest in found if not is_known or digest.tobytes() != row[1]]
         if wrong and self._own_name != max(self._names(), default=""):
             self._own_name = ""
         self.append(wrong)
@@ -144,26 +138,20 @@ class DigestTable:
         ms = min(max(time.time_ns() // 1_000_000, newest_ms + 1), _LAST_MS)
         return f"{ms:012x}-{os.urandom(8).hex()}.rows"
 
-    def _new_chunks(self, name: str) -> list[npt.NDArray[np.void]]:
-        begin = self._read_to.get(name, 0)
+    def _new_chunks(self, name: str) -> Iterator[npt.NDArray[np.void]]:
+        """The rows that have been appended to a file since the last look."""
+        begin, at = self._read_to.get(name, 0), 0
         try:
             data = self._folder.read(name, _MAX_FILE_BYTES, begin)
         except SmallFileError:
-            return []
-        chunks, at = [], 0
+            return
         while (rows := _chunk_at(data, at)) is not None:
-            chunks.append(rows)
+            aged = np.empty(len(rows), _AGED_ROW)
+            aged[["hi", "lo", "digest"]] = rows
+            aged["file"] = int(name[:12] + name[13:17], 16)
+            yield aged
             at += _HEADER.size + rows.nbytes
         self._read_to[name] = begin + at
-        return chunks
-
-
-def _aged(rows: npt.NDArray[np.void], name: str) -> npt.NDArray[np.void]:
-    aged = np.empty(len(rows), _AGED_ROW)
-    aged[list(_ROW.names or ())] = rows
-    match = _NAME.fullmatch(name)
-    aged["file"] = int(match[1] + match[2], 16) if match else 0
-    return aged
 
 
 def _chunk_at(data: bytes, at: int) -> npt.NDArray[np.void] | None:

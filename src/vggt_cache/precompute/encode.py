@@ -27,14 +27,14 @@ class BatchEncoder:
         self,
         encoder: Encoder,
         batch_size: int,
-        on_halved: Callable[[int], None],
+        on_halved: Callable[[int], object] = lambda batch_size: None,
         *,
         feature_dtype: str = "float32",
     ) -> None:
-        self.encoder = encoder
-        self._dtype = TORCH_DTYPES[feature_dtype]
+        self.encoder, self.device = encoder, encoder.device
         self.batch_size = batch_size
         self._on_halved = on_halved
+        self._dtype = TORCH_DTYPES[feature_dtype]
 
     def frames(self, pixels: Sequence[Pixels]) -> Iterator[Encoded]:
         """Features of single images, each seen alone. Images of one shape share batches."""
@@ -51,31 +51,32 @@ class BatchEncoder:
     def _frame_batches(self, pixels: Sequence[Pixels], positions: Sequence[int]) -> Iterator[Encoded]:
         for part in even_parts(positions, self.batch_size):
             batch = torch.from_numpy(np.stack([pixels[position] for position in part]))
-            yield part, self.encoder.frame_features(self._to_device(batch)).to(self._dtype)
+            if self.device.type == "cuda":
+                batch = batch.pin_memory().to(self.device, non_blocking=True)
+            yield part, self.encoder.frame_features(batch).to(self._dtype)
 
     def _list_batches(
         self, lists: Sequence[Sequence[int]], pixels: Mapping[int, Pixels], positions: Sequence[int]
     ) -> Iterator[Encoded]:
-        wanted = [lists[position] for position in positions]
+        """Features come one by one, and are handed over in batches of one shape, as the next step wants them."""
         waiting: list[tuple[int, torch.Tensor]] = []
+
+        def joined() -> Encoded:
+            batch = torch.stack([feature for _, feature in waiting]).to(self._dtype)
+            return [position for position, _ in waiting], batch
+
         for index, feature in encode_lists(
             self.encoder,
-            wanted,
+            [lists[position] for position in positions],
             lambda frame: torch.from_numpy(pixels[cast(int, frame)]),
             batch_size=self.batch_size,
         ):
             if waiting and (len(waiting) == self.batch_size or waiting[0][1].shape != feature.shape):
-                yield self._joined(waiting)
-                waiting = []
+                yield joined()
+                waiting.clear()
             waiting.append((positions[index], feature))
         if waiting:
-            yield self._joined(waiting)
-
-    def _joined(self, features: Sequence[tuple[int, torch.Tensor]]) -> Encoded:
-        """Features that came one by one, as one batch: the next step hands over batches."""
-        return [position for position, _ in features], torch.stack([one for _, one in features]).to(
-            self._dtype
-        )
+            yield joined()
 
     def _until_done(
         self, positions: Sequence[int], batches: Callable[[Sequence[int]], Iterator[Encoded]]
@@ -92,20 +93,12 @@ class BatchEncoder:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-            self._halve()
-
-    def _halve(self) -> None:
-        if self.batch_size == 1:
-            raise out_of_memory(self.encoder.device, "a batch of one frame")
-        self.batch_size = max(1, self.batch_size // 2)
-        if self.encoder.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self._on_halved(self.batch_size)
-
-    def _to_device(self, batch: torch.Tensor) -> torch.Tensor:
-        if self.encoder.device.type != "cuda":
-            return batch
-        return batch.pin_memory().to(self.encoder.device, non_blocking=True)
+            if self.batch_size == 1:
+                raise out_of_memory(self.device, "a batch of one frame")
+            self.batch_size //= 2
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self._on_halved(self.batch_size)
 
 
 _OUT_OF_MEMORY = re.compile(

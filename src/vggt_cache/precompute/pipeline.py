@@ -1,182 +1,248 @@
-"""The running of a plan: claim blocks, decode ahead, encode, write; all four at the same time.
+"""One process's share of the work: claim blocks, decode ahead, encode, write; all four at the same time.
 
     claimed block ──> decode workers ──> encoder ──> writer's threads ──> committed shard, claim given back
         (two blocks ahead)             (this thread)
 
-Nothing is computed that the store has, and nothing is stored under any key but that of the bytes which
-were decoded for it.
+Nothing is computed that the store has, and nothing is stored under any key but that of the bytes decoded for it.
 """
 
 from __future__ import annotations
 
+import os
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+from vggt_cache.codec import NONE
 from vggt_cache.identity import feature_key
 from vggt_cache.precompute.claims import Claims
-from vggt_cache.precompute.decode import DecodedFrame, DecodePool, PendingFrame
-from vggt_cache.precompute.encode import BatchEncoder, Encoded, Pixels
-from vggt_cache.precompute.failures import FailureLog
-from vggt_cache.precompute.observer import RunObserver
+from vggt_cache.precompute.decode import DecodedFrame, DecodePool
+from vggt_cache.precompute.encode import BatchEncoder
 from vggt_cache.precompute.plan import Block, KnownKeys
-from vggt_cache.precompute.present import Present
+from vggt_cache.precompute.report import Reporter, count_of, seconds_text
+from vggt_cache.precompute.settings import QwenLimits
 from vggt_cache.precompute.stop import StopRequest
-from vggt_cache.precompute.write import BlockDone, FeatureWriter
+from vggt_cache.precompute.write import FeatureWriter, shard_bytes
+from vggt_cache.store import FeatureCache, ShardWriter
 
 BLOCKS_AHEAD = 3
+SHARDS_BETWEEN_INDEXES = 64
 _POLL_S = 0.5
+Decoding = dict[int, Callable[[], DecodedFrame]]
+"""The frames of a claimed block, as they are asked for."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _OpenBlock:
-    """A claimed block whose frames are being decoded."""
+class Stored:
+    """Which of the wanted features the store has. `recompute` counts only shards that are new since the start."""
 
-    block: Block
-    features: list[int]
-    frames: dict[int, PendingFrame]
+    def __init__(self, known: KnownKeys, cache: FeatureCache, *, recompute: bool) -> None:
+        self.known, self.cache = known, cache
+        self._ignored = frozenset(cache.shard_names() if recompute else ())
+        self.own: set[bytes] = set()
+        """Keys of what this process has handed to its writer."""
+        self._indexed_shards = len(cache.shard_names())
+
+    def missing(self, features: Iterable[int]) -> list[int]:
+        """Those of the features that are not known to be stored."""
+        return [f for f in features if (key := self.known.key(f)) is None or key not in self]
+
+    def __contains__(self, key: bytes) -> bool:
+        shard = self.cache.shard_of(key)
+        return key in self.own or (shard is not None and shard not in self._ignored)
+
+    def refresh(self) -> None:
+        """Take in what other processes have found and committed."""
+        self.known.reload()
+        self.cache.refresh()
+        shards = len(self.cache.shard_names())
+        if shards - self._indexed_shards >= SHARDS_BETWEEN_INDEXES:
+            # Shards that no index covers are merged anew at each refresh: keep them few.
+            self.cache.save_index()
+            self._indexed_shards = shards
 
 
 @dataclass(kw_only=True)
-class Pipeline:
-    """One process's share of a plan. `run` returns when every wanted feature is stored or has failed."""
+class Run:
+    """One process's part in filling a store: takes blocks, which other processes may take too, and an encoder."""
 
-    known: KnownKeys
-    present: Present
-    claims: Claims
-    decoder: DecodePool
-    encoder: BatchEncoder
-    writer: FeatureWriter
-    failures: FailureLog
+    stored: Stored
+    reporter: Reporter
     stop: StopRequest
-    observer: RunObserver
-    failed: set[int] = field(default_factory=set)
-    """Wanted features that could not be computed."""
+    num_workers: int
+    codec: str = NONE
+    limits: QwenLimits | None = None
 
     def __post_init__(self) -> None:
-        self.plan, self.spec = self.known.plan, self.known.spec
+        self.known, self.plan, self.spec = self.stored.known, self.stored.known.plan, self.stored.known.spec
+        self.committed = 0
+        """Features on disk, written by this process."""
+        self.elsewhere = 0
+        """Features that turned out to be stored already."""
+        self.lost: list[str] = []
+        """Labels of features that could not be computed, or not be stored."""
+        self._grids: set[tuple[int, int]] = set()
+        self._waits_for, self._waiting_said = "the first block", False
 
-    def run(self, pending: set[int]) -> None:
-        """Compute the `pending` features of the plan (indexes)."""
-        blocks = ((block, [f for f in block.features.tolist() if f in pending]) for block in self.plan.blocks)
-        todo = deque(entry for entry in blocks if entry[1])
-        opened: deque[_OpenBlock] = deque()
+    def compute(self, blocks: Sequence[Block], encoder: BatchEncoder) -> None:
+        """Returns when every feature of the blocks is stored or lost, or when asked to stop; all is committed then.
+
+        Raises VggtCacheError; what was committed until then stays committed.
+        """
+        self._encoder = encoder
+        store_dir = Path(self.stored.cache.cache_dir) / self.spec.short_name
+        total, noun = sum(len(block.features) for block in blocks), self.spec.context_rule.noun
+        with (
+            DecodePool(self.num_workers, self.spec.preprocessing) as self._decoder,
+            self.reporter.bar(total, noun) as self._bar,
+            Claims(store_dir / "claims", on_silence=self._tell_silence) as self._claims,
+            self.stop.deferred(),
+        ):
+            self._writer = FeatureWriter(
+                new_shard=lambda: ShardWriter(store_dir, self.spec, codec=self.codec),
+                feature_dtype=self.spec.feature_dtype,
+                shard_bytes=shard_bytes(),
+                on_written=self._written,
+                on_bad_feature=self._lose,
+            )
+            try:
+                self._go_through(deque(blocks))
+            finally:
+                self._waits_for = "the disk"
+                self._writer.close()
+                self.committed = self._writer.committed
+        self.stored.cache.refresh()
+        self.stored.cache.save_index()
+
+    def _go_through(self, todo: deque[Block]) -> None:
+        opened: deque[tuple[Block, Decoding]] = deque()
         while (todo or opened) and not self.stop.requested:
             while len(opened) < BLOCKS_AHEAD and (claimed := self._claim_next(todo)) is not None:
-                if claimed.features:
-                    opened.append(claimed)
+                opened.append(claimed)
             if opened:
-                self._compute(opened.popleft())
+                self._compute(*opened.popleft())
             elif todo:
                 self._wait_for_others()
 
-    def _claim_next(self, todo: deque[tuple[Block, list[int]]]) -> _OpenBlock | None:
-        """Claim the first free block and look again at what is missing of it: others may have been here."""
+    def _claim_next(self, todo: deque[Block]) -> tuple[Block, Decoding] | None:
+        """The first free block of which something is missing, looked at again: others may have been here."""
         for _ in range(len(todo)):
-            block, features = todo.popleft()
-            if not self.claims.try_claim(block.block_id):
-                todo.append((block, features))
+            block = todo.popleft()
+            if not self._claims.try_claim(block.block_id):
+                todo.append(block)
                 continue
-            self.known.reload()
-            self.present.refresh()
-            missing = [feature for feature in features if not self._is_present(feature)]
-            self.observer.found_elsewhere(len(features) - len(missing))
-            if not missing:
-                self.claims.release(block.block_id)
-            frames = dict.fromkeys(
-                frame for feature in missing for frame in self.plan.frames_of(feature).tolist()
-            )
-            paths = [self.plan.frames.paths[frame] for frame in frames]
-            return _OpenBlock(
-                block=block,
-                features=missing,
-                frames=dict(zip(frames, self.decoder.submit(paths), strict=True)),
-            )
+            self.stored.refresh()
+            missing = self.stored.missing(block.features)
+            self._found_elsewhere(len(block.features) - len(missing))
+            if missing:
+                frames = dict.fromkeys(f for one in missing for f in self.plan.frames_of(one).tolist())
+                decoding = {frame: self._decoder.submit(self.plan.frames.paths[frame]) for frame in frames}
+                return replace(block, features=missing), decoding
+            self._claims.release(block.block_id)
         return None
-
-    def _is_present(self, feature: int) -> bool:
-        key = self.known.key(feature)
-        return key is not None and key in self.present
 
     def _wait_for_others(self) -> None:
         """All that is left is claimed by other processes, which may in turn wait for what is held here."""
-        self.observer.waits_for = "the disk"
-        self.writer.flush()
-        self.claims.progressed()  # nothing is held now, so waiting for others is no hang
-        self.observer.waiting(self.claims.held_by_others())
+        self._waits_for = "the disk"
+        self._writer.flush()
+        self._claims.progressed()  # nothing is held now, so waiting for others is no hang
+        if not self._waiting_said:
+            self._waiting_said = True
+            blocks = count_of(self._claims.held_by_others(), "block")
+            self.reporter.info(f"Waiting for {blocks} that other processes are computing")
         self.stop.wait(_POLL_S)
 
-    # ------------------------------------------------------------ one block
-
-    def _compute(self, opened: _OpenBlock) -> None:
-        decoded = self._decode(opened)
+    def _compute(self, block: Block, decoding: Decoding) -> None:
+        decoded = self._decode(decoding)
         if self.stop.requested:
             return
-        features = [feature for feature in opened.features if self._is_usable(feature, decoded)]
-        self.observer.failed(len(opened.features) - len(features))
-        work = [
-            (key, feature) for feature in features if (key := self._new_key(feature, decoded)) is not None
-        ]
+        work = [(key, one) for one in block.features if (key := self._new_key(one, decoded)) is not None]
         lists = [self.plan.frames_of(feature).tolist() for _, feature in work]
-        self.observer.waits_for = "the encoder"
-        for part, encoded in self._encode(lists, {frame: one.pixels for frame, one in decoded.items()}):
-            self.observer.waits_for = "the disk"
+        self._waits_for = "the encoder"
+        pixels = {frame: one.pixels for frame, one in decoded.items()}
+        for part, encoded in self.spec.context_rule.encode(self._encoder, lists, pixels):
+            self._waits_for = "the disk"
             labels = [self.plan.label(work[at][1]) for at in part]
-            self.writer.put([work[at][0] for at in part], labels, encoded)
-            self.claims.progressed()
+            self._writer.put([work[at][0] for at in part], labels, encoded)
+            self._claims.progressed()
             if self.stop.requested:
                 break
-            self.observer.waits_for = "the encoder"
-        self.writer.finish_block(BlockDone(block_id=opened.block.block_id, rows=_rows(decoded)))
+            self._waits_for = "the encoder"
+        rows = [(one.state_hash, one.digest) for one in decoded.values() if one.state_hash]
+        self._writer.when_committed(lambda: self._done(block.block_id, rows))
 
-    def _decode(self, opened: _OpenBlock) -> dict[int, DecodedFrame]:
+    def _decode(self, decoding: Decoding) -> dict[int, DecodedFrame]:
         """The block's frames, without those that cannot be used."""
         decoded = {}
-        for frame, pending in opened.frames.items():
+        for frame, result in decoding.items():
             if self.stop.requested:
                 break
-            self.observer.waits_for = f"the decoding of {pending.path}"
-            one = self.decoder.result(pending)
-            self.claims.progressed()
+            path = self.plan.frames.paths[frame]
+            self._waits_for = f"the decoding of {path}"
+            one = result()
+            self._claims.progressed()
             if one.error:
-                self.failures.add(pending.path, one.error)
+                self.reporter.failed(path, one.error)
                 continue
             decoded[frame] = one
             self.known.learn(frame, one.digest)
         return decoded
 
-    def _is_usable(self, feature: int, decoded: dict[int, DecodedFrame]) -> bool:
-        frames = self.plan.frames_of(feature).tolist()
-        if any(frame not in decoded for frame in frames):
-            self.failed.add(feature)
-            return False
-        grids = {decoded[frame].grid for frame in frames}
-        if len(grids) > 1:
-            sizes = ", ".join(f"{h}x{w}" for h, w in sorted(grids))
-            self.failures.add(
-                self.plan.label(feature),
-                f"its frames have different patch grids ({sizes}), for which features of a list are not "
-                "defined; give all frames of a list one size",
-            )
-            self.failed.add(feature)
-            return False
-        self.observer.grid_seen(grids.pop())
-        return True
-
     def _new_key(self, feature: int, decoded: dict[int, DecodedFrame]) -> bytes | None:
-        """The feature's key, from the very bytes that were decoded; None where the store has it already."""
-        key = feature_key(
-            self.spec, [decoded[frame].digest for frame in self.plan.frames_of(feature).tolist()]
-        )
-        if key in self.present:
-            self.observer.found_elsewhere(1)
+        """The feature's key, from the very bytes that were decoded.
+
+        None where it cannot be computed, and where the store has it already.
+        """
+        used = [decoded.get(frame) for frame in self.plan.frames_of(feature).tolist()]
+        frames = [one for one in used if one is not None]
+        grids = {one.grid for one in frames}
+        if len(frames) < len(used) or len(grids) > 1:
+            label = self.plan.label(feature)
+            if len(frames) == len(used):
+                sizes = ", ".join(f"{h}x{w}" for h, w in sorted(grids))
+                self.reporter.failed(
+                    label,
+                    f"its frames have different patch grids ({sizes}), for which features of a list are not "
+                    "defined; give all frames of a list one size",
+                )
+            self.lost.append(label)
+            self._shorten(1)
             return None
-        self.present.add(key)
+        for grid in grids - self._grids:
+            if self.limits and (complaint := self.limits.complaint(grid)):
+                self.reporter.warn(complaint)
+        self._grids |= grids
+        key = feature_key(self.spec, [one.digest for one in frames])
+        if key in self.stored:
+            self._found_elsewhere(1)
+            return None
+        self.stored.own.add(key)
         return key
 
-    def _encode(self, lists: list[list[int]], pixels: dict[int, Pixels]) -> Iterator[Encoded]:
-        return self.spec.context_rule.encode(self.encoder, lists, pixels)
+    def _found_elsewhere(self, features: int) -> None:
+        self.elsewhere += features
+        self._shorten(features)
 
+    def _shorten(self, features: int) -> None:
+        self._bar.total = (self._bar.total or 0) - features  # drawn with the next feature that is written
 
-def _rows(decoded: dict[int, DecodedFrame]) -> list[tuple[bytes, bytes]]:
-    return [(one.state_hash, one.digest) for one in decoded.values() if one.state_hash]
+    def _written(self, features: int) -> None:  # this one and those below: in other threads
+        self._bar.update(features)
+        self._claims.progressed()
+
+    def _lose(self, label: str, reason: str) -> None:
+        self.lost.append(label)
+        self.reporter.failed(label, reason)
+
+    def _done(self, block_id: str, rows: list[tuple[bytes, bytes]]) -> None:
+        """A block is on disk: note the digests first, then give the claim back, so that others find all done."""
+        self.known.table.append(rows)
+        self._claims.release(block_id)
+
+    def _tell_silence(self, seconds: float) -> None:
+        """Nothing was decoded, encoded or written for so long. The run goes on waiting: a mount may come back."""
+        self.reporter.warn(
+            f"nothing has moved for {seconds_text(seconds)}, waiting for {self._waits_for}: other processes may take "
+            f"over what this one has claimed; check its disk and device; kill -9 {os.getpid()} ends this run where "
+            "another signal does not, and loses nothing that is committed"
+        )

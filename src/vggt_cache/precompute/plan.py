@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -20,9 +20,8 @@ from vggt_cache.context import CONTEXTS
 from vggt_cache.errors import DataError
 from vggt_cache.identity import DIGEST_BYTES, FeatureSpec, feature_key
 from vggt_cache.precompute.digests import DigestTable, state_hash, state_hash_array
-from vggt_cache.precompute.failures import FailureLog
 from vggt_cache.precompute.report import Reporter, count_of
-from vggt_cache.samples import FrameTable, Problem, Sources, find_sources, iter_samples
+from vggt_cache.samples import FrameTable, Sample, find_sources, iter_samples
 
 Indexes = npt.NDArray[np.int64]
 
@@ -32,28 +31,24 @@ class Block:
     """A piece of work that one process claims. `features` are indexes into the plan, the wanted ones only."""
 
     block_id: str
-    features: Indexes
+    features: list[int]
 
 
 class Plan:
-    """The features that a data set needs, in the order of their first appearance. Each belongs to a frame list."""
+    """The features that samples need, in the order of their first appearance. Each belongs to a frame list."""
 
-    def __init__(self, sources: Sources, context: str, max_samples: int = -1) -> None:
-        self.sources = sources
+    def __init__(self, samples: Iterable[Sample], root: str, context: str, max_samples: int = -1) -> None:
+        """Goes through all samples, and the metadata of all images; takes seconds for 100,000 samples.
+
+        `root`: what processes that share the work may have mounted in different places.
+        """
+        self.root = root
         self.context = CONTEXTS[context]
-        self.sample_count = 0
-        self.text_only_count = 0
-        self._max_samples = max_samples
+        self.sample_count = self.text_only_count = 0
         self.frames = FrameTable()
-        self._sample_frames = np.empty(0, np.int64)
-        self._sample_offsets = np.zeros(1, np.int64)
-        self._lists = np.empty(0, np.int64)
-        self._offsets = np.zeros(1, np.int64)
-
-    def read_samples(self, on_problem: Callable[[Problem], None]) -> None:
-        """Read all annotations and the metadata of all images. Takes seconds for 100,000 samples."""
+        self._max_samples = max_samples
         references, offsets = array("q"), array("q", [0])
-        for sample in iter_samples(self.sources, on_problem=on_problem):
+        for sample in samples:
             self.sample_count += 1
             if sample.frames:
                 references.extend(self.frames.add(sample))
@@ -61,14 +56,9 @@ class Plan:
             else:
                 self.text_only_count += 1
         self.frames.resolve()
-        frame_of = np.fromiter(self.frames.frame_ids(), np.int64)
-        self._sample_frames = (
-            frame_of[np.frombuffer(references, np.int64)] if len(references) else self._sample_frames
-        )
-        self._sample_offsets = np.frombuffer(offsets, np.int64)
-        self._lists, self._offsets = _distinct_lists(
-            *self.context.wanted_lists(self._sample_frames, self._sample_offsets)
-        )
+        frames = np.asarray(self.frames.frame_ids(), np.int64)[np.asarray(references, np.int64)]
+        self._sample_offsets = np.asarray(offsets, np.int64)
+        self._lists, self._offsets = _distinct_lists(*self.context.wanted_lists(frames, self._sample_offsets))
 
     def __len__(self) -> int:
         """Number of features wanted: all, or the first `max_samples`."""
@@ -89,14 +79,12 @@ class Plan:
     @property
     def passes_per_epoch(self) -> int:
         """Frame passes through the encoder that training without a cache makes in one epoch."""
-        lengths = np.diff(self._sample_offsets).tolist()
-        return sum(
-            times * len(self.context.used(range(length))) for length, times in Counter(lengths).items()
-        )
+        lengths = Counter(np.diff(self._sample_offsets).tolist())
+        return sum(times * len(self.context.used(range(length))) for length, times in lengths.items())
 
-    def passes(self, features: Indexes | None = None) -> tuple[int, int]:
-        """Frame passes for these features (default: all wanted) without and with sharing of common prefixes."""
-        chosen = np.arange(len(self)) if features is None else features
+    def passes(self, features: Sequence[int]) -> tuple[int, int]:
+        """Frame passes for these features without and with sharing of common prefixes."""
+        chosen = np.asarray(features, np.int64)
         starts, lengths = self._offsets[chosen], np.diff(self._offsets)[chosen]
         unshared = int(lengths.sum())
         if not self.context.shares_prefixes:
@@ -106,24 +94,25 @@ class Plan:
     @cached_property
     def blocks(self) -> list[Block]:
         """All work. A block's id depends on the data alone, so that processes with other limits agree on it."""
-        names = self._name_hashes()
+        root = self.root.rstrip("/") + "/"
+        names = (path.removeprefix(root).encode("utf-8", "surrogateescape") for path in self.frames.paths)
+        hashes = b"".join(hashlib.blake2b(name, digest_size=16).digest() for name in names)
+        hash_of = np.frombuffer(hashes, np.dtype("V16"))
         blocks = []
         for features in self._feature_groups():
             hasher = hashlib.blake2b(digest_size=16)
             for feature in features:
-                hasher.update(names[self.frames_of(feature)].tobytes() + b"|")
-            wanted = features[features < len(self)]
-            if len(wanted):
+                hasher.update(hash_of[self.frames_of(feature)].tobytes() + b"|")
+            wanted = features[features < len(self)].tolist()
+            if wanted:
                 blocks.append(Block(block_id=hasher.hexdigest(), features=wanted))
         return blocks
 
-    def state_hashes(self) -> npt.NDArray[np.uint64]:
-        """For each frame, the hash of its file's present state [frames, 2]; zeros where it is missing."""
-        states = (self.frames.state(frame) for frame in range(len(self.frames.paths)))
-        return state_hash_array(
-            state_hash(path, state) if state else b"\0" * 16
-            for path, state in zip(self.frames.paths, states, strict=True)
-        )
+    def blocks_of(self, features: Iterable[int]) -> list[Block]:
+        """The blocks that hold these features, with no others in them."""
+        chosen = set(features)
+        cut = (replace(block, features=[f for f in block.features if f in chosen]) for block in self.blocks)
+        return [block for block in cut if block.features]
 
     def _feature_groups(self) -> Iterator[Indexes]:
         """Whole trees of lists that start with the same frame, since only these share prefixes; neighbours together."""
@@ -137,13 +126,6 @@ class Plan:
             yield order[at:end]
             at = end
 
-    def _name_hashes(self) -> npt.NDArray[np.void]:
-        """16 bytes for each frame's path below the data root: nodes may mount the root in different places."""
-        root = self.sources.root.rstrip("/") + "/"
-        names = (path.removeprefix(root).encode("utf-8", "surrogateescape") for path in self.frames.paths)
-        hashes = b"".join(hashlib.blake2b(name, digest_size=16).digest() for name in names)
-        return np.frombuffer(hashes, np.dtype("V16"))
-
 
 class KnownKeys:
     """Keys of those features whose frames' digests are known without opening an image."""
@@ -151,17 +133,21 @@ class KnownKeys:
     def __init__(self, plan: Plan, spec: FeatureSpec, table: DigestTable) -> None:
         self.plan = plan
         self.spec = spec
-        self._table = table
-        self._states = plan.state_hashes()
+        self.table = table
+        states = ((path, plan.frames.state(frame)) for frame, path in enumerate(plan.frames.paths))
+        self._states = state_hash_array(
+            state_hash(path, state) if state else bytes(16) for path, state in states
+        )
+        """For each frame, the hash of its file's present state [frames, 2]; zeros where it is missing."""
         self._known = np.zeros(len(self._states), np.bool_)
         self._read_here = np.zeros(len(self._states), np.bool_)
         self._digests = np.zeros((len(self._states), DIGEST_BYTES), np.uint8)
-        self._refresh_digests()
+        self._look_up()
 
     def reload(self) -> None:
         """Take in digests that other processes have found meanwhile."""
-        if self._table.reload():
-            self._refresh_digests()
+        if self.table.reload():
+            self._look_up()
 
     def learn(self, frame: int, digest: bytes) -> None:
         """This process has read the frame itself."""
@@ -175,27 +161,22 @@ class KnownKeys:
             return None
         return feature_key(self.spec, [self._digests[frame].tobytes() for frame in frames])
 
-    def _refresh_digests(self) -> None:
-        known, digests = self._table.lookup(self._states)
+    def _look_up(self) -> None:
+        known, digests = self.table.lookup(self._states)
         fresh = known & self._states.any(axis=1) & ~self._read_here
         self._known |= fresh
         self._digests[fresh] = digests[fresh]
 
 
-def make_plan(data_root: str, context: str, max_samples: int, on_problem: Callable[[Problem], None]) -> Plan:
-    """Find and read everything below `data_root`. Raises DataError."""
-    plan = Plan(find_sources(data_root), context, max_samples)
-    plan.read_samples(on_problem)
-    return plan
+def plan_and_tell(data_root: str, context: str, max_samples: int, reporter: Reporter) -> Plan:
+    """Read everything below `data_root`, and tell what was found in the guide's words.
 
-
-def plan_and_tell(
-    data_root: str, context: str, max_samples: int, reporter: Reporter, failures: FailureLog
-) -> Plan:
-    """The same, telling what was found in the guide's words. Raises DataError, also where no frame is named."""
+    Raises DataError, also where no frame is named.
+    """
     reporter.info(f"Scanning data root: {data_root}")
-    plan = make_plan(data_root, context, max_samples, lambda bad: failures.add(bad.where, bad.reason))
-    sources = plan.sources
+    sources = find_sources(data_root)
+    samples = iter_samples(sources, on_problem=lambda bad: reporter.failed(bad.where, bad.reason))
+    plan = Plan(samples, sources.root, context, max_samples)
     reporter.info(f"Found {len(sources.jsonl_files)} JSONL files")
     if sources.json_files:
         reporter.info(f"Found {len(sources.json_files)} JSON files")
@@ -215,19 +196,14 @@ def plan_and_tell(
 def _distinct_lists(frames: Indexes, offsets: Indexes) -> tuple[Indexes, Indexes]:
     """Each different list once, in the order of first appearance."""
     if len(frames) == len(offsets) - 1 and (offsets == np.arange(len(offsets))).all():
-        values, first = np.unique(
-            frames, return_index=True
-        )  # lists of one frame each, perhaps of millions of images
+        # Lists of one frame each, perhaps of millions of images.
+        values, first = np.unique(frames, return_index=True)
         return values[np.argsort(first)], np.arange(len(values) + 1)
-    seen: set[bytes] = set()
-    kept = array("q")
+    first_of: dict[bytes, int] = {}
     for index in range(len(offsets) - 1):
         content = frames[offsets[index] : offsets[index + 1]].tobytes()
-        name = hashlib.blake2b(content, digest_size=16).digest()
-        if name not in seen:
-            seen.add(name)
-            kept.append(index)
-    chosen = np.frombuffer(kept, np.int64) if len(kept) else np.empty(0, np.int64)
+        first_of.setdefault(hashlib.blake2b(content, digest_size=16).digest(), index)
+    chosen = np.fromiter(first_of.values(), np.int64)
     lengths = np.diff(offsets)[chosen]
     ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
     within = np.arange(ends[-1]) - np.repeat(ends[:-1], lengths)

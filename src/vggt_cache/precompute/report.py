@@ -1,16 +1,29 @@
-"""What a run tells its user: the guide's lines on stdout, the progress bar on stderr."""
+"""What a run tells its user: the guide's lines on stdout, the progress bar on stderr, and the inputs it could not use.
+
+A bad input costs one warning and one line of `failures.jsonl` in the cache directory; the run goes on. That file is a
+log: lines are only appended, by every process with one write each, and an entry that stands there is not repeated.
+"""
 
 from __future__ import annotations
 
+import json
 import sys
+import time
+from contextlib import suppress
 from typing import Any
 
 from tqdm import tqdm
 
 from vggt_cache.environment import rank_of
+from vggt_cache.errors import SmallFileError
+from vggt_cache.small_files import SmallFolder
 
 EXIT_OK, EXIT_INVALID, EXIT_INCOMPLETE = 0, 1, 3
 """All is well; verification found fault; some inputs could not be used (they stand in failures.jsonl)."""
+FAILURES_FILE = "failures.jsonl"
+_MAX_BYTES = 64 * 2**20
+"""Of the list of earlier runs; a longer one is not looked at, and entries may stand there twice."""
+_MAX_SHOWN = 100
 
 
 class Reporter:
@@ -23,6 +36,10 @@ class Reporter:
         """Raises SettingsError where the environment's numbers are none."""
         self.rank = rank_of("RANK", 0)
         self.world_size = rank_of("WORLD_SIZE", 1)
+        self.failures: set[str] = set()
+        """What could not be used: a file, `annotation:line`, or a feature's label."""
+        self._folder: SmallFolder | None = None
+        self._listed: set[tuple[str, str]] = set()
 
     def info(self, text: str) -> None:
         if self.rank == 0:
@@ -30,10 +47,6 @@ class Reporter:
 
     def warn(self, text: str) -> None:
         self._line("WARN", text)
-
-    def invalid(self, label: str, reason: str) -> None:
-        """A feature that verification found fault with."""
-        self.warn(f"invalid: {label}: {reason}")
 
     def success(self, text: str) -> None:
         self._line("SUCCESS", text)
@@ -50,6 +63,41 @@ class Reporter:
         return tqdm(
             total=total, desc=name, unit=unit, mininterval=seconds, maxinterval=30.0, dynamic_ncols=True
         )
+
+    def list_failures(self, cache_dir: str) -> None:
+        """From now on they are written down in this cache directory, not only shown."""
+        self._folder = SmallFolder(cache_dir, may_be_link=True)
+        self._listed = _listed_in(self._folder)
+
+    def failed(self, path: str, reason: str) -> None:
+        """`path` (a file, or what else `failures` names) cannot be used. The first reason stands."""
+        if path in self.failures:
+            return
+        self.failures.add(path)
+        if len(self.failures) <= _MAX_SHOWN:
+            self.warn(f"{path}: {reason}")
+        elif len(self.failures) == _MAX_SHOWN + 1:
+            rest = f"all of them are listed in {self._folder.of(FAILURES_FILE)}" if self._folder else ""
+            self.warn(f"more than {_MAX_SHOWN} inputs failed; {rest or 'the others are not shown'}")
+        if self._folder and (path, reason) not in self._listed:
+            line = json.dumps({"path": path, "reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+            try:
+                self._folder.append(FAILURES_FILE, line.encode() + b"\n")
+            except SmallFileError as error:
+                self._folder = None
+                self.warn(f"{error}; failures are only shown here")
+
+
+def _listed_in(folder: SmallFolder) -> set[tuple[str, str]]:
+    listed = set()
+    with suppress(SmallFileError):
+        for line in folder.read(FAILURES_FILE, _MAX_BYTES).splitlines():
+            with suppress(
+                ValueError, TypeError, KeyError, RecursionError
+            ):  # a line torn by a crash says nothing
+                entry = json.loads(line)
+                listed.add((entry["path"], entry["reason"]))
+    return listed
 
 
 def count_of(number: int, noun: str) -> str:

@@ -1,23 +1,26 @@
-"""What the user asked for, checked before anything is read."""
+"""What the user asked for, checked before anything is read; and what Qwen2.5-VL, trained later, asks of a grid."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from vggt_cache.codec import CODECS, NONE, codec_for, shard_codec
 from vggt_cache.context import CONTEXTS
 from vggt_cache.environment import rank_of
-from vggt_cache.errors import SettingsError
+from vggt_cache.errors import SettingsError, SmallFileError
 from vggt_cache.flags import check_choices, flag
 from vggt_cache.identity import (
     ALPHA_MODES,
     COMPUTE_DTYPES,
     FEATURE_DTYPES,
+    PATCH_SIZE,
     RESIZE_MODES,
-    EncoderSpec,
-    FeatureSpec,
     Preprocessing,
 )
+from vggt_cache.small_files import read_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,18 +68,15 @@ class PrecomputeSettings:
         codec = codec_for(shard_codec(self.feature_dtype, self.codec))
         if codec is not None:
             codec.prepare()
-        if self.batch_size < 1:
-            raise SettingsError(f"--batch_size {self.batch_size} is not a number of frames: give 1 or more")
-        if self.num_workers < 0:
-            raise SettingsError(
-                f"--num_workers {self.num_workers} is negative: give 0 (decode in this process) or more"
-            )
-        if self.max_samples == 0 or self.max_samples < -1:
-            raise SettingsError(
-                f"--max_samples {self.max_samples} selects nothing: give a positive number, or -1 for all"
-            )
-        if self.recompute < 0:
-            raise SettingsError(f"--recompute {self.recompute} is negative: give a number of features")
+        none = self.max_samples == 0 or self.max_samples < -1
+        for name, is_wrong, why in (
+            ("batch_size", self.batch_size < 1, "is not a number of frames: give 1 or more"),
+            ("num_workers", self.num_workers < 0, "is negative: give 0 (decode in this process) or more"),
+            ("max_samples", none, "selects nothing: give a positive number, or -1 for all"),
+            ("recompute", self.recompute < 0, "is negative: give a number of features"),
+        ):
+            if is_wrong:
+                raise SettingsError(f"--{name} {getattr(self, name)} {why}")
         _ = self.preprocessing
 
     @property
@@ -87,14 +87,6 @@ class PrecomputeSettings:
     def noun(self) -> str:
         """What is counted."""
         return CONTEXTS[self.context].noun
-
-    def feature_spec(self, encoder: EncoderSpec) -> FeatureSpec:
-        return FeatureSpec(
-            encoder=encoder,
-            preprocessing=self.preprocessing,
-            context=self.context,
-            feature_dtype=self.feature_dtype,
-        )
 
 
 def choose_device(wanted: str) -> str:
@@ -113,9 +105,7 @@ def choose_device(wanted: str) -> str:
             f"--device {wanted} asks for a GPU, but this PyTorch ({torch.__version__}) finds none: "
             "check nvidia-smi and CUDA_VISIBLE_DEVICES, or give --device cpu"
         )
-    card = int(index or 0)
-    if card == 0:
-        card = rank_of("LOCAL_RANK", 0)
+    card = int(index or 0) or rank_of("LOCAL_RANK", 0)
     if card >= torch.cuda.device_count():
         raise SettingsError(
             f"--device cuda:{card} does not exist: {torch.cuda.device_count()} GPUs are visible here, counted from 0"
@@ -127,3 +117,69 @@ def choose_compute_dtype(wanted: str, device: str) -> str:
     if wanted != "auto":
         return wanted
     return "bfloat16" if device.startswith("cuda") else "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QwenLimits:
+    """What `config.json` and `preprocessor_config.json` of a Qwen2.5-VL directory say about images."""
+
+    merge_size: int = 2
+    min_pixels: int = 0
+    max_pixels: int = 1 << 40
+
+    @classmethod
+    def read(cls, directory: str) -> QwenLimits:
+        """Raises SettingsError where the directory holds no such model, or one of another patch size."""
+        vision = _read_json(directory, "config.json").get("vision_config")
+        if not isinstance(vision, dict):
+            raise SettingsError(
+                f"--model_path {directory}: its config.json has no vision_config, so it is no Qwen2.5-VL model; "
+                "give the directory of Qwen2.5-VL, or leave --model_path out"
+            )
+        patch_size = vision.get("patch_size", vision.get("spatial_patch_size"))
+        if _is_number(patch_size) and patch_size != PATCH_SIZE:
+            raise SettingsError(
+                f"--model_path {directory} works on patches of {patch_size} pixels, VGGT on {PATCH_SIZE}: "
+                "their grids do not match, so the features cannot be added; use a Qwen2.5-VL model"
+            )
+        file = "preprocessor_config.json"
+        processor = _read_json(directory, file) if (Path(directory) / file).exists() else {}
+        size = processor.get("size")
+        size = size if isinstance(size, dict) else {}
+        found: dict[str, Any] = {
+            "merge_size": vision.get("spatial_merge_size"),
+            "min_pixels": processor.get("min_pixels", size.get("shortest_edge")),
+            "max_pixels": processor.get("max_pixels", size.get("longest_edge")),
+        }
+        return cls(**{name: value for name, value in found.items() if _is_number(value)})
+
+    def complaint(self, grid: tuple[int, int]) -> str:
+        """What does not fit between a patch grid (h, w) and the model; empty where all fits."""
+        h, w = (side - side % self.merge_size for side in grid)
+        pixels = h * w * PATCH_SIZE**2
+        if not pixels:
+            return f"a grid of {grid[0]}x{grid[1]} patches is too small for merging {self.merge_size}x{self.merge_size}"
+        if not self.min_pixels <= pixels <= self.max_pixels:
+            return (
+                f"frames of {h}x{w} patches have {pixels} pixels, outside the model's {self.min_pixels} to "
+                f"{self.max_pixels}: its processor would resize them, and its grid no longer match the features; "
+                "change --image_size or the model's pixel limits"
+            )
+        return ""
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+def _read_json(directory: str, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(read_text(str(Path(directory) / name), 2**20))
+    except SmallFileError as error:
+        raise SettingsError(
+            f"--model_path {directory}: {name} cannot be read, as it {error.reason}; give the directory of a "
+            "Qwen2.5-VL model, or leave --model_path out"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise SettingsError(f"--model_path {directory}: {name} is not valid JSON ({error})") from error
+    return content if isinstance(content, dict) else {}

@@ -11,11 +11,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
 from vggt_cache.errors import VggtCacheError
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LOOK_EVERY_S = 0.05
 
 
@@ -55,16 +53,13 @@ class StopRequest:
         Raises StoppedError also in the place of an error that the stop became on its way: numpy, for one, turns
         whatever comes up while it looks for a common dtype into a TypeError.
         """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        is_main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+        before = {number: signal.signal(number, self._handle) for number in numbers}
         try:
             yield
-        except VggtCacheError:
-            raise
         except Exception as error:
-            if self.requested:
+            if self.requested and not isinstance(error, VggtCacheError):
                 raise StoppedError(self.signal_number) from error
             raise
         finally:
@@ -80,7 +75,7 @@ class StopRequest:
         finally:
             self._deferring = False
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: object) -> None:
         again = self.requested
         self.signal_number = number
         if again or not self._deferring:

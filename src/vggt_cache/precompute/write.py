@@ -1,4 +1,4 @@
-"""The threads that take features off the device and bring them to the disk in shards.
+"""Features on their way from the device to the disk, in shards.
 
     encoder's thread ──> feature-writer ──> shard-committer
      check, pack         copy, write        fsync, name, done
@@ -10,6 +10,7 @@ committed shards. Shards are committed in the order in which they were begun, so
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,11 +21,10 @@ from typing import NoReturn
 import torch
 
 from vggt_cache.codec import INT8
+from vggt_cache.codec.quantise import quantised
 from vggt_cache.environment import size_of
-from vggt_cache.errors import OutOfMemoryError
+from vggt_cache.errors import OutOfMemoryError, SettingsError
 from vggt_cache.precompute.encode import is_out_of_memory
-from vggt_cache.precompute.outgoing import HostCopy, Outgoing, outgoing
-from vggt_cache.precompute.worker import Job, Worker
 from vggt_cache.store import ShardWriter
 from vggt_cache.store.tensors import bytes_of
 
@@ -34,6 +34,7 @@ SHARD_SECONDS = 60.0
 _WAITING_BATCHES = 4
 _WAITING_SHARDS = 1
 """Beside the one that is being committed and the one that is open: what a crash can lose at most is these three."""
+Job = Callable[[], object]
 
 
 def shard_bytes() -> int:
@@ -41,70 +42,51 @@ def shard_bytes() -> int:
     return size_of("VGGT_CACHE_SHARD_BYTES", DEFAULT_SHARD_BYTES)
 
 
-@dataclass(frozen=True, kw_only=True)
-class BlockDone:
-    """All features of a block have been handed over."""
-
-    block_id: str
-    rows: Sequence[tuple[bytes, bytes]]
-    """(state hash, digest) of the files that were read for it"""
-
-
+@dataclass(kw_only=True)
 class FeatureWriter:
-    """Owns the open shard. `put`, `finish_block`, `flush` and `close` raise what went wrong in the threads.
+    """Owns the open shard. All that is called here raises what went wrong in the threads.
 
     After an error nothing more is written or begun. What was handed over to be committed before a feature could not be
     written is still committed; behind a shard that could not be committed none is.
     """
 
-    def __init__(
-        self,
-        new_shard: Callable[[], ShardWriter],
-        *,
-        feature_dtype: str,
-        shard_bytes: int,
-        on_commit: Callable[[list[BlockDone]], None],
-        on_written: Callable[[int], object],
-        on_bad_feature: Callable[[str, str], None],
-    ) -> None:
-        """`on_commit` is called in the committing thread, behind each commit, the other two in the writing thread."""
-        self._new_shard = new_shard
-        self._feature_dtype = feature_dtype
-        self._shard_bytes = shard_bytes
-        self._on_commit = on_commit
-        self._on_written = on_written
-        self._on_bad_feature = on_bad_feature
+    new_shard: Callable[[], ShardWriter]
+    feature_dtype: str
+    shard_bytes: int
+    on_bad_feature: Callable[[str, str], object]
+    """Called with label and reason, in the writing thread, as is the next with a number of features."""
+    on_written: Callable[[int], object] = lambda count: None
+    committed: int = 0
+    """Features on disk, written by this process."""
+
+    def __post_init__(self) -> None:
         self._shard: ShardWriter | None = None
         self._shard_opened_s = 0.0
-        self._finished: list[BlockDone] = []
-        self._host_copy = HostCopy()
-        self.committed = 0
-        """Features on disk, written by this process."""
+        self._when_committed: list[Job] = []
         self._committing = Worker("shard-committer", waiting=_WAITING_SHARDS)
-        self._writing = Worker(
-            "feature-writer", waiting=_WAITING_BATCHES, when_idle=partial(self._turn, _nothing)
-        )
+        look_at_age = partial(self._turn, lambda: None)
+        self._writing = Worker("feature-writer", waiting=_WAITING_BATCHES, when_idle=look_at_age)
 
     def put(self, keys: Sequence[bytes], labels: Sequence[str], features: torch.Tensor) -> None:
         """Store features [len(keys), h, w, C], in the dtype of storage (of int8: bfloat16), from any device.
 
         `labels` name them in messages. Those that are not finite are reported and left out.
         """
-        self._raise_error()
         try:
-            batch = outgoing(keys, labels, features, self._feature_dtype)
+            batch = Outgoing(keys, labels, features, self.feature_dtype)
         except RuntimeError as error:
             _raise(error)
         self._submit(lambda: self._write(batch))
 
-    def finish_block(self, block: BlockDone) -> None:
-        """Everything of this block has been `put`; it is done once that is committed."""
-        self._submit(lambda: self._finished.append(block))
+    def when_committed(self, job: Job) -> None:
+        """Do this, in the committing thread, as soon as all that was `put` so far is on disk."""
+        self._submit(lambda: self._when_committed.append(job))
 
     def flush(self) -> None:
         """Commit all that was handed over; returns when it is on disk."""
         done = threading.Event()
-        self._submit(lambda: self._hand_over(done.set))
+        self.when_committed(done.set)
+        self._submit(self._hand_over)
         while not done.wait(0.1):
             self._raise_error()
 
@@ -124,8 +106,8 @@ class FeatureWriter:
         return self._committing.error or self._writing.error
 
     def _raise_error(self) -> None:
-        if (error := self._error) is not None:
-            _raise(error)
+        if self._error is not None:
+            _raise(self._error)
 
     # ------------------------------------------------------------ in the writing thread
 
@@ -137,36 +119,32 @@ class FeatureWriter:
             self._shard = None
             return
         job()
-        if self._shard_is_due():
-            self._hand_over()
+        if self._shard is not None:
+            age_s = time.monotonic() - self._shard_opened_s
+            if self._shard.bytes_written >= self.shard_bytes or age_s >= SHARD_SECONDS:
+                self._hand_over()
 
     def _write(self, batch: Outgoing) -> None:
-        stored, finite = self._host_copy.fetch(batch)
+        stored, finite = batch.on_host()
         for key, label, values, is_finite in zip(batch.keys, batch.labels, stored, finite, strict=True):
             if not is_finite:
                 dtype = str(batch.dtype).removeprefix("torch.")
-                self._on_bad_feature(label, f"its feature is not finite in {dtype}, so it is not stored")
+                self.on_bad_feature(label, f"its feature is not finite in {dtype}, so it is not stored")
                 continue
             if self._shard is None:
-                self._shard, self._shard_opened_s = self._new_shard(), time.monotonic()
-            if self._feature_dtype == INT8:
+                self._shard, self._shard_opened_s = self.new_shard(), time.monotonic()
+            if self.feature_dtype == INT8:
                 self._shard.append_stored(key, *batch.grid, bytes_of(values))
             else:
                 self._shard.append(key, values)
-            self._on_written(1)
+            self.on_written(1)
             if self._shard.is_full:
                 self._hand_over()
 
-    def _shard_is_due(self) -> bool:
-        if self._shard is None:
-            return False
-        age_s = time.monotonic() - self._shard_opened_s
-        return self._shard.bytes_written >= self._shard_bytes or age_s >= SHARD_SECONDS
-
-    def _hand_over(self, then: Job | None = None) -> None:
-        """The open shard, and the blocks that end in it, go to the committing thread; the next shard begins at once."""
-        job = partial(self._commit, self._shard, self._finished, then)
-        self._finished = []
+    def _hand_over(self) -> None:
+        """The open shard, and what waits for it, go to the committing thread; the next shard begins at once."""
+        job = partial(self._commit, self._shard, self._when_committed)
+        self._when_committed = []
         # Should the handing over itself fail, for want of memory, nobody could tell whose the shard is: it is left as a
         # temporary file then, as a killed process leaves it.
         self._shard = None
@@ -174,7 +152,7 @@ class FeatureWriter:
 
     # ------------------------------------------------------------ in the committing thread
 
-    def _commit(self, shard: ShardWriter | None, finished: list[BlockDone], then: Job | None) -> None:
+    def _commit(self, shard: ShardWriter | None, when_committed: Sequence[Job]) -> None:
         if self._committing.error is not None:
             # A shard before this one is not on the disk, and a block that ends here may have features in that.
             if shard is not None:
@@ -183,9 +161,8 @@ class FeatureWriter:
         if shard is not None:
             shard.commit()
             self.committed += shard.record_count
-        self._on_commit(finished)
-        if then is not None:
-            then()
+        for job in when_committed:
+            job()
 
 
 def _raise(error: BaseException) -> NoReturn:
@@ -197,5 +174,99 @@ def _raise(error: BaseException) -> NoReturn:
     raise error
 
 
-def _nothing() -> None:
-    """What is done when there was nothing to do for a while: a look at the age of the shard."""
+class Worker:
+    """A thread that does jobs in the order in which they come.
+
+    It goes on after an error, whatever it is: nobody may wait for a thread that has gone. Jobs look at `error`.
+    """
+
+    def __init__(self, name: str, *, waiting: int, when_idle: Job = lambda: None) -> None:
+        """At most `waiting` jobs wait; `when_idle` is done about once a second while none does."""
+        self.error: BaseException | None = None
+        """The first that a job, or waiting for one, has raised."""
+        self._jobs: queue.Queue[Job | None] = queue.Queue(waiting)
+        self.submit = self._jobs.put
+        """Hand a job over; returns when there is a place for it."""
+        self._when_idle = when_idle
+        self._closing = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Returns when all jobs are done and the thread has ended. May be called again."""
+        if not self._closing:
+            self._closing = True
+            self._jobs.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            try:
+                try:
+                    job = self._jobs.get(timeout=1.0)
+                except queue.Empty:
+                    if self._closing and self._jobs.empty():  # the word to end was lost for want of memory
+                        return
+                    job = self._when_idle
+                if job is None:
+                    return
+                job()
+            except BaseException as error:  # also of the queue itself, which can run out of memory
+                self.error = self.error or error
+
+
+# ---------------------------------------------------------------- from the device to the host
+
+
+class Outgoing:
+    """A batch that lies where it was computed; nothing of it needs to be complete there yet."""
+
+    def __init__(
+        self, keys: Sequence[bytes], labels: Sequence[str], features: torch.Tensor, feature_dtype: str
+    ) -> None:
+        """Of features [n, h, w, C] in the dtype of storage (of int8: bfloat16), on any device.
+
+        To be made where they are computed: what is done to them is queued behind that, and nothing waits for it.
+        """
+        self.keys, self.labels = keys, labels
+        self.grid = features.shape[1], features.shape[2]
+        self.dtype = features.dtype
+        """Of the features, also where they are packed already."""
+        packed = feature_dtype == INT8
+        self.stored, self.finite = _packed(features) if packed else (features, all_finite(features))
+        """[n, h, w, C] in the dtype of storage; of int8 the records, uint8 [n, bytes]. bool [n]: all values are"""
+        self._ready: torch.cuda.Event | None = None
+        if features.device.type == "cuda":
+            # The stream of the features' own device: the current device may be another one.
+            self._ready = torch.cuda.current_stream(features.device).record_event()
+
+    def on_host(self) -> tuple[torch.Tensor, list[bool]]:
+        """`stored` and `finite` in host memory, copied on a stream of its own, beside the encoder's next batch."""
+        if self._ready is None:
+            return self.stored, self.finite.tolist()
+        stream = torch.cuda.Stream(self.stored.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            stream.wait_event(self._ready)
+            # Copies that do not block go into pinned memory, which torch keeps for the next one.
+            stored, finite = (one.to("cpu", non_blocking=True) for one in (self.stored, self.finite))
+        stream.synchronize()
+        return stored, finite.tolist()
+
+
+def all_finite(features: torch.Tensor) -> torch.Tensor:
+    """bool [n] on the features' device: whether no value of a feature is NaN or infinite.
+
+    The least and the largest value tell: both are NaN where any is. That reads every value once and keeps nothing,
+    a fraction of what `isfinite` of all of them costs. A sum would not do: of float16 it overflows by itself.
+    """
+    ends = torch.stack([torch.stack(feature.aminmax()) for feature in features])
+    return ends.isfinite().all(dim=1)
+
+
+def _packed(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The int8 records, and whether what they were made from is finite: half of the bytes travel."""
+    if features.dtype != torch.bfloat16:
+        raise SettingsError(f"features of {features.dtype} are not packed in int8: give torch.bfloat16")
+    # One at a time: float32 copies are large.
+    records, finite = zip(*(quantised(feature.flatten(0, 1)) for feature in features), strict=True)
+    return torch.stack(records), torch.stack(finite)
