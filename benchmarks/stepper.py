@@ -17,11 +17,10 @@ from transformers import AutoTokenizer
 from bench_causal import one_by_one
 from bench_encoder import SIZES, random_encoder
 from janusvln.data import DataOptions, NavigationDataset, PaddedCollator, SampleIndex
+from janusvln.data.images import FeatureRequest
 from janusvln.demo.tiny_qwen import TOKEN_IDS, tiny_config, write_tiny_qwen
-from janusvln.features.fill import CacheFiller
-from janusvln.features.live import LiveEncoder
+from janusvln.features.computed import CacheFiller, LiveEncoder
 from janusvln.features.read_ahead import ReadAhead
-from janusvln.features.request import FeatureRequest
 from janusvln.features.source import FeatureSource
 from janusvln.model.config import JanusVLNConfig, as_janusvln_config
 from janusvln.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenerationForJanusVLN
@@ -77,9 +76,8 @@ class Stepper:
         self.live = self.new_live()
         self._fill(folder / "cache")
         self.cache = FeatureCache.open(folder / "cache")
-        self.source = FeatureSource(
-            cache=self.cache, reader=ReadAhead(self.cache, self.device), encoder=self.live, miss="error"
-        )
+        reader = ReadAhead(self.cache, self.device)
+        self.source = FeatureSource(reader=reader, encoder=self.live, miss="error")
         self.model = self._model()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=True)
 
@@ -94,8 +92,9 @@ class Stepper:
         dataset = NavigationDataset(
             index,
             AutoTokenizer.from_pretrained(qwen),
+            model_dir=str(qwen),
             spec=self.spec,
-            options=DataOptions(model_dir=str(qwen), min_pixels=784),
+            options=DataOptions(min_pixels=784),
         )
         self._pixels = dataset.pixels
         full = [at for at in range(len(index)) if index.frame_counts[at] == 9]

@@ -13,8 +13,7 @@ from transformers.utils import import_utils
 from janusvln.demo.tiny_qwen import TOKEN_IDS, write_tiny_qwen
 from janusvln.model import attention
 from janusvln.model.fusion import SpatialFeatureError
-from janusvln.model.losses import weighted_token_loss
-from janusvln.model.modeling_qwen2_5_vl import KEPT
+from janusvln.model.modeling_qwen2_5_vl import KEPT, weighted_token_loss
 from model_kit import feature, images, load, prompt, rows
 
 SMALL, WIDE = (4, 6), (2, 8)

@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from janusvln.demo.tiny_qwen import TOKEN_IDS, write_tiny_qwen
-from janusvln.model.fusion import SpatialFeatureError, count_images
-from janusvln.model.merger import SpatialMerger, group_patches, merge
+from janusvln.model.fusion import SpatialFeatureError, SpatialMerger, count_images, group_patches, merge
 from model_kit import feature, images, load, places_of, prompt, rows, tokens_of
 
 LAM = 0.7

@@ -10,7 +10,7 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from janusvln.data import NavigationDataset, PackedCollator, PaddedCollator
-from janusvln.data.pixels import QwenPixels
+from janusvln.data.images import QwenPixels
 from janusvln.demo.tiny_qwen import TOKEN_IDS
 from train_data_kit import make_dataset, talk, text_of, tiny_qwen, write_frames, write_records
 
@@ -49,7 +49,7 @@ NAMES = ("input_ids", "attention_mask", "position_ids", "pixel_values", "image_g
 
 def run(model: Qwen2_5_VLForConditionalGeneration, batch: Batch) -> Any:
     if "feature_requests" in batch:
-        pixels = QwenPixels.read(str(tiny_qwen()))
+        pixels = QwenPixels(str(tiny_qwen()))
         shown = [pixels.values(request.frames) for request in batch["feature_requests"]]
         grids = torch.tensor(batch["image_grid_thw"])
         batch = {**batch, "pixel_values": torch.cat(shown), "image_grid_thw": grids}

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-import janusvln.data.frames as frames_module
+import janusvln.data.images as frames_module
 from janusvln.data import DataOptions, NavigationDataset, navigation_prompt, sentence_of
 from small_data import write_image
 from store_kit import make_feature
@@ -266,7 +266,7 @@ def test_texts_of_an_episode_that_cannot_be_used_are_named(tmp_path: Path) -> No
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(SettingsError, match=sentence):
-        DataOptions(model_dir="x", **options)
+        DataOptions(**options)
 
 
 def test_a_directory_without_a_model_is_refused(root: Path, tmp_path: Path) -> None:
@@ -274,9 +274,10 @@ def test_a_directory_without_a_model_is_refused(root: Path, tmp_path: Path) -> N
     for content in (None, '{"model_type": "llama"}'):
         if content:
             (tmp_path / "config.json").write_text(content)
-        options = DataOptions(model_dir=str(tmp_path))
         with pytest.raises(SettingsError, match=r"config\.json that can be read|holds a llama"):
-            NavigationDataset(index, tiny_tokenizer(), spec=SPEC, options=options)
+            NavigationDataset(
+                index, tiny_tokenizer(), model_dir=str(tmp_path), spec=SPEC, options=DataOptions()
+            )
 
 
 # ---------------------------------------------------------------- workers

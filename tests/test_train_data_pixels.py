@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from janusvln.data.errors import UnfitSampleError
-from janusvln.data.pixels import Pixels, QwenPixels
-from janusvln.data.positions import RopePositions
+from janusvln.data.dialogue import UnfitSampleError
+from janusvln.data.images import Pixels, QwenPixels
+from janusvln.data.tokens import RopePositions
 from janusvln.demo.tiny_qwen import TOKEN_IDS
 from train_data_kit import tiny_qwen
 from vggt_cache.errors import SettingsError
@@ -39,7 +39,7 @@ def test_pixel_values_are_the_processors_own_bit_for_bit(rows: int, columns: int
     frame = random_frame(rows, columns, seed=rows * 10 + columns)
     cut = frame[: rows // 2 * 28, : columns // 2 * 28]
     expected, grid = processed(cut, tiny_qwen())
-    pixels = QwenPixels.read(str(tiny_qwen()))
+    pixels = QwenPixels(str(tiny_qwen()))
     assert torch.equal(pixels.values(torch.from_numpy(frame)[None]), expected)
     assert (1, *pixels.grid(frame)) == tuple(grid[0].tolist())
     assert pixels.image_tokens(pixels.grid(frame)) * 4 == len(expected)
@@ -53,13 +53,13 @@ def test_mean_and_std_are_those_of_the_directory(tmp_path: Path) -> None:
         json.dumps({**json.loads(path.read_text()), "image_mean": [0, 0.5, 1], "image_std": [1, 2, 3]})
     )
     frame = random_frame(2, 4)
-    values = QwenPixels.read(str(directory)).values(torch.from_numpy(frame)[None])
+    values = QwenPixels(str(directory)).values(torch.from_numpy(frame)[None])
     assert torch.equal(values, processed(frame, directory)[0])
     assert values[0, 0].item() == pytest.approx(frame[0, 0, 0] / 255, abs=1e-6)
 
 
 def test_frames_stand_one_after_the_other() -> None:
-    pixels = QwenPixels.read(str(tiny_qwen()))
+    pixels = QwenPixels(str(tiny_qwen()))
     frames = torch.stack([torch.from_numpy(random_frame(3, 4, seed)) for seed in (1, 2, 1)])
     together = pixels.values(frames)
     assert torch.equal(together, torch.cat([pixels.values(frames[at : at + 1]) for at in range(3)]))
@@ -68,12 +68,12 @@ def test_frames_stand_one_after_the_other() -> None:
 
 
 def test_a_table_on_a_device_leaves_the_one_that_workers_receive_where_it_is() -> None:
-    pixels = QwenPixels.read(str(tiny_qwen()))
+    pixels = QwenPixels(str(tiny_qwen()))
     frames = torch.from_numpy(random_frame(2, 4))[None]
     elsewhere = pixels.on(torch.device("meta"))
     assert elsewhere.values(frames.to("meta")).device.type == "meta"
     pixels.values(frames.to("meta"))
-    assert torch.equal(pixels.values(frames), QwenPixels.read(str(tiny_qwen())).values(frames))
+    assert torch.equal(pixels.values(frames), QwenPixels(str(tiny_qwen())).values(frames))
 
 
 @pytest.mark.parametrize(
@@ -87,26 +87,27 @@ def test_a_table_on_a_device_leaves_the_one_that_workers_receive_where_it_is() -
 def test_frames_that_the_processor_would_resize_are_refused(
     limits: dict[str, int], size: tuple[int, int], reason: str
 ) -> None:
-    pixels = QwenPixels.read(str(tiny_qwen()), **limits)
+    pixels = QwenPixels(str(tiny_qwen()), **limits)
     with pytest.raises(UnfitSampleError, match=reason):
         pixels.grid(random_frame(*size))
 
 
 def test_limits_include_their_bounds() -> None:
-    pixels = QwenPixels.read(str(tiny_qwen()), min_pixels=8 * 196, max_pixels=8 * 196)
+    pixels = QwenPixels(str(tiny_qwen()), min_pixels=8 * 196, max_pixels=8 * 196)
     assert pixels.grid(random_frame(3, 5)) == (2, 4)
 
 
 def test_directories_and_limits_that_make_no_sense_are_refused_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"has no preprocessor_config\.json that can be read") as refusal:
-        QwenPixels.read(str(tmp_path))
+        QwenPixels(str(tmp_path))
     assert "\n" not in str(refusal.value)
     with pytest.raises(SettingsError, match="min_pixels is 9 and max_pixels 8"):
-        QwenPixels.read(str(tiny_qwen()), min_pixels=9, max_pixels=8)
+        QwenPixels(str(tiny_qwen()), min_pixels=9, max_pixels=8)
     processor = Qwen2VLImageProcessorPil.from_pretrained(tiny_qwen())
     processor.patch_size = 16
+    processor.save_pretrained(tmp_path)
     with pytest.raises(SettingsError, match="patches of 16 pixels, VGGT on 14"):
-        QwenPixels(processor)
+        QwenPixels(str(tmp_path))
 
 
 # ---------------------------------------------------------------- position ids

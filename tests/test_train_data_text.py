@@ -9,11 +9,17 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from janusvln.data import navigation_prompt
-from janusvln.data.chat import ChatEncoder, Tokens
-from janusvln.data.conversations import read_conversation
-from janusvln.data.errors import UnfitSampleError
-from janusvln.data.structured import read_structured
-from janusvln.data.turns import Dialogue, Segment, Turn, action_class, check_dialogue
+from janusvln.data.dialogue import (
+    Dialogue,
+    Segment,
+    Turn,
+    UnfitSampleError,
+    action_class,
+    check_dialogue,
+    read_conversation,
+    read_structured,
+)
+from janusvln.data.tokens import ChatEncoder, Tokens
 from janusvln.demo.tiny_qwen import SPECIAL_TOKENS, TOKEN_IDS, VOCABULARY
 from train_data_kit import IMAGE, SYSTEM, talk, text_of, tiny_tokenizer
 from vggt_cache.samples import Sample

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from janusvln.train.agree import agree_on_snapshot
-from janusvln.train.ranks import Ranks
+from janusvln.train.ranks import Ranks, agree_on_snapshot
 from store_kit import make_spec, shard_path, write_shard
 from vggt_cache.errors import CacheAccessError
 from vggt_cache.store import FeatureCache

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from janusvln.features.coverage import measure_coverage
+from janusvln.features.resolve import measure_coverage
 from janusvln.train.command import main
 from small_data import write_image
 from train_kit import Kit, largest_difference, logged, write_kit

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from janusvln.features.coverage import measure_coverage
 from janusvln.features.resolve import (
     WantedFeatures,
     check_resumed_with,
     check_trained_with,
+    measure_coverage,
     open_cache,
     summary,
 )
@@ -54,7 +54,7 @@ class TestWhichCache:
     @pytest.mark.parametrize(
         ("flag", "value"),
         [("context", "frame"), ("image_size", 518), ("layer", 1), ("resize_mode", "pad"), ("alpha", "drop"),
-         ("feature_dtype", "float32"), ("compute_dtype", "bfloat16"), ("fingerprint", "0000")],
+         ("feature_dtype", "float32"), ("compute_dtype", "bfloat16"), ("vggt_cache_fingerprint", "0000")],
     )  # fmt: skip
     def test_a_flag_that_contradicts_the_cache_is_refused_with_both_values(
         self, tmp_path: Path, flag: str, value: object
@@ -66,7 +66,9 @@ class TestWhichCache:
     def test_a_flag_that_agrees_changes_nothing(self, tmp_path: Path) -> None:
         spec = make_spec(context="causal", image_size=644)
         write_shard(tmp_path, [1], spec)
-        wanted = WantedFeatures(context="causal", image_size=644, layer=-2, fingerprint=spec.fingerprint[:8])
+        wanted = WantedFeatures(
+            context="causal", image_size=644, layer=-2, vggt_cache_fingerprint=spec.fingerprint[:8]
+        )
         assert opened(tmp_path, wanted).spec == spec
 
     def test_of_several_caches_one_must_be_named(self, tmp_path: Path) -> None:
@@ -76,7 +78,7 @@ class TestWhichCache:
         with pytest.raises(AmbiguousCacheError, match="--context or --vggt_cache_fingerprint"):
             opened(tmp_path, WantedFeatures())
         assert opened(tmp_path, WantedFeatures(context="causal")).spec == causal
-        assert opened(tmp_path, WantedFeatures(fingerprint=frame.fingerprint[:12])).spec == frame
+        assert opened(tmp_path, WantedFeatures(vggt_cache_fingerprint=frame.fingerprint[:12])).spec == frame
 
     def test_no_cache_is_refused_and_fill_makes_one(self, tmp_path: Path, small_checkpoint: Path) -> None:
         missing = tmp_path / "new"

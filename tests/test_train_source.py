@@ -16,10 +16,9 @@ import pytest
 import torch
 
 from codec_kit import INT8, NUMBERS, given_back, write_packed
-from janusvln.features.fill import CacheFiller
-from janusvln.features.live import LiveEncoder
+from janusvln.data.images import FeatureRequest
+from janusvln.features.computed import CacheFiller, LiveEncoder
 from janusvln.features.read_ahead import ReadAhead
-from janusvln.features.request import FeatureRequest
 from store_kit import SPEC, failing, make_feature, make_key, shard_path, write_shard
 from train_kit import CPU, make_request, make_source, small_spec, write_images
 from vggt_cache.encoder import Encoder
@@ -418,7 +417,7 @@ class TestWhatCannotBeStored:
     ) -> None:
         filling = Filling(tmp_path, small_checkpoint)
         disk = failing(operation, error)
-        monkeypatch.setattr("janusvln.features.fill.ShardWriter", partial(ShardWriter, fs=disk))
+        monkeypatch.setattr("janusvln.features.computed.ShardWriter", partial(ShardWriter, fs=disk))
         for _ in range(2):
             filling.epoch()
         (warning,) = filling.said
@@ -437,7 +436,7 @@ class TestWhatCannotBeStored:
     ) -> None:
         filling = Filling(tmp_path, small_checkpoint)
         monkeypatch.setattr(
-            "janusvln.features.fill.ShardWriter", partial(ShardWriter, fs=failing("fsync", errno.ENOSPC))
+            "janusvln.features.computed.ShardWriter", partial(ShardWriter, fs=failing("fsync", errno.ENOSPC))
         )
         filling.source.take(filling.requests)
         filling.source.close()
@@ -452,7 +451,7 @@ class TestWhatCannotBeStored:
         filling.source.take(filling.requests[:3])
         filling.source.flush()
         monkeypatch.setattr(
-            "janusvln.features.fill.ShardWriter", partial(ShardWriter, fs=failing("pwrite", errno.ENOSPC))
+            "janusvln.features.computed.ShardWriter", partial(ShardWriter, fs=failing("pwrite", errno.ENOSPC))
         )
         filling.epoch()
         assert filling.source.not_stored == 1
@@ -492,7 +491,7 @@ class TestWhatCannotBeStored:
         self, tmp_path: Path, small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         filling = Filling(tmp_path, small_checkpoint)
-        monkeypatch.setattr("janusvln.features.fill.ShardWriter", lambda *given: 1 / 0)
+        monkeypatch.setattr("janusvln.features.computed.ShardWriter", lambda *given: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             filling.epoch()
 

@@ -58,10 +58,18 @@ def write_records(root: Path, records: Sequence[dict[str, Any]], name: str = "tr
     return path
 
 
-def make_dataset(root: Path, spec: FeatureSpec = SPEC, **options: Any) -> NavigationDataset:
+def make_dataset(
+    root: Path, spec: FeatureSpec = SPEC, *, action_head: bool = False, **options: Any
+) -> NavigationDataset:
     index = SampleIndex(sources_of(str(root), None, None), on_problem=_fail)
-    settings = DataOptions(model_dir=str(tiny_qwen()), **options)
-    return NavigationDataset(index, tiny_tokenizer(), spec=spec, options=settings)
+    return NavigationDataset(
+        index,
+        tiny_tokenizer(),
+        model_dir=str(tiny_qwen()),
+        spec=spec,
+        options=DataOptions(**options),
+        action_head=action_head,
+    )
 
 
 def _fail(problem: object) -> None:

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from janusvln.data.images import FeatureRequest
 from janusvln.demo.tiny_qwen import write_tiny_qwen
-from janusvln.features.live import LiveEncoder
+from janusvln.features.computed import LiveEncoder
 from janusvln.features.read_ahead import ReadAhead
-from janusvln.features.request import FeatureRequest
 from janusvln.features.source import FeatureSource
 from small_data import history, write_episode, write_image
 from vggt_cache.encoder.checkpoint import Checkpoint
@@ -60,7 +60,6 @@ def make_source(
     spec: FeatureSpec, cache: FeatureCache | None, checkpoint: Path | str | None, **options: object
 ) -> FeatureSource:
     return FeatureSource(
-        cache=cache,
         reader=None if cache is None else ReadAhead(cache, CPU),
         encoder=LiveEncoder(None if checkpoint is None else str(checkpoint), spec, CPU),
         **options,  # type: ignore[arg-type]

@@ -8,12 +8,11 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
-from janusvln.data.chat import NOT_LEARNED
+from janusvln.data.dataset import Item
+from janusvln.data.tokens import NOT_LEARNED
 
-Item = dict[str, Any]
 Batch = dict[str, Any]
 
 _PADDING_POSITION = 1
@@ -26,19 +25,18 @@ class PaddedCollator:
     pad_token_id: int
 
     def __call__(self, items: Sequence[Item]) -> Batch:
-        longest = max(len(item["input_ids"]) for item in items)
+        lengths = torch.tensor([len(item["input_ids"]) for item in items])
+        longest = int(lengths.max())
+        fillings = {"input_ids": self.pad_token_id, "labels": NOT_LEARNED, "loss_weights": 0.0}
         batch: Batch = {
-            "input_ids": _stacked(items, "input_ids", longest, self.pad_token_id),
-            "labels": _stacked(items, "labels", longest, NOT_LEARNED),
-            "attention_mask": _mask([len(item["input_ids"]) for item in items], longest),
-            "position_ids": torch.stack(
-                [_padded(item["position_ids"], longest, _PADDING_POSITION) for item in items], dim=1
-            ),
+            name: pad_sequence([item[name] for item in items], batch_first=True, padding_value=filling)
+            for name, filling in fillings.items()
+            if name in items[0]
         }
-        if "loss_weights" in items[0]:
-            batch["loss_weights"] = _stacked(items, "loss_weights", longest, 0.0)
-        starts = [row * longest for row in range(len(items))]
-        return batch | _images(items, starts) | _actions(items, starts)
+        positions = [item["position_ids"].T for item in items]  # [L, 3]
+        batch["position_ids"] = pad_sequence(positions, padding_value=_PADDING_POSITION).permute(2, 1, 0)
+        batch["attention_mask"] = (torch.arange(longest)[None] < lengths[:, None]).long()
+        return batch | _placed(items, [row * longest for row in range(len(items))])
 
 
 @dataclass(frozen=True)
@@ -61,43 +59,23 @@ class PackedCollator:
             if name in items[0]
         }
         batch["position_ids"] = torch.cat(positions, dim=1)[:, None]
-        starts = list(accumulate(lengths, initial=0))[:-1]
-        return batch | _images(items, starts) | _actions(items, starts)
+        return batch | _placed(items, list(accumulate(lengths, initial=0))[:-1])
 
 
-def _padded(values: Tensor, length: int, filling: float) -> Tensor:
-    return pad(values, (0, length - values.shape[-1]), value=filling)
+def _placed(items: Sequence[Item], starts: Sequence[int]) -> Batch:
+    """What belongs to images and actions, where any sample has them; places count through all rows of the batch.
 
-
-def _stacked(items: Sequence[Item], name: str, length: int, filling: float) -> Tensor:
-    return torch.stack([_padded(item[name], length, filling) for item in items])
-
-
-def _mask(lengths: Sequence[int], longest: int) -> Tensor:
-    return (torch.arange(longest)[None] < torch.tensor(lengths)[:, None]).long()
-
-
-def _images(items: Sequence[Item], starts: Sequence[int]) -> Batch:
-    """What belongs to images, sample by sample; nothing where no sample has any. `starts`: as in `_actions`.
-
-    The grids are numbers and no tensor: the model needs them on the host, where a tensor would not stay.
+    `starts`: where each sample begins in that count. The grids are numbers and no tensor: the model needs them on the
+    host, where a tensor would not stay.
     """
-    shown = [(start, item) for start, item in zip(starts, items, strict=True) if "feature_request" in item]
-    if not shown:
-        return {}
-    return {
-        "image_grid_thw": [grid for _, item in shown for grid in item["image_grid_thw"].tolist()],
-        "image_positions": [start + item["image_positions"] for start, item in shown],
-        "feature_requests": [item["feature_request"] for _, item in shown],
-    }
-
-
-def _actions(items: Sequence[Item], starts: Sequence[int]) -> Batch:
-    """`action_positions` counts through all rows of the batch; `starts`: where each sample begins in that count."""
-    if "action_label" not in items[0]:
-        return {}
-    positions = [start + item["action_position"] for start, item in zip(starts, items, strict=True)]
-    return {
-        "action_labels": torch.tensor([item["action_label"] for item in items]),
-        "action_positions": torch.tensor(positions),
-    }
+    batch: Batch = {}
+    placed = list(zip(starts, items, strict=True))
+    shown = [(start, item) for start, item in placed if "feature_request" in item]
+    if shown:
+        batch["image_grid_thw"] = [grid for _, item in shown for grid in item["image_grid_thw"].tolist()]
+        batch["image_positions"] = [start + item["image_positions"] for start, item in shown]
+        batch["feature_requests"] = [item["feature_request"] for _, item in shown]
+    if "action_label" in items[0]:
+        batch["action_labels"] = torch.tensor([item["action_label"] for item in items])
+        batch["action_positions"] = torch.tensor([start + item["action_position"] for start, item in placed])
+    return batch

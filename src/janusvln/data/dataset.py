@@ -2,27 +2,67 @@
 
 from __future__ import annotations
 
+import math
 from array import array
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
 from transformers import AutoConfig
 
-from janusvln.data.chat import ChatEncoder, Tokens
-from janusvln.data.conversations import read_conversation
-from janusvln.data.errors import UnfitSampleError
-from janusvln.data.frames import load_frames, request_feature
-from janusvln.data.options import DataOptions
-from janusvln.data.pixels import QwenPixels
-from janusvln.data.positions import RopePositions
-from janusvln.data.structured import read_step, read_structured
-from janusvln.data.turns import Dialogue, check_dialogue
-from vggt_cache.errors import DataError, SettingsError
+from janusvln.data.dialogue import UnfitSampleError, check_dialogue, read_dialogue
+from janusvln.data.images import QwenPixels, load_frames, request_feature
+from janusvln.data.tokens import ChatEncoder, RopePositions
+from vggt_cache.errors import DataError, SettingsError, VggtCacheError
 from vggt_cache.identity import FeatureSpec
-from vggt_cache.samples import Sample, SampleIndex
+from vggt_cache.samples import Sample, SampleIndex, Sources, find_sources, sources_of_files
 
 Item = dict[str, Any]
+
+
+def flag(default: Any, text: str) -> Any:
+    """A field that is also a flag of the trainer, with its help."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """What the trainer decides about samples. Raises SettingsError for values that are out of range.
+
+    Samples over a limit are refused, never cut: in causal context the list of frames is what a feature is found by.
+    """
+
+    model_max_length: int = flag(163840, "tokens of the longest sample; longer ones are refused")
+    max_history_images: int = flag(8, "earlier frames that a sample shows beside the current one")
+    min_pixels: int | None = flag(None, "of an image given to Qwen; fewer is refused")
+    """None, here and below: as in `preprocessor_config.json`."""
+    max_pixels: int | None = flag(None, "of an image given to Qwen; more is refused")
+    subinstruction_weight: float = flag(1.0, "loss weight of the SUBINSTRUCTION line of structured samples")
+    desc2d_weight: float = flag(1.0, "loss weight of the 2D_DESCRIPTION line")
+    desc3d_weight: float = flag(1.0, "loss weight of the 3D_DESCRIPTION line")
+    action_weight: float = flag(1.0, "loss weight of the ACTION line")
+
+    def __post_init__(self) -> None:
+        for name, least in (("model_max_length", 1), ("max_history_images", 0)):
+            if getattr(self, name) < least:
+                raise SettingsError(f"--{name} is {getattr(self, name)}: give {least} or more")
+        for name in ("subinstruction_weight", "desc2d_weight", "desc3d_weight", "action_weight"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise SettingsError(
+                    f"--{name} is {value}, which is no weight (negative or not finite): give 0 or more"
+                )
+        if not any(self.section_weights):
+            raise SettingsError(
+                "--subinstruction_weight, --desc2d_weight, --desc3d_weight and --action_weight are all 0, so nothing "
+                "would be learned: give at least one a value over 0"
+            )
+
+    @property
+    def section_weights(self) -> tuple[float, float, float, float]:
+        """Of the lines SUBINSTRUCTION, 2D_DESCRIPTION, 3D_DESCRIPTION, ACTION."""
+        return self.subinstruction_weight, self.desc2d_weight, self.desc3d_weight, self.action_weight
 
 
 class NavigationDataset(Dataset[Item]):
@@ -45,18 +85,20 @@ class NavigationDataset(Dataset[Item]):
         index: SampleIndex,
         tokenizer: Any,
         *,
+        model_dir: str,
         spec: FeatureSpec,
         options: DataOptions,
+        action_head: bool = False,
     ) -> None:
-        """Raises SettingsError for a model directory that cannot be used."""
+        """`model_dir`: of Qwen2.5-VL (or its name on the hub). Raises SettingsError where it cannot be used."""
         self.index = index
         self.spec = spec
         self.options = options
+        self._action_head = action_head
+        self._weighted = any(weight != 1.0 for weight in options.section_weights)
         self._chat = ChatEncoder(tokenizer)
-        self._positions = RopePositions(_config(options.model_dir))
-        self.pixels = QwenPixels.read(
-            options.model_dir, min_pixels=options.min_pixels, max_pixels=options.max_pixels
-        )
+        self._positions = RopePositions(_config(model_dir))
+        self.pixels = QwenPixels(model_dir, min_pixels=options.min_pixels, max_pixels=options.max_pixels)
 
     def __len__(self) -> int:
         return len(self.index)
@@ -74,42 +116,32 @@ class NavigationDataset(Dataset[Item]):
         return self.index.lengths
 
     def _item(self, at: int, sample: Sample) -> Item:
-        dialogue = self._dialogue(sample)
-        self._check_history(sample)
+        dialogue = read_dialogue(sample, self.options.section_weights)
+        self._check_history(len(sample.frames) - 1)
         check_dialogue(dialogue, len(sample.frames))
         frames = load_frames(sample, self.spec.preprocessing)
         grids = [self.pixels.grid(frame.pixels) for frame in frames]
         tokens = self._chat.encode(dialogue, [self.pixels.image_tokens(grid) for grid in grids])
         self._check_length(len(tokens.input_ids), len(frames))
-        thw = torch.tensor([(1, h, w) for h, w in grids]) if grids else None
-        item = self._text(tokens, dialogue, thw)
-        if thw is not None:
-            item["image_grid_thw"] = thw
-            item["image_positions"] = (item["input_ids"] == self._chat.image_token).nonzero()[:, 0]
-            item["feature_request"] = request_feature(at, frames, self.spec)
-        return item
-
-    def _dialogue(self, sample: Sample) -> Dialogue:
-        if sample.layout == "conversation":
-            return read_conversation(sample.record)
-        read = read_step if sample.layout == "episode" else read_structured
-        return read(sample, self.options.section_weights)
-
-    def _text(self, tokens: Tokens, dialogue: Dialogue, grid_thw: torch.Tensor | None) -> Item:
         input_ids = torch.tensor(tokens.input_ids)
+        thw = torch.tensor([(1, h, w) for h, w in grids]) if grids else None
         item: Item = {
             "input_ids": input_ids,
             "labels": torch.tensor(tokens.labels),
-            "position_ids": self._positions(input_ids, grid_thw),
+            "position_ids": self._positions(input_ids, thw),
         }
-        if self.options.action_head:
+        if self._action_head:
             item["action_label"], item["action_position"] = dialogue.action, tokens.answer_start - 1
-        if self.options.weighted:
+        if self._weighted:
             item["loss_weights"] = torch.tensor(tokens.weights, dtype=torch.float32)
+        if thw is not None:
+            item["image_grid_thw"] = thw
+            item["image_positions"] = (input_ids == self._chat.image_token).nonzero()[:, 0]
+            item["feature_request"] = request_feature(at, frames, self.spec)
         return item
 
-    def _check_history(self, sample: Sample) -> None:
-        earlier, limit = len(sample.frames) - 1, self.options.max_history_images
+    def _check_history(self, earlier: int) -> None:
+        limit = self.options.max_history_images
         if earlier > limit:
             raise UnfitSampleError(
                 f"has {earlier} earlier frames, over --max_history_images {limit}; none is left out silently, because "
@@ -136,3 +168,25 @@ def _config(model_dir: str) -> Any:
     if getattr(config, "vision_config", None) is None or getattr(config, "image_token_id", None) is None:
         raise SettingsError(f"{model_dir} holds a {config.model_type} and no Qwen2.5-VL model: give one")
     return config
+
+
+def sources_of(train_data_root: str | None, annotation_path: str | None, data_path: str | None) -> Sources:
+    """A data root, or annotation files with the folders of their images. Raises DataError."""
+    if annotation_path:
+        return sources_of_files(annotation_path, data_path or "")
+    try:
+        return find_sources(train_data_root or "")
+    except DataError as error:  # the reader is precompute's too, where the flag has another name
+        raise DataError(str(error).replace("--data_root", "--train_data_root")) from error
+
+
+def sentence_of(error: VggtCacheError) -> str:
+    """The sentence of an error that may have come through a DataLoader.
+
+    torch raises an error of a worker anew, of the same class, with the worker's traceback as its message; the
+    sentence then stands behind the last name of that class. Other errors have their own text.
+    """
+    text = str(error)
+    name = f"{type(error).__module__}.{type(error).__qualname__}"
+    _, found, sentence = text.rpartition(f"\n{name}: ")
+    return sentence.strip() if found and text.startswith("Caught ") else text

@@ -14,13 +14,11 @@ from dataclasses import dataclass
 
 import torch
 
-from janusvln.features.fill import CacheFiller
-from janusvln.features.live import LiveEncoder
+from janusvln.data.images import FeatureRequest
+from janusvln.features.computed import CacheFiller, LiveEncoder
 from janusvln.features.read_ahead import PendingRead, ReadAhead
-from janusvln.features.request import FeatureRequest
 from vggt_cache.context import label_of_last
 from vggt_cache.errors import DataError, StoreError
-from vggt_cache.store import FeatureCache
 
 MISS_POLICIES = ("encode", "fill", "error")
 
@@ -43,15 +41,14 @@ class FeatureSource:
     def __init__(
         self,
         *,
-        cache: FeatureCache | None,
         reader: ReadAhead | None,
         encoder: LiveEncoder,
         miss: str = "encode",
         filler: CacheFiller | None = None,
         on_hit: Callable[[int], None] | None = None,
     ) -> None:
-        """`reader` goes with `cache`, `filler` with miss = "fill"; `on_hit` is told the sample's index."""
-        self.cache = cache
+        """`reader`: of the cache, if there is one; `filler` goes with miss = "fill"; `on_hit` gets sample indices."""
+        self.cache = None if reader is None else reader.cache
         self.counts = Counts()
         self._reader = reader
         self._encoder = encoder
@@ -68,21 +65,25 @@ class FeatureSource:
 
     def take(self, requests: Sequence[FeatureRequest]) -> list[torch.Tensor]:
         """The features [h, w, C] on the device, valid until `step_done`. Raises VggtCacheError."""
-        reads = self._reads_of(requests)
+        if self._expected and self._expected[0][0] is requests:
+            reads = self._expected.popleft()[1]
+        else:  # not announced: an evaluation between training steps
+            reads = [self._start(request) for request in requests]
         began_s = time.perf_counter()
+        pending = [read for read in reads if read is not None]
+        self._in_use += pending
         if self._reader is not None:
-            self._reader.settle([read for read in reads if read is not None])
-        features = [self._arrived(*pair) for pair in zip(requests, reads, strict=True)]
+            self._reader.settle(pending)
+        found = {at: self._arrived(request, reads[at]) for at, request in enumerate(requests)}
+        features = {at: feature for at, feature in found.items() if feature is not None}
+        missing = [at for at in found if at not in features]
         self.counts.wait_s += time.perf_counter() - began_s
         self.counts.batches += 1
-        missing = [position for position, feature in enumerate(features) if feature is None]
-        self.counts.hits += len(features) - len(missing)
+        self.counts.hits += len(features)
         self.counts.misses += len(missing)
         if missing:
-            computed = self._compute([requests[position] for position in missing])
-            for position, feature in zip(missing, computed, strict=True):
-                features[position] = feature
-        return [feature for feature in features if feature is not None]
+            features.update(zip(missing, self._compute([requests[at] for at in missing]), strict=True))
+        return [features[at] for at in range(len(requests))]
 
     def step_done(self) -> None:
         """The features of all `take`s so far are used up."""
@@ -115,14 +116,11 @@ class FeatureSource:
 
     def refresh(self) -> None:
         """Take in what has been committed, by this rank and by others. Where that cannot be read, it is computed."""
-        if self.cache is None:
-            return
         try:
-            self.cache.refresh()
+            if self.cache is not None:
+                self.cache.refresh()
         except StoreError as error:
-            if self._miss == "error":
-                raise
-            self._warn_once(error)
+            self._tolerate(error)
 
     def close(self) -> None:
         """Commit what `fill` has computed, tell what could not be stored, and end all threads."""
@@ -135,28 +133,17 @@ class FeatureSource:
     # ------------------------------------------------------------ steps
 
     def _start(self, request: FeatureRequest) -> PendingRead | None:
-        if self._reader is None or self.cache is None or request.key not in self.cache:
+        if self._reader is None or request.key not in self._reader.cache:
             return None
         return self._reader.start(request.key, request.grid)
 
-    def _reads_of(self, requests: Sequence[FeatureRequest]) -> list[PendingRead | None]:
-        if self._expected and self._expected[0][0] is requests:
-            reads = self._expected.popleft()[1]
-        else:  # not announced: an evaluation between training steps
-            reads = [self._start(request) for request in requests]
-        self._in_use += [read for read in reads if read is not None]
-        return reads
-
     def _arrived(self, request: FeatureRequest, read: PendingRead | None) -> torch.Tensor | None:
-        if read is None:
+        if self._reader is None or read is None:
             return None
-        assert self._reader is not None
         try:
             feature = self._reader.wait(read)
         except StoreError as error:
-            if self._miss == "error":
-                raise
-            self._warn_once(error)
+            self._tolerate(error)
             return None
         if feature is not None and self._on_hit is not None:
             self._on_hit(request.index)
@@ -164,7 +151,11 @@ class FeatureSource:
 
     def _compute(self, requests: Sequence[FeatureRequest]) -> list[torch.Tensor]:
         if self._miss == "error":
-            raise _missing(requests[0], self.cache)
+            raise DataError(
+                f"the feature of {label_of_last(requests[0].paths)} is not in the cache "
+                f"{self.cache.cache_dir if self.cache else ''} and --vggt_cache_miss is error: precompute it, or train "
+                "with --vggt_cache_miss encode"
+            )
         began_s = time.perf_counter()
         features = self._encoder.encode(requests)
         if features[0].is_cuda:
@@ -174,7 +165,10 @@ class FeatureSource:
             self._filler.put(requests, features)
         return [self._encoder.as_stored(feature) for feature in features]
 
-    def _warn_once(self, error: StoreError) -> None:
+    def _tolerate(self, error: StoreError) -> None:
+        """One warning, unless features may not be computed."""
+        if self._miss == "error":
+            raise error
         if not self._warned:
             self._warned = True
             warnings.warn(
@@ -182,11 +176,3 @@ class FeatureSource:
                 f"counted as misses: {error}",
                 stacklevel=2,
             )
-
-
-def _missing(request: FeatureRequest, cache: FeatureCache | None) -> DataError:
-    return DataError(
-        f"the feature of {label_of_last(request.paths)} is not in the cache "
-        f"{cache.cache_dir if cache else ''} and --vggt_cache_miss is error: precompute it, or train with "
-        "--vggt_cache_miss encode"
-    )

@@ -1,4 +1,7 @@
-"""Which spatial tokens belong to which image, and their sum.
+"""Spatial tokens: VGGT's patch features brought to the language model's width, and which of them belong to which image.
+
+The merger computes what JanusVLN's computes (arXiv:2509.22548): each patch is normed by its root mean square, four
+neighbouring patches become one token, and two linear layers with a GELU bring it to the language model's width.
 
 A sample's feature is that of its current frame; it is added to every image of the sample, position by position. With
 one sample in a batch this equals the reference, which repeats the batch's features in a row until they fill the images
@@ -11,11 +14,64 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
 from janusvln.model.attention import Grids
-from janusvln.model.merger import MERGE_SIZE, even_grid
 from vggt_cache.errors import VggtCacheError
+
+MERGE_SIZE = 2
+NORM_EPS = 1e-6
+
+
+class SpatialFeatureError(VggtCacheError):
+    """Images and features of a batch do not belong together."""
+
+    exit_code = 2
+
+
+class SpatialMerger(nn.Module):
+    """Parameters `ln_q.weight` [C], `mlp.0` (4C to hidden) and `mlp.2` (hidden to out), as JanusVLN names them."""
+
+    def __init__(self, channels: int, hidden_size: int, out_size: int) -> None:
+        super().__init__()
+        self.ln_q = Qwen2_5_VLRMSNorm(channels, eps=NORM_EPS)
+        self.mlp = nn.Sequential(
+            nn.Linear(channels * MERGE_SIZE**2, hidden_size), nn.GELU(), nn.Linear(hidden_size, out_size)
+        )
+
+    def forward(self, groups: Tensor) -> Tensor:
+        """groups: [tokens, 4, C] in any float dtype, see `group_patches`. Returns [tokens, out] in the weights' dtype.
+
+        The cast to the weights' dtype comes before the norm, as in the reference.
+        """
+        x = self.ln_q(groups.to(self.ln_q.weight.dtype))
+        tokens: Tensor = self.mlp(x.flatten(1))
+        return tokens
+
+
+def even_grid(feature: Tensor) -> tuple[int, int]:
+    """(h, w) of a feature [h, w, C] without the last row and column that have no partner."""
+    h, w = feature.shape[:2]
+    return h - h % MERGE_SIZE, w - w % MERGE_SIZE
+
+
+def group_patches(feature: Tensor) -> Tensor:
+    """[h, w, C] to [h//2 * w//2, 4, C]: 2x2 neighbours row-major, inside a group (0,0), (0,1), (1,0), (1,1)."""
+    h, w = even_grid(feature)
+    even = feature[:h, :w].reshape(h // MERGE_SIZE, MERGE_SIZE, w // MERGE_SIZE, MERGE_SIZE, -1)
+    return even.permute(0, 2, 1, 3, 4).flatten(0, 1).flatten(1, 2)
+
+
+def merge(merger: nn.Module, features: list[Tensor]) -> list[Tensor]:
+    """Spatial tokens of each feature [h, w, C], as [h//2 * w//2, out].
+
+    One call of the module whatever the number of features: where its weights are spread over processes (ZeRO-3),
+    all of them have to make the same calls.
+    """
+    groups = [group_patches(feature) for feature in features]
+    tokens: Tensor = merger(torch.cat(groups))
+    return list(torch.split(tokens, [len(group) for group in groups]))
 
 
 class Views(NamedTuple):
@@ -56,17 +112,9 @@ VIEW_FIELDS = ("pixel_values", "image_grid_thw", "spatial_features", "image_posi
 """The same under their names in a batch."""
 
 
-class SpatialFeatureError(VggtCacheError):
-    """Images and features of a batch do not belong together."""
-
-    exit_code = 2
-
-
-def unseen_images(tokens: int) -> SpatialFeatureError:
-    return SpatialFeatureError(
-        f"the prompts have {tokens} image tokens, but no image is given: the model would answer without seeing; give "
-        "pixel_values, image_grid_thw and spatial_features"
-    )
+def image_tokens(grid: Sequence[int]) -> int:
+    """Tokens that an image of (t, h, w) patches takes in the prompt."""
+    return grid[0] * grid[1] * grid[2] // MERGE_SIZE**2
 
 
 def checked_counts(views: Views, tokens_per_sample: Sequence[int]) -> Sequence[int]:
@@ -78,13 +126,17 @@ def checked_counts(views: Views, tokens_per_sample: Sequence[int]) -> Sequence[i
             "its input; give pixel_values, image_grid_thw and one feature for each sample that has images"
         )
     counts = count_images(tokens_per_sample, views.grids)
-    check_fits(views.features, counts, views.grids)
+    if len(views.features) != len(counts):
+        raise SpatialFeatureError(
+            f"{len(views.features)} features are given for {len(counts)} samples with {sum(counts)} "
+            f"images, and {len(views.grids)} images: a feature would be added to another sample's image; give one "
+            "feature for each sample that has images, in order (and image_positions, where several samples share a row)"
+        )
+    grids = iter(views.grids)
+    for sample, (feature, count) in enumerate(zip(views.features, counts, strict=True)):
+        for _ in range(count):
+            _check_grid(sample, feature, next(grids))
     return counts
-
-
-def image_tokens(grid: Sequence[int]) -> int:
-    """Tokens that an image of (t, h, w) patches takes in the prompt."""
-    return grid[0] * grid[1] * grid[2] // MERGE_SIZE**2
 
 
 def count_images(tokens_per_sample: Sequence[int], grids: Grids) -> list[int]:
@@ -116,39 +168,14 @@ def count_images(tokens_per_sample: Sequence[int], grids: Grids) -> list[int]:
     return counts
 
 
-def check_fits(features: Sequence[Tensor], images_per_sample: Sequence[int], grids: Grids) -> None:
-    """Raises SpatialFeatureError unless each sample has one feature, with the grid of each of its images."""
-    if len(features) != len(images_per_sample) or sum(images_per_sample) != len(grids):
-        raise SpatialFeatureError(
-            f"{len(features)} features are given for {len(images_per_sample)} samples with {sum(images_per_sample)} "
-            f"images, and {len(grids)} images: a feature would be added to another sample's image; give one feature "
-            "for each sample that has images, in order (and image_positions, where several samples share a row)"
-        )
-    image = 0
-    for sample, (feature, count) in enumerate(zip(features, images_per_sample, strict=True)):
-        for grid in grids[image : image + count]:
-            if (1, *even_grid(feature)) != tuple(grid):
-                raise _other_grid(sample, feature, grid)
-        image += count
-
-
-def _other_grid(sample: int, feature: Tensor, grid: Sequence[int]) -> SpatialFeatureError:
-    h, w = feature.shape[:2]
+def _check_grid(sample: int, feature: Tensor, grid: Sequence[int]) -> None:
     even_h, even_w = even_grid(feature)
+    if (1, even_h, even_w) == tuple(grid):
+        return
+    h, w = feature.shape[:2]
     used = f", of which {even_h} x {even_w} are used" if (h, w) != (even_h, even_w) else ""
-    return SpatialFeatureError(
+    raise SpatialFeatureError(
         f"sample {sample} of the batch has a feature of {h} x {w} patches (rows x columns){used}, but an image of "
         f"{grid[1]} x {grid[2]} patches: they cannot be added position by position; make image and feature from the "
         "same resized frame (same --image_size and --resize_mode, and pixel limits that resize nothing)"
     )
-
-
-def add_spatial(
-    images: Sequence[Tensor], spatial: Sequence[Tensor], images_per_sample: Sequence[int], lam: float
-) -> list[Tensor]:
-    """Image tokens [tokens, D] of each image, plus `lam` times the spatial tokens of the image's sample.
-
-    images: per image; spatial: per sample; both in the order of the batch, checked by `check_fits`.
-    """
-    owners = [tokens for tokens, count in zip(spatial, images_per_sample, strict=True) for _ in range(count)]
-    return [image + lam * own.to(image) for image, own in zip(images, owners, strict=True)]

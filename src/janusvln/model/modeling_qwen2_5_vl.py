@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.conversion_mapping import (
@@ -26,17 +27,18 @@ from janusvln.model.attention import attend_by_length, tower_inputs
 from janusvln.model.config import JanusVLNConfig
 from janusvln.model.fusion import (
     VIEW_FIELDS,
+    SpatialFeatureError,
+    SpatialMerger,
     Views,
-    add_spatial,
     checked_counts,
     image_tokens,
-    unseen_images,
+    merge,
 )
-from janusvln.model.losses import NOT_LEARNED, action_loss, weighted_token_loss
-from janusvln.model.merger import SpatialMerger, merge
 
 ACTIONS = 4
 """STOP, MOVE_FORWARD, TURN_LEFT, TURN_RIGHT."""
+NOT_LEARNED = -100
+"""Label of tokens and samples that are not learned from."""
 # What transformers calls the keys and values of earlier tokens: `past_key_values`, and `cache` from 5.24 on.
 KEPT = ({field.name for field in fields(CausalLMOutputWithPast)} & {"cache", "past_key_values"}).pop()
 # transformers is typed in part, and its parts do not agree with each other.
@@ -148,7 +150,11 @@ class Qwen2_5_VLForConditionalGenerationForJanusVLN(_Qwen):  # type: ignore[misc
         logits = self.lm_head(hidden[:, wanted])
         loss = None
         if labels is not None:
-            loss = self._token_loss(logits, labels, loss_weights, kwargs)
+            if loss_weights is None:
+                vocab_size = self.config.text_config.vocab_size
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
+            else:
+                loss = weighted_token_loss(logits, labels, loss_weights)
             if self.config.action_head:
                 loss = loss + self._action_loss(hidden, action_labels, action_positions)
         return CausalLMOutputWithPast(
@@ -192,7 +198,10 @@ class Qwen2_5_VLForConditionalGenerationForJanusVLN(_Qwen):  # type: ignore[misc
             places = views.places(is_image)
             images = self._images(views, [len(place) for place in places])
         elif is_prompt and is_image.any():
-            raise unseen_images(int(is_image.sum()))
+            raise SpatialFeatureError(
+                f"the prompts have {int(is_image.sum())} image tokens, but no image is given: the model would answer "
+                "without seeing; give pixel_values, image_grid_thw and spatial_features"
+            )
         elif is_learned and (self.training or is_deepspeed_zero3_enabled()):  # type: ignore[no-untyped-call]
             images = self._unused_image(input_ids.device)
             places = [torch.zeros(0, dtype=torch.long, device=input_ids.device)]
@@ -213,7 +222,9 @@ class Qwen2_5_VLForConditionalGenerationForJanusVLN(_Qwen):  # type: ignore[misc
         tokens = tower(pixels, **tower_inputs(tower, views.grids, pixels.device)).pooler_output
         images = torch.split(tokens, [image_tokens(grid) for grid in views.grids])
         spatial = merge(self.merger, [feature.to(tokens.device) for feature in views.features or []])
-        return torch.cat(add_spatial(images, spatial, counts, self.config.lam))
+        owners = [own for own, count in zip(spatial, counts, strict=True) for _ in range(count)]
+        lam = self.config.lam
+        return torch.cat([image + lam * own.to(image) for image, own in zip(images, owners, strict=True)])
 
     def _unused_image(self, device: torch.device) -> Tensor:
         """What a batch of text alone runs through visual tower and merger, [0, D]: one token, which is then dropped.
@@ -230,15 +241,6 @@ class Qwen2_5_VLForConditionalGenerationForJanusVLN(_Qwen):  # type: ignore[misc
         )
         return self._images(views, [1])[:0]
 
-    def _token_loss(
-        self, logits: Tensor, labels: Tensor, weights: Tensor | None, kwargs: dict[str, Any]
-    ) -> Tensor:
-        if weights is not None:
-            return weighted_token_loss(logits, labels, weights)
-        vocab_size = self.config.text_config.vocab_size
-        loss: Tensor = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
-        return loss
-
     def _action_loss(self, hidden: Tensor, labels: Tensor | None, positions: Tensor | None) -> Tensor:
         if labels is None or positions is None:
             positions = torch.zeros(1, dtype=torch.long, device=hidden.device)
@@ -246,6 +248,31 @@ class Qwen2_5_VLForConditionalGenerationForJanusVLN(_Qwen):  # type: ignore[misc
         logits = self.action_head(hidden.flatten(0, 1)[positions])
         weight: float = self.config.distill_loss_weight
         return weight * action_loss(logits, labels)
+
+
+def weighted_token_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """sum(weight * cross entropy) / sum(weight) over the learned tokens, in float32; 0 where no weight is left.
+
+    logits: [B, L, vocabulary]; labels: int64 [B, L], -100 where not learned; weights: [B, L], of the token itself (not
+    of the place that predicts it). Labels and weights are shifted here.
+    """
+    targets = labels[:, 1:].flatten()
+    each = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=NOT_LEARNED, reduction="none"
+    )
+    counted = weights[:, 1:].flatten().float() * (targets != NOT_LEARNED)
+    total = counted.sum()
+    return (each * counted).sum() / total.where(total > 0, 1.0)
+
+
+def action_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross entropy of action logits [samples, 4] in float32 over labels 0 to 3; -100 is left out.
+
+    With no label left it is 0 and still hangs on the logits, so that every process has the same gradients to reduce.
+    """
+    kept = labels != NOT_LEARNED
+    total = F.cross_entropy(logits.float(), labels, ignore_index=NOT_LEARNED, reduction="sum")
+    return total / kept.sum().clamp(min=1)
 
 
 def _is_packed(position_ids: Tensor | None) -> bool:

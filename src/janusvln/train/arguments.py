@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import transformers
 from transformers import HfArgumentParser
 
-from janusvln.data.options import DataOptions
+from janusvln.data.dataset import DataOptions, flag
 from janusvln.features.read_ahead import THREADS
 from janusvln.features.resolve import AS_PUBLISHED, WantedFeatures
 from janusvln.features.source import MISS_POLICIES
@@ -23,25 +23,19 @@ from vggt_cache.flags import about_flag
 from vggt_cache.precompute.settings import PrecomputeSettings
 
 
-def _flag(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass
 class ModelArguments:
     """What is trained, and which parts of it."""
 
-    model_name_or_path: str | None = _flag(None, "Qwen2.5-VL, a checkpoint made here, or a released JanusVLN")
-    tune_mm_llm: bool = _flag(False, "train the language model")
-    tune_mm_vision: bool = _flag(False, "train the vision tower")
-    tune_mm_mlp: bool = _flag(False, "train the vision tower's merger; the spatial merger is always trained")
-    lam: float | None = _flag(None, "weight of the spatial features (default: the checkpoint's, else 0.2)")
-    action_head: bool = _flag(False, "train a 4-class action head beside the language model")
-    distill_loss_weight: float = _flag(1.0, "weight of the action head's loss")
-    reference_frame: str = _flag("first", "only `first` is supported")
-    attn_implementation: str | None = _flag(
-        None, "default: flash_attention_2 where it is installed, else sdpa"
-    )
+    model_name_or_path: str | None = flag(None, "Qwen2.5-VL, a checkpoint made here, or a released JanusVLN")
+    tune_mm_llm: bool = flag(False, "train the language model")
+    tune_mm_vision: bool = flag(False, "train the vision tower")
+    tune_mm_mlp: bool = flag(False, "train the vision tower's merger; the spatial merger is always trained")
+    lam: float | None = flag(None, "weight of the spatial features (default: the checkpoint's, else 0.2)")
+    action_head: bool = flag(False, "train a 4-class action head beside the language model")
+    distill_loss_weight: float = flag(1.0, "weight of the action head's loss")
+    reference_frame: str = flag("first", "only `first` is supported")
+    attn_implementation: str | None = flag(None, "default: flash_attention_2 if installed, else sdpa")
 
     def __post_init__(self) -> None:
         if not self.model_name_or_path:
@@ -60,26 +54,20 @@ class ModelArguments:
             )
 
 
-@dataclass
-class DataArguments:
+@dataclass(frozen=True, kw_only=True)
+class DataArguments(DataOptions):
     """What it is trained on."""
 
-    train_data_root: str | None = _flag(None, "folder with annotations (*.jsonl, *.json) or episode folders")
-    annotation_path: str | None = _flag(None, "annotation files, separated by commas, instead of a data root")
-    data_path: str | None = _flag(None, "folder that relative image names start from; with --annotation_path")
-    max_samples: int = _flag(-1, "only the first N samples; -1: all")
-    max_history_images: int = _flag(
-        DataOptions.max_history_images, "earlier frames that a sample shows beside the current one"
-    )
-    max_pixels: int = _flag(576 * 28 * 28, "of an image given to Qwen; more is refused")
-    min_pixels: int = _flag(16 * 28 * 28, "of an image given to Qwen; fewer is refused")
-    data_flatten: bool = _flag(False, "pack the samples of a batch into one row, without padding")
-    subinstruction_weight: float = _flag(1.0, "loss weight of the SUBINSTRUCTION line of structured samples")
-    desc2d_weight: float = _flag(1.0, "loss weight of the 2D_DESCRIPTION line")
-    desc3d_weight: float = _flag(1.0, "loss weight of the 3D_DESCRIPTION line")
-    action_weight: float = _flag(1.0, "loss weight of the ACTION line")
+    train_data_root: str | None = flag(None, "folder with annotations (*.jsonl, *.json) or episode folders")
+    annotation_path: str | None = flag(None, "annotation files, separated by commas, instead of a data root")
+    data_path: str | None = flag(None, "folder that relative image names start from; with --annotation_path")
+    max_samples: int = flag(-1, "only the first N samples; -1: all")
+    min_pixels: int = flag(16 * 28 * 28, "of an image given to Qwen; fewer is refused")
+    max_pixels: int = flag(576 * 28 * 28, "of an image given to Qwen; more is refused")
+    data_flatten: bool = flag(False, "pack the samples of a batch into one row, without padding")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if bool(self.train_data_root) == bool(self.annotation_path):
             raise SettingsError(
                 f"--train_data_root is {self.train_data_root} and --annotation_path is {self.annotation_path}: give "
@@ -93,32 +81,16 @@ class DataArguments:
             raise SettingsError(
                 f"--max_samples {self.max_samples} selects nothing: give a number, or -1 for all"
             )
-        for name in ("subinstruction_weight", "desc2d_weight", "desc3d_weight", "action_weight"):
-            if getattr(self, name) < 0:
-                raise SettingsError(f"--{name} {getattr(self, name)} is negative: give 0 or more")
-
-
-def _as_in_the_cache(name: str) -> Any:
-    text = f"{about_flag(PrecomputeSettings, name)['help']} (default: the cache's; without one {AS_PUBLISHED[name]})"
-    return _flag(None, text.replace("%", "%%"))
 
 
 @dataclass
-class FeatureArguments:
+class FeatureArguments(WantedFeatures):
     """Where VGGT's features come from. What is left open is as the cache has it."""
 
-    vggt_cache_dir: str | None = _flag(None, "feature cache (default: the environment's VGGT_CACHE_DIR)")
-    vggt_cache_miss: str = _flag("encode", f"what a missing feature means: {', '.join(MISS_POLICIES)}")
-    vggt_model_path: str | None = _flag(None, "VGGT, needed only where a feature is not in the cache")
-    vggt_cache_fingerprint: str | None = _flag(None, "which cache, where several share the directory")
-    vggt_cache_threads: int = _flag(THREADS, "threads of each rank that read features")
-    context: str | None = _as_in_the_cache("context")
-    image_size: int | None = _as_in_the_cache("image_size")
-    resize_mode: str | None = _as_in_the_cache("resize_mode")
-    alpha: str | None = _as_in_the_cache("alpha")
-    layer: int | None = _as_in_the_cache("layer")
-    feature_dtype: str | None = _as_in_the_cache("feature_dtype")
-    compute_dtype: str | None = _as_in_the_cache("compute_dtype")
+    vggt_cache_dir: str | None = flag(None, "feature cache (default: the environment's VGGT_CACHE_DIR)")
+    vggt_cache_miss: str = flag("encode", f"what a missing feature means: {', '.join(MISS_POLICIES)}")
+    vggt_model_path: str | None = flag(None, "VGGT, needed only where a feature is not in the cache")
+    vggt_cache_threads: int = flag(THREADS, "threads of each rank that read features")
 
     def __post_init__(self) -> None:
         self.vggt_cache_dir = self.vggt_cache_dir or os.environ.get("VGGT_CACHE_DIR") or None
@@ -135,76 +107,54 @@ class FeatureArguments:
         if self.vggt_cache_threads < 1:
             raise SettingsError(f"--vggt_cache_threads {self.vggt_cache_threads}: give 1 or more")
 
-    @property
-    def wanted(self) -> WantedFeatures:
-        return WantedFeatures(
-            context=self.context,
-            image_size=self.image_size,
-            resize_mode=self.resize_mode,
-            alpha=self.alpha,
-            layer=self.layer,
-            feature_dtype=self.feature_dtype,
-            compute_dtype=self.compute_dtype,
-            fingerprint=self.vggt_cache_fingerprint,
-        )
-
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
     """transformers' own, and what the published trainer adds to them."""
 
-    model_max_length: int = _flag(
-        DataOptions.model_max_length, "tokens of the longest sample; longer ones are refused"
-    )
-    mm_projector_lr: float | None = _flag(None, "learning rate of the mergers (default: --learning_rate)")
-    vision_tower_lr: float | None = _flag(
-        None, "learning rate of the vision tower (default: --learning_rate)"
-    )
-    group_by_modality_length: bool = _flag(False, "batches of samples of similar length")
-    cache_dir: str | None = _flag(None, "where models from the hub are kept")
+    mm_projector_lr: float | None = flag(None, "learning rate of the mergers (default: --learning_rate)")
+    vision_tower_lr: float | None = flag(None, "learning rate of the vision tower (default: --learning_rate)")
+    group_by_modality_length: bool = flag(False, "batches of samples of similar length")
+    cache_dir: str | None = flag(None, "where models from the hub are kept")
 
     def __post_init__(self) -> None:
         self.remove_unused_columns = False  # the collator needs fields that the model does not take
         super().__post_init__()  # type: ignore[no-untyped-call]
-        for flag, given, reason in self._without_effect():
+        sampling, smoothing = self.train_sampling_strategy, self.label_smoothing_factor
+        # Flags of transformers that would do nothing here, or undo something.
+        if sampling != "random":
+            raise SettingsError(
+                f"--train_sampling_strategy {sampling}: samples come in random order, or by length with "
+                "--group_by_modality_length True: leave it out"
+            )
+        if smoothing:
+            raise SettingsError(
+                f"--label_smoothing_factor {smoothing}: it would replace the model's own loss, with its weights of "
+                "lines and actions: leave it out"
+            )
+        for name, given in (("eval_strategy", self.do_eval), ("do_predict", self.do_predict)):
             if given:
-                raise SettingsError(f"--{flag}: {reason}")
+                raise SettingsError(
+                    f"--{name}: there is no evaluation data set, a navigation model is evaluated in the simulator: "
+                    "leave it out"
+                )
         for name in ("mm_projector_lr", "vision_tower_lr"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise SettingsError(f"--{name} {value} is negative: give a learning rate, or leave it out")
 
-    def _without_effect(self) -> list[tuple[str, bool, str]]:
-        """Flags of transformers that would do nothing here, or undo something: name, whether given, why not."""
-        no_evaluation = (
-            "there is no evaluation data set, a navigation model is evaluated in the simulator: leave it out"
-        )
-        return [
-            ("eval_strategy", bool(self.do_eval), no_evaluation),
-            ("do_predict", bool(self.do_predict), no_evaluation),
-            (
-                f"train_sampling_strategy {self.train_sampling_strategy}",
-                self.train_sampling_strategy != "random",
-                "samples come in random order, or by length with --group_by_modality_length True: leave it out",
-            ),
-            (
-                f"label_smoothing_factor {self.label_smoothing_factor}",
-                bool(self.label_smoothing_factor),
-                "it would replace the model's own loss, with its weights of lines and actions: leave it out",
-            ),
-        ]
-
 
 OLD_SPELLINGS = {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps"}
 """Flags of transformers 4. A share of all steps is given to --warmup_steps as a number below 1."""
 
+_OF_VIDEO = "it belongs to video files, which no VLN data set has: leave it out"
 MEANINGLESS = {
     "dataset_use": "data sets have no names here: give --annotation_path and --data_path, or --train_data_root",
-    "base_interval": "it belongs to video files, which no VLN data set has: leave it out",
-    "video_max_frames": "it belongs to video files, which no VLN data set has: leave it out",
-    "video_min_frames": "it belongs to video files, which no VLN data set has: leave it out",
-    "video_max_frame_pixels": "it belongs to video files, which no VLN data set has: leave it out",
-    "video_min_frame_pixels": "it belongs to video files, which no VLN data set has: leave it out",
+    "base_interval": _OF_VIDEO,
+    "video_max_frames": _OF_VIDEO,
+    "video_min_frames": _OF_VIDEO,
+    "video_max_frame_pixels": _OF_VIDEO,
+    "video_min_frame_pixels": _OF_VIDEO,
     "shuffle": "the published trainer never reads it: leave it out",
     "overwrite_output_dir": "a directory with checkpoints is resumed; to start anew, give an empty one",
 }
@@ -212,26 +162,24 @@ MEANINGLESS = {
 Arguments = tuple[ModelArguments, DataArguments, FeatureArguments, TrainingArguments]
 
 
-def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """The four groups. Raises SettingsError, in one sentence, for what is unknown or contradictory."""
-    parser = _Parser((ModelArguments, DataArguments, FeatureArguments, TrainingArguments))
-    given = [_modern(argument) for argument in argv]
-    try:
-        groups = parser.parse_args_into_dataclasses(args=given, look_for_args_file=False)
-    except (ValueError, ImportError) as error:
-        raise SettingsError(f"the settings cannot be used: {' '.join(str(error).split())}") from error
-    model, data, features, training = groups
-    return model, data, features, training
-
-
 class _Parser(HfArgumentParser):
-    """Never abbreviates, and refuses in one sentence."""
-
-    def __init__(self, dataclass_types: Any) -> None:
-        super().__init__(dataclass_types, allow_abbrev=False)
+    """Refuses in one sentence."""
 
     def error(self, message: str) -> Any:
         raise SettingsError(f"{message}; python -m janusvln.train --help lists the flags")
+
+
+def parse_arguments(argv: Sequence[str]) -> Arguments:
+    """The four groups. Raises SettingsError, in one sentence, for what is unknown or contradictory."""
+    groups = (ModelArguments, DataArguments, FeatureArguments, TrainingArguments)
+    parser = _Parser(groups, allow_abbrev=False)  # type: ignore[arg-type]
+    given = [_modern(argument) for argument in argv]
+    try:
+        parsed = parser.parse_args_into_dataclasses(args=given, look_for_args_file=False)
+    except (ValueError, ImportError) as error:
+        raise SettingsError(f"the settings cannot be used: {' '.join(str(error).split())}") from error
+    model, data, features, training = parsed
+    return model, data, features, training
 
 
 def _modern(argument: str) -> str:

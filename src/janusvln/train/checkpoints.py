@@ -21,6 +21,7 @@ from vggt_cache.encoder.files import find_files
 from vggt_cache.errors import CheckpointError, DataError, SettingsError
 
 _NAME = re.compile(r"checkpoint-([0-9]+)")
+TRAINER_STATE = "trainer_state.json"
 MAKER_FILE = "maker.json"
 """Beside every saved model: which processes and which engine wrote its optimizer's state."""
 
@@ -45,8 +46,8 @@ class Maker:
     def check(self, checkpoint: Path) -> None:
         """Raises SettingsError where the checkpoint was written in another way than this run would read it."""
         try:
-            found = Maker(**json.loads((checkpoint / MAKER_FILE).read_text()))
-        except (OSError, ValueError, TypeError):  # not written by us: transformers says what it cannot load
+            found = Maker(**_json(checkpoint / MAKER_FILE))
+        except TypeError:  # not written by us: transformers says what it cannot load
             return
         if found != self:
             raise SettingsError(
@@ -67,11 +68,15 @@ def checkpoint_to_resume(output_dir: str, maker: Maker, ranks: Ranks) -> str | N
     be resumed from; it is passed over. Raises SettingsError where the last one was written in another way, and
     DataError where a rank does not see what rank 0 sees.
     """
-    written = [step for step, path in _checkpoints(output_dir) if _is_json(path / "trainer_state.json")]
+    named = [(_NAME.fullmatch(path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
+    written = {int(name[1]): path for name, path in named if name and _json(path / TRAINER_STATE) is not None}
     if written:
-        maker.check(Path(output_dir) / f"checkpoint-{max(written)}")
-    own = {"host": socket.gethostname(), "steps": complete_steps(output_dir, ranks.rank, ranks.world_size)}
-    seen = [json.loads(text) for text in ranks.exchange("checkpoints", json.dumps(own))]
+        maker.check(written[max(written)])
+    # What is written last: the trainer's state, and this rank's random state.
+    random_state = "rng_state.pth" if ranks.world_size == 1 else f"rng_state_{ranks.rank}.pth"
+    steps = [step for step in sorted(written) if (written[step] / random_state).is_file()]
+    own = json.dumps({"host": socket.gethostname(), "steps": steps})
+    seen = [json.loads(text) for text in ranks.exchange("checkpoints", own)]
     common = set(seen[0]["steps"]).intersection(*(one["steps"] for one in seen))
     if seen[0]["steps"] and not common:
         blind = next(one for one in seen if not set(one["steps"]) & set(seen[0]["steps"]))
@@ -84,7 +89,7 @@ def checkpoint_to_resume(output_dir: str, maker: Maker, ranks: Ranks) -> str | N
 
 def given_checkpoint(path: str, maker: Maker) -> str:
     """The checkpoint that --resume_from_checkpoint names. Raises SettingsError where nothing can be resumed from it."""
-    if not _is_json(Path(path) / "trainer_state.json"):
+    if _json(Path(path) / TRAINER_STATE) is None:
         raise SettingsError(
             f"--resume_from_checkpoint {path} is no directory of a checkpoint (it has no trainer_state.json), so "
             "nothing can be resumed from it: give one, or leave the flag out to go on from the last in --output_dir"
@@ -95,27 +100,14 @@ def given_checkpoint(path: str, maker: Maker) -> str:
 
 def trained_features(checkpoint: str) -> dict[str, Any] | None:
     """What a checkpoint says about the features it was trained with; None where it says nothing."""
-    try:
-        fields = json.loads((Path(checkpoint) / "config.json").read_text())
-    except (OSError, ValueError):
-        return None
+    fields = _json(Path(checkpoint) / "config.json")
     trained = fields.get("feature_spec") if isinstance(fields, dict) else None
     return trained if isinstance(trained, dict) else None
 
 
-def complete_steps(output_dir: str, rank: int, world_size: int) -> list[int]:
-    """Steps of the checkpoints of which this rank finds what is written last: its random state, and the trainer's."""
-    random_state = "rng_state.pth" if world_size == 1 else f"rng_state_{rank}.pth"
-    return sorted(
-        step
-        for step, path in _checkpoints(output_dir)
-        if (path / random_state).is_file() and _is_json(path / "trainer_state.json")
-    )
-
-
 def is_finished(checkpoint: str, arguments: TrainingArguments) -> bool:
     """Whether the run that the flags describe ends with this checkpoint: transformers would add a step to it."""
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text())
+    state = json.loads((Path(checkpoint) / TRAINER_STATE).read_text())
     if arguments.max_steps > 0:
         return bool(state["global_step"] >= arguments.max_steps)
     return bool((state.get("epoch") or 0) >= arguments.num_train_epochs)
@@ -127,11 +119,6 @@ def copy_model(checkpoint: str, output_dir: str) -> None:
         for path in Path(checkpoint).glob(pattern):
             if not (Path(output_dir) / path.name).exists():
                 shutil.copy2(path, output_dir)
-
-
-def _checkpoints(output_dir: str) -> list[tuple[int, Path]]:
-    named = [(_NAME.fullmatch(path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
-    return [(int(name[1]), path) for name, path in named if name]
 
 
 def load_weights(model: nn.Module, directory: str) -> None:
@@ -153,9 +140,9 @@ def load_weights(model: nn.Module, directory: str) -> None:
         )
 
 
-def _is_json(path: Path) -> bool:
+def _json(path: Path) -> Any:
+    """What a file holds; None where it cannot be read."""
     try:
-        json.loads(path.read_text())
+        return json.loads(path.read_text())
     except (OSError, ValueError):
-        return False
-    return True
+        return None

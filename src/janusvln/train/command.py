@@ -1,7 +1,7 @@
 """The command: `python -m janusvln.train --model_name_or_path ... --train_data_root ... --output_dir ...`
 
-Started by itself, by torchrun, or by the scripts; on CPU (gloo) and CUDA (nccl). Exit codes are those of
-`vggt-cache`: 0 all is well, 2 a setting or path is wrong, 1 something else.
+Started by itself, by torchrun, or by the scripts; on CPU (gloo) and CUDA (nccl), with and without DeepSpeed. Exit
+codes are those of `vggt-cache`: 0 all is well, 2 a setting or path is wrong, 1 something else.
 """
 
 from __future__ import annotations
@@ -9,18 +9,25 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
+import torch
 import torch.distributed as dist
+from transformers import TrainingArguments
 
-from janusvln.data.errors import sentence_of
+from janusvln.data import sentence_of
 from janusvln.train.arguments import parse_arguments
-from janusvln.train.engine import join_engine, launched_rank, prepare_engine
 from janusvln.train.ranks import Ranks
 from janusvln.train.run import TrainingRun
+from vggt_cache.cluster.network import free_port
+from vggt_cache.environment import rank_of
 from vggt_cache.errors import VggtCacheError
 from vggt_cache.output import print_any_name
+
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+"""What a launcher tells its processes in numbers; torch, transformers and DeepSpeed read them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,10 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if argv is None else list(argv)
     ranks = Ranks(None, 0, 1)
     try:
-        ranks = Ranks(None, launched_rank(), 1)
-        prepare_engine(given)
+        ranks = Ranks(None, _launched_rank(), 1)
+        _prepare_engine(given)
         arguments = parse_arguments(given)
-        join_engine(arguments[-1])
+        _join_engine(arguments[-1])
         ranks = Ranks.of_this_run()
         TrainingRun(arguments, ranks).run()
     except VggtCacheError as error:
@@ -58,3 +65,46 @@ def leave(exit_code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
+
+
+def _launched_rank() -> int:
+    """This process's rank, 0 without a launcher. Raises SettingsError where one of `LAUNCHED` is no number.
+
+    Empty ones are taken out of the environment: they say nothing, and those who read them later would not take them.
+    """
+    for name in LAUNCHED:
+        rank_of(name, 0)
+        if not os.environ.get(name, "").strip():
+            os.environ.pop(name, None)
+    return rank_of("RANK", 0)
+
+
+def _prepare_engine(flags: Sequence[str]) -> None:
+    """What must be set before the flags are parsed, since parsing them already asks for the engine."""
+    # The published launchers' own flags, which transformers 5 will call otherwise one day.
+    warnings.filterwarnings("ignore", r"`\w+` is deprecated and will be removed in v6", FutureWarning)
+    if not any(flag.partition("=")[0] == "--deepspeed" for flag in flags):
+        return
+    if "WORLD_SIZE" not in os.environ:  # no launcher: DeepSpeed would look for MPI
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone | {"MASTER_PORT": str(free_port())})
+    # DeepSpeed calls functions of torch by their old names, some of them in every step.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    if not torch.cuda.is_available():
+        import deepspeed.ops
+
+        # Its shared-memory all-reduce, which only inference on a CPU uses: compiling it takes half a minute, and fails
+        # where there is no C++ compiler.
+        getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+
+
+def _join_engine(arguments: TrainingArguments) -> None:
+    """Make the process group, where there are several processes or an engine."""
+    device = arguments.device
+    if arguments.deepspeed:
+        import deepspeed
+
+        # transformers leaves this out where --use_cpu is given; loading a model under ZeRO-3 needs it.
+        if not deepspeed.comm.is_initialized():
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            deepspeed.init_distributed(dist_backend=backend, verbose=False)

@@ -11,13 +11,14 @@ from janusvln.train.arguments import ModelArguments, TrainingArguments
 
 def freeze(model: nn.Module, arguments: ModelArguments) -> None:
     """Set `requires_grad` of every parameter as the flags say. What JanusVLN adds is always trained."""
+    trained = {
+        "added": True,
+        "projector": arguments.tune_mm_mlp,
+        "vision": arguments.tune_mm_vision,
+        "language": arguments.tune_mm_llm,
+    }
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = {
-            "added": True,
-            "projector": arguments.tune_mm_mlp,
-            "vision": arguments.tune_mm_vision,
-            "language": arguments.tune_mm_llm,
-        }[part_of(name)]
+        parameter.requires_grad = trained[part_of(name)]
 
 
 def part_of(name: str) -> str:
@@ -35,19 +36,14 @@ def parameter_groups(
 
     `decaying`: names of the parameters that weight decay applies to. Empty groups are left out.
     """
-    rates = {
-        "added": arguments.mm_projector_lr,
-        "projector": arguments.mm_projector_lr,
-        "vision": arguments.vision_tower_lr,
-    }
+    mergers, vision = arguments.mm_projector_lr, arguments.vision_tower_lr
+    rates = {"added": mergers, "projector": mergers, "vision": vision, "language": None}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            rate = rates.get(part_of(name))
+            rate = rates[part_of(name)]
             decay = arguments.weight_decay if name in decaying else 0.0
-            key = (arguments.learning_rate if rate is None else rate, decay)
-            groups.setdefault(key, []).append(parameter)
-    return [
-        {"params": parameters, "lr": rate, "weight_decay": decay}
-        for (rate, decay), parameters in groups.items()
-    ]
+            groups.setdefault((arguments.learning_rate if rate is None else rate, decay), []).append(
+                parameter
+            )
+    return [{"params": found, "lr": rate, "weight_decay": decay} for (rate, decay), found in groups.items()]

@@ -47,8 +47,7 @@ class LengthGroupedOrder(EpochOrder):
         for pool in torch.split(super()._order(generator), self._group_size * GROUPS_PER_POOL):
             by_length = pool[self._lengths[pool].argsort(descending=True, stable=True)]
             groups += torch.split(by_length, self._group_size)
-        # A group that is not full stays last: in the middle it would shift all that follow.
-        full = [group for group in groups if len(group) == self._group_size]
-        rest = [group for group in groups if len(group) < self._group_size]
-        mixed = [full[at] for at in torch.randperm(len(full), generator=generator).tolist()]
+        # Only the last may not be full, and stays last: in the middle it would shift all that follow.
+        rest = [groups.pop()] if len(groups[-1]) < self._group_size else []
+        mixed = [groups[at] for at in torch.randperm(len(groups), generator=generator).tolist()]
         return torch.cat([*mixed, *rest])

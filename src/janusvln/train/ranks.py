@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import threading
 import time
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
+
+from vggt_cache.errors import CacheAccessError
+from vggt_cache.store import FeatureCache
 
 POLL_S = 0.2
 _PATIENCE_S = 5.0
@@ -30,7 +34,7 @@ class Ranks:
         self.world_size = world_size
         self._store = store
         self._stopping = threading.Event()
-        self._watcher = threading.Thread(target=self._watch, name="stop-watch", daemon=True)
+        self._watcher = threading.Thread(target=self._watch, args=[store], name="stop-watch", daemon=True)
         if store is not None:
             self._watcher.start()
 
@@ -44,10 +48,17 @@ class Ranks:
 
     def exchange(self, name: str, text: str) -> list[str]:
         """Every rank's text, by rank. All ranks must call it, once for each name."""
-        if self._store is None:
+        store = self._store
+        if store is None:
             return [text]
-        self._store.set(f"{name}/{self.rank}", text)
-        return [self._read(f"{name}/{rank}") for rank in range(self.world_size)]
+        store.set(f"{name}/{self.rank}", text)
+        texts = []
+        for place in (f"{name}/{rank}" for rank in range(self.world_size)):
+            # Asked again and again: a waiting `get` would keep the connection from the thread that watches for a stop.
+            while not store.check([place]):
+                time.sleep(POLL_S / 4)
+            texts.append(store.get(place).decode())
+        return texts
 
     def stop_all(self, sentence: str, exit_code: int) -> int:
         """Print the sentence here and, within seconds, on every rank; returns the exit code."""
@@ -63,13 +74,6 @@ class Ranks:
     def warn(self, sentence: str) -> None:
         """What happened to this rank alone; the run goes on."""
         self._print("WARN", sentence)
-
-    def _read(self, name: str) -> str:
-        assert self._store is not None
-        # Asked again and again: a waiting `get` would keep the connection from the thread that watches for a stop.
-        while not self._store.check([name]):
-            time.sleep(POLL_S / 4)
-        return self._store.get(name).decode()
 
     def close(self) -> None:
         """Nothing will be said any more. To be called before the process group ends."""
@@ -97,23 +101,49 @@ class Ranks:
         while store.add(_STOPPED, 0) < self.world_size and time.monotonic() < deadline_s:
             time.sleep(POLL_S / 4)
 
-    def _watch(self) -> None:
-        assert self._store is not None
-        while True:
-            if self._stopping.wait(POLL_S):  # the main thread says it, or has nothing more to say
-                return
-            try:
-                if not self._store.check([_STOP]):
-                    continue
-                message = self._store.get(_STOP).decode()
-            except Exception:  # the store has gone with its host: the run is over
-                return
-            if self._stopping.is_set():
-                return
-            exit_code = self._say(message)
-            sys.stdout.flush()
-            try:
-                self._wait_until_all_have_said_it(self._store)
-            finally:
-                # The main thread may be in a collective, from which nothing else returns.
-                os._exit(exit_code)
+    def _watch(self, store: Store) -> None:
+        try:
+            while not store.check([_STOP]):
+                if self._stopping.wait(POLL_S):
+                    return
+            message = store.get(_STOP).decode()
+        except Exception:  # the store has gone with its host: the run is over
+            return
+        if self._stopping.is_set():  # the main thread says it, or has nothing more to say
+            return
+        exit_code = self._say(message)
+        sys.stdout.flush()
+        try:
+            self._wait_until_all_have_said_it(store)
+        finally:
+            # The main thread may be in a collective, from which nothing else returns.
+            os._exit(exit_code)
+
+
+def agree_on_snapshot(cache: FeatureCache, ranks: Ranks) -> FeatureCache:
+    """The cache as rank 0 sees it, on every rank: all train from one snapshot of it, or none begins.
+
+    Raises CacheAccessError, with the same sentence on every rank, where a node sees another specification, or not
+    all of rank 0's shards.
+    """
+    names = cache.shard_names()
+    own = {"host": socket.gethostname(), "fingerprint": cache.spec.fingerprint, "names": []}
+    leader = json.loads(ranks.exchange("cache", json.dumps(own if ranks.rank else own | {"names": names}))[0])
+    here, there = f"rank {ranks.rank} on {own['host']}", f"rank 0 on {leader['host']}"
+    unseen = set(leader["names"]) - set(names)
+    complaint = ""
+    if cache.spec.fingerprint != leader["fingerprint"]:
+        complaint = (
+            f"{here} has opened a cache of specification {cache.spec.fingerprint[:16]} in {cache.cache_dir}, and "
+            f"{there} one of {leader['fingerprint'][:16]}: the nodes see different directories; mount the same one"
+        )
+    elif unseen:
+        complaint = (
+            f"{here} sees {len(names)} shards in {cache.cache_dir}, and {len(unseen)} of the {len(leader['names'])} "
+            f"that {there} sees are not among them: the nodes see different directories, or a mount that has not "
+            "caught up; mount the same one, or wait and start again"
+        )
+    complaints = [text for text in ranks.exchange("cache complaints", complaint) if text]
+    if complaints:
+        raise CacheAccessError(complaints[0])
+    return cache if tuple(leader["names"]) == names else cache.with_shards(leader["names"])

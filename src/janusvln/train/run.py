@@ -9,29 +9,21 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
-from janusvln.data import (
-    DataOptions,
-    NavigationDataset,
-    PackedCollator,
-    PaddedCollator,
-    SampleIndex,
-    sources_of,
-)
-from janusvln.features.coverage import Coverage, measure_coverage
-from janusvln.features.fill import CacheFiller
-from janusvln.features.live import LiveEncoder
+from janusvln.data import NavigationDataset, PackedCollator, PaddedCollator, SampleIndex, sources_of
+from janusvln.features.computed import CacheFiller, LiveEncoder
 from janusvln.features.read_ahead import ReadAhead
 from janusvln.features.resolve import (
+    Coverage,
     check_resumed_with,
     check_trained_with,
     live_spec,
+    measure_coverage,
     open_cache,
     summary,
 )
 from janusvln.features.source import FeatureSource
 from janusvln.model.attention import attention_implementation
 from janusvln.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenerationForJanusVLN as _Model
-from janusvln.train.agree import agree_on_snapshot
 from janusvln.train.arguments import Arguments
 from janusvln.train.checkpoints import (
     Maker,
@@ -42,7 +34,7 @@ from janusvln.train.checkpoints import (
     trained_features,
 )
 from janusvln.train.learning_rates import freeze
-from janusvln.train.ranks import Ranks
+from janusvln.train.ranks import Ranks, agree_on_snapshot
 from janusvln.train.trainer import EpochCallback, FeatureTrainer
 from vggt_cache.errors import DataError, SettingsError
 from vggt_cache.identity import FeatureSpec
@@ -62,6 +54,7 @@ class TrainingRun:
     def __init__(self, arguments: Arguments, ranks: Ranks) -> None:
         self.model_arguments, self.data, self.features, self.training = arguments
         self.ranks = ranks
+        self.model_path = str(self.model_arguments.model_name_or_path)
         self.device = self.training.device
         self.output_dir = str(self.training.output_dir)
         self.fills = self.features.vggt_cache_miss == "fill"
@@ -76,7 +69,14 @@ class TrainingRun:
         if cache is not None:
             self._tell_coverage(sources, cache)
         tokenizer = self._tokenizer()
-        dataset = NavigationDataset(index, tokenizer, spec=spec, options=self._data_options())
+        dataset = NavigationDataset(
+            index,
+            tokenizer,
+            model_dir=self.model_path,
+            spec=spec,
+            options=self.data,
+            action_head=self.model_arguments.action_head,
+        )
         model = self._model(spec)
         source = self._source(spec, cache)
         try:
@@ -87,13 +87,14 @@ class TrainingRun:
     # ------------------------------------------------------------ features
 
     def _spec_and_cache(self) -> tuple[FeatureSpec, FeatureCache | None]:
-        wanted, location = self.features.wanted, self.features.vggt_model_path
-        cache_dir = self.features.vggt_cache_dir
-        if cache_dir is None:
-            spec = live_spec(wanted, location, self.device.type)
+        wanted, device = self.features, self.device.type
+        if wanted.vggt_cache_dir is None:
+            spec = live_spec(wanted, wanted.vggt_model_path, device)
             self._say(f"No feature cache: VGGT runs in every step; {describe_spec(spec)}")
             return spec, None
-        cache = open_cache(cache_dir, wanted, fill=self.fills, location=location, device=self.device.type)
+        cache = open_cache(
+            wanted.vggt_cache_dir, wanted, fill=self.fills, location=wanted.vggt_model_path, device=device
+        )
         cache = agree_on_snapshot(cache, self.ranks)
         self._say(f"VGGT feature cache enabled: {cache.cache_dir}")
         if cache.spec.feature_dtype == "int8":
@@ -106,11 +107,10 @@ class TrainingRun:
     def _checkpoint(self, spec: FeatureSpec) -> str | None:
         """What this run goes on from, if anything: a checkpoint that was trained with the features of this run."""
         given, maker = self.training.resume_from_checkpoint, Maker.of(self.training)
-        checkpoint = (
-            given_checkpoint(given, maker)
-            if given
-            else checkpoint_to_resume(self.output_dir, maker, self.ranks)
-        )
+        if given:
+            checkpoint: str | None = given_checkpoint(given, maker)
+        else:
+            checkpoint = checkpoint_to_resume(self.output_dir, maker, self.ranks)
         if checkpoint:
             for sentence in check_resumed_with(trained_features(checkpoint), spec, checkpoint):
                 self._say(sentence, "WARN")
@@ -122,7 +122,6 @@ class TrainingRun:
             reader = ReadAhead(cache, self.device, threads=self.features.vggt_cache_threads)
             filler = CacheFiller(cache.cache_dir, spec, warn=self.ranks.warn) if self.fills else None
         return FeatureSource(
-            cache=cache,
             reader=reader,
             encoder=LiveEncoder(self.features.vggt_model_path, spec, self.device),
             miss=self.features.vggt_cache_miss,
@@ -135,18 +134,18 @@ class TrainingRun:
         if self.ranks.rank or self.data.max_samples > 0:
             return
         found: list[Coverage] = []
-        told = threading.Event()
+        goes_on = threading.Event()
 
         def measure() -> None:
             found.append(measure_coverage(sources, cache))
             self._say(found[0].sentence(cache.spec.context_rule.noun))
-            if told.is_set() and (refusal := self._refusal(found[0], cache)):
+            if goes_on.is_set() and (refusal := self._refusal(found[0], cache)):
                 os._exit(self.ranks.stop_all(str(refusal), refusal.exit_code))
 
         thread = threading.Thread(target=measure, name="coverage", daemon=True)
         thread.start()
         thread.join(COVERAGE_PATIENCE_S)
-        told.set()
+        goes_on.set()
         if found and (refusal := self._refusal(found[0], cache)):
             raise refusal
 
@@ -173,33 +172,15 @@ class TrainingRun:
             )
         return index if self.data.max_samples < 0 else index.first(self.data.max_samples)
 
-    def _data_options(self) -> DataOptions:
-        data = self.data
-        return DataOptions(
-            model_dir=str(self.model_arguments.model_name_or_path),
-            model_max_length=self.training.model_max_length,
-            max_history_images=data.max_history_images,
-            min_pixels=data.min_pixels,
-            max_pixels=data.max_pixels,
-            subinstruction_weight=data.subinstruction_weight,
-            desc2d_weight=data.desc2d_weight,
-            desc3d_weight=data.desc3d_weight,
-            action_weight=data.action_weight,
-            action_head=self.model_arguments.action_head,
-        )
-
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        path = self.model_arguments.model_name_or_path
+        settings = {"cache_dir": self.training.cache_dir, "model_max_length": self.data.model_max_length}
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                path,
-                cache_dir=self.training.cache_dir,
-                model_max_length=self.training.model_max_length,
-                padding_side="right",
+                self.model_path, padding_side="right", **settings
             )
         except (OSError, ValueError) as error:
             raise SettingsError(
-                f"--model_name_or_path {path} has no tokenizer that can be read "
+                f"--model_name_or_path {self.model_path} has no tokenizer that can be read "
                 f"({' '.join(str(error).split())[:200]}): give the whole directory of a Qwen2.5-VL or JanusVLN model"
             ) from error
         return tokenizer
@@ -208,9 +189,8 @@ class TrainingRun:
 
     def _model(self, spec: FeatureSpec) -> _Model:
         arguments = self.model_arguments
-        path = str(arguments.model_name_or_path)
         model: _Model = _Model.from_pretrained(
-            path,
+            self.model_path,
             cache_dir=self.training.cache_dir,
             attn_implementation=arguments.attn_implementation or attention_implementation(),
             # DeepSpeed keeps float32 copies of bfloat16 weights. Without it they are float32, under autocast.
@@ -220,7 +200,7 @@ class TrainingRun:
             distill_loss_weight=arguments.distill_loss_weight,
             **({} if arguments.lam is None else {"lam": arguments.lam}),
         )
-        for sentence in check_trained_with(model.config.feature_spec, spec, path):
+        for sentence in check_trained_with(model.config.feature_spec, spec, self.model_path):
             self._say(sentence, "WARN")
         model.config.feature_spec = summary(spec)
         model.config.use_cache = False
@@ -248,7 +228,9 @@ class TrainingRun:
             data_collator=collator,
             source=source,
             pixels=dataset.pixels,
-            companions=self._companions(),
+            companions=[
+                str(path) for path in map(Path(self.model_path).joinpath, COMPANIONS) if path.is_file()
+            ],
         )
         trainer.add_callback(EpochCallback(trainer, self.ranks, fills=self.fills))
         if checkpoint and is_finished(checkpoint, self.training):
@@ -263,10 +245,6 @@ class TrainingRun:
         model.config.use_cache = True
         trainer.save_model()
         self._say(f"Model saved in {os.path.abspath(self.output_dir)}", "SUCCESS")
-
-    def _companions(self) -> list[str]:
-        folder = Path(str(self.model_arguments.model_name_or_path))
-        return [str(folder / name) for name in COMPANIONS if (folder / name).is_file()]
 
     def _say(self, text: str, level: str = "INFO") -> None:
         if self.ranks.rank == 0:

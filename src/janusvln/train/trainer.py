@@ -9,16 +9,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import Trainer, TrainerCallback, TrainerState
 
-from janusvln.data.pixels import QwenPixels
+from janusvln.data.images import QwenPixels
 from janusvln.features.source import FeatureSource
 from janusvln.train.arguments import TrainingArguments
 from janusvln.train.checkpoints import Maker, load_weights
 from janusvln.train.learning_rates import parameter_groups
 from janusvln.train.order import EpochOrder, LengthGroupedOrder
 from janusvln.train.ranks import Ranks
-from janusvln.train.speed import Speed
 
 Batch = dict[str, Any]
 
@@ -59,9 +59,8 @@ class FeatureTrainer(Trainer):
         return found
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
-        requests = inputs.get("feature_requests")
-        inputs = {name: value for name, value in inputs.items() if name != "feature_requests"}
-        if requests:
+        inputs = dict(inputs)
+        if requests := inputs.pop("feature_requests", None):
             frames = [request.frames.to(self.args.device, non_blocking=True) for request in requests]
             inputs["pixel_values"] = torch.cat([self.pixels.values(frame) for frame in frames])
             inputs["spatial_features"] = self.source.take(requests)
@@ -69,7 +68,9 @@ class FeatureTrainer(Trainer):
         return prepared
 
     def training_step(self, model: torch.nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
-        self.speed.samples += _samples_in(inputs)
+        # One a row of a padded batch; of a packed one, those that have images.
+        samples = inputs["input_ids"] if "attention_mask" in inputs else inputs.get("feature_requests", ())
+        self.speed.samples += len(samples)
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         self.source.step_done()
         return loss
@@ -82,8 +83,7 @@ class FeatureTrainer(Trainer):
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             trained: Any = self.model if model is None else model
-            decaying = set(self.get_decay_parameter_names(trained))
-            groups = parameter_groups(trained, self.args, decaying)
+            groups = parameter_groups(trained, self.args, set(self.get_decay_parameter_names(trained)))
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, trained)
             self.optimizer = optimizer_class(groups, **settings)
         return self.optimizer
@@ -105,11 +105,10 @@ class FeatureTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
-            Maker.of(self.args).write(output_dir or str(self.args.output_dir))
+            directory = output_dir or str(self.args.output_dir)
+            Maker.of(self.args).write(directory)
             for path in self.companions:
-                shutil.copy2(
-                    path, os.path.join(output_dir or str(self.args.output_dir), os.path.basename(path))
-                )
+                shutil.copy2(path, os.path.join(directory, os.path.basename(path)))
 
 
 class EpochCallback(TrainerCallback):
@@ -130,21 +129,13 @@ class EpochCallback(TrainerCallback):
             self._trainer.source.refresh()
 
 
-def _samples_in(batch: Batch) -> int:
-    """Samples of a padded batch, one a row; of a packed one, those that have images."""
-    return len(batch["input_ids"]) if "attention_mask" in batch else len(batch.get("feature_requests", ()))
-
-
-class _LookAhead:
+class _LookAhead(Iterator[Batch]):
     """Batches of an epoch, each taken from the loader one before it is asked for, to read its features meanwhile."""
 
     def __init__(self, inner: Iterator[Batch], source: FeatureSource) -> None:
         self.inner = inner
         self._source = source
         self._next = self._pull()
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
 
     def __next__(self) -> Batch:
         if self._next is None:
@@ -157,3 +148,62 @@ class _LookAhead:
         if batch is not None and batch.get("feature_requests"):
             self._source.expect(batch["feature_requests"])
         return batch
+
+
+class Speed:
+    """What the log says beside the loss, of one logging interval over all ranks: how features and samples arrive."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self.data_s = 0.0
+        """This rank's waiting for the DataLoader."""
+        self._began_s = time.perf_counter()
+        self._bytes_before, self._read_s_before = 0, 0.0
+
+    def take(self, source: FeatureSource, device: torch.device) -> dict[str, float]:
+        """The figures since the last call. Every rank logs at the same steps.
+
+        `cache_wait_ms` and `encode_ms` are of one micro-batch on the rank where it is longest, which all others
+        wait for; `slowest_rank` is the one that waited longest for data, features and encoder. `features_not_stored`,
+        where a cache is filled, is of all ranks since the run began.
+        """
+        counts = source.take_counts()
+        batches = max(counts.batches, 1)
+        own = [counts.hits, counts.misses, *self._reading(source), self.samples, source.not_stored or 0]
+        own += [1e3 * counts.wait_s / batches, 1e3 * counts.encode_s / batches]
+        ranks = _gathered([*own, self.data_s + counts.wait_s + counts.encode_s], device)
+        hits, misses, read_bytes, read_s, samples, not_stored, *_ = ranks.sum(0).tolist()
+        *_, wait_ms, encode_ms, slowest_s = ranks.max(0).values.tolist()
+        elapsed_s = time.perf_counter() - self._began_s
+        self.samples, self.data_s, self._began_s = 0, 0.0, time.perf_counter()
+        logs = {
+            "cache_hit_rate": round(hits / (hits + misses), 6) if hits + misses else 0.0,
+            "cache_wait_ms": round(wait_ms, 3),
+            "cache_read_mb_per_s": round(read_bytes / read_s / 1e6, 1) if read_s else 0.0,
+            "encode_ms": round(encode_ms, 3),
+            "samples_per_s": round(samples / elapsed_s, 4),
+            "slowest_rank": int(ranks[:, -1].argmax()),
+            "slowest_rank_s": round(slowest_s, 3),
+        }
+        if source.not_stored is not None:
+            logs["features_not_stored"] = int(not_stored)
+        return logs
+
+    def _reading(self, source: FeatureSource) -> tuple[int, float]:
+        """Bytes and seconds of thread time that reads took."""
+        if source.cache is None:
+            return 0, 0.0
+        stats = source.cache.stats
+        found = stats.bytes_read - self._bytes_before, stats.read_s - self._read_s_before
+        self._bytes_before, self._read_s_before = stats.bytes_read, stats.read_s
+        return found
+
+
+def _gathered(figures: list[float], device: torch.device) -> torch.Tensor:
+    """[ranks, figures]"""
+    own = torch.tensor(figures, dtype=torch.float32, device=device)
+    if not (dist.is_available() and dist.is_initialized()):
+        return own[None].cpu()
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own)
+    return torch.stack(parts).cpu()

@@ -1,4 +1,4 @@
-"""From turns to token ids, labels and loss weights: ChatML as Qwen2.5 has it, one message after the other."""
+"""From a dialogue to token ids, labels, loss weights and positions: ChatML as Qwen2.5 has it, message after message."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from janusvln.data.turns import IMAGE_TAG, SYSTEM_MESSAGE, Dialogue, Segment, Turn
+from torch import Tensor
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLModel
+
+from janusvln.data.dialogue import IMAGE_TAG, SYSTEM_MESSAGE, Dialogue, Segment, Turn
 
 NOT_LEARNED = -100
 
 _IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+_HEADER = "<|im_start|>{}\n"
 _END = "<|im_end|>\n"
-
-
-def _header(role: str) -> str:
-    return f"<|im_start|>{role}\n"
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ class ChatEncoder:
         self._tokenizer = tokenizer
         self.image_token: int = tokenizer.convert_tokens_to_ids("<|image_pad|>")
         # 3 tokens in Qwen's vocabulary. Counted, not cut at the text: "\n\n" is one token, and belongs to the header.
-        self._hidden = len(self._ids(_header("assistant")))
+        self._hidden = len(self._ids(_HEADER.format("assistant")))
 
     def encode(self, dialogue: Dialogue, image_tokens: Sequence[int]) -> Tokens:
         """`image_tokens`: for each image tag, in order, how many tokens its image takes."""
@@ -62,22 +62,39 @@ class ChatEncoder:
     def _question(self, turn: Turn, places: Iterator[int]) -> list[int]:
         shown = turn.text.replace(IMAGE_TAG, _IMAGE) if turn.role == "user" else turn.text
         ids: list[int] = []
-        for token in self._ids(f"{_header(turn.role)}{shown}{_END}"):
+        for token in self._ids(f"{_HEADER.format(turn.role)}{shown}{_END}"):
             ids += [token] * (next(places) if token == self.image_token else 1)
         return ids
 
     def _add_answer(self, tokens: Tokens, turn: Turn) -> None:
         """Each segment is encoded on its own, so that a token belongs to one."""
-        hidden = self._hidden
-        tokens.answer_start = len(tokens.input_ids) + hidden
-        last = len(turn.segments) - 1
-        for number, segment in enumerate(turn.segments):
-            text = (
-                (_header(turn.role) if number == 0 else "") + segment.text + (_END if number == last else "")
-            )
-            tokens.add(self._ids(text), hidden=hidden, weight=segment.weight)
-            hidden = 0
+        tokens.answer_start = len(tokens.input_ids) + self._hidden
+        texts = [segment.text for segment in turn.segments]
+        texts[0] = _HEADER.format(turn.role) + texts[0]
+        texts[-1] += _END
+        for number, (text, segment) in enumerate(zip(texts, turn.segments, strict=True)):
+            tokens.add(self._ids(text), hidden=0 if number else self._hidden, weight=segment.weight)
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
+
+
+class RopePositions:
+    """Position ids of a sample by transformers' own rule, which reads nothing of Qwen2_5_VLModel but its config."""
+
+    get_rope_index: Any = Qwen2_5_VLModel.get_rope_index
+    get_vision_position_ids: Any = Qwen2_5_VLModel.get_vision_position_ids
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def __call__(self, input_ids: Tensor, image_grid_thw: Tensor | None) -> Tensor:
+        """Temporal, height and width positions int64 [3, L] of one sample's `input_ids` [L].
+
+        `image_grid_thw`: int64 [images, 3] in patches, or None for text alone.
+        """
+        is_image = (input_ids == self.config.image_token_id).int()
+        positions, _ = self.get_rope_index(input_ids[None], is_image[None], image_grid_thw=image_grid_thw)
+        result: Tensor = positions[:, 0]
+        return result
