@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import record
-from janusvln.demo.measured_run import MeasuredRun, run_training
+from janusvln.demo.compare import MeasuredRun, run_training
 from janusvln.demo.tiny_qwen import write_tiny_qwen
 from vggt_cache.demo.checkpoint import write_checkpoint
 from vggt_cache.demo.dataset import write_dataset

@@ -15,7 +15,7 @@ from bench_encoder import SIZES
 from bench_scaling import write_model
 from gpu_steps.notes import Notes
 from gpu_steps.setting import Setting
-from janusvln.demo.measured_run import run_training
+from janusvln.demo.compare import run_training
 from janusvln.demo.tiny_qwen import write_tiny_qwen
 from vggt_cache.demo.dataset import write_dataset
 from vggt_cache.precompute.run import precompute

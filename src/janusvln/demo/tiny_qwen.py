@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 SPECIAL_TOKENS = (
     "<|endoftext|>",
@@ -28,21 +29,6 @@ VOCABULARY = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers
 TOKEN_IDS = {token: len(VOCABULARY) + index for index, token in enumerate(SPECIAL_TOKENS)}
 
 SPATIAL_HIDDEN_SIZE = 128
-PREPROCESSOR = {
-    "image_processor_type": "Qwen2VLImageProcessor",
-    "do_convert_rgb": True,
-    "do_normalize": True,
-    "do_rescale": True,
-    "do_resize": True,
-    "image_mean": [0.48145466, 0.4578275, 0.40821073],
-    "image_std": [0.26862954, 0.26130258, 0.27577711],
-    "merge_size": 2,
-    "min_pixels": 784,
-    "max_pixels": 12845056,
-    "patch_size": 14,
-    "rescale_factor": 1 / 255,
-    "temporal_patch_size": 2,
-}
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -94,7 +80,7 @@ def write_tiny_qwen(directory: str | Path, *, seed: int = 0) -> Path:
     model.config.spatial_hidden_size = SPATIAL_HIDDEN_SIZE
     model.save_pretrained(path)
     _write_tokenizer(path)
-    (path / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
+    Qwen2VLImageProcessorPil(min_pixels=784, max_pixels=12845056).save_pretrained(path)
     return path
 
 

@@ -94,11 +94,9 @@ def tower_layout(
         thw, group = torch.tensor(grids), merge_size**2
         index, ends = get_vision_window_index(thw, merge_size, window_size, patch_size)
         lengths = ends.long().diff()
-        number = _by_length(lengths).argsort()[torch.arange(len(lengths)).repeat_interleave(lengths // group)]
-        window_index = index[number.argsort(stable=True)]
+        window_index = index[_segment_of(lengths, group).argsort(stable=True)]
         sizes = (thw[:, 1] * thw[:, 2]).repeat_interleave(thw[:, 0])
-        number = _by_length(sizes).argsort()[torch.arange(len(sizes)).repeat_interleave(sizes // group)]
-        order = number[window_index].argsort(stable=True)
+        order = _segment_of(sizes, group)[window_index].argsort(stable=True)
         order = (order[:, None] * group + torch.arange(group)).flatten()
         return TowerLayout(
             window_index=window_index.to(device),
@@ -108,9 +106,10 @@ def tower_layout(
         )
 
 
-def _by_length(lengths: Tensor) -> Tensor:
-    """Segments, longest first, those of one length in the order in which they come."""
-    return lengths.argsort(stable=True, descending=True)
+def _segment_of(lengths: Tensor, group: int) -> Tensor:
+    """The number of each group's segment, where the longest come first, and those of one length as they are."""
+    number = lengths.argsort(stable=True, descending=True).argsort()
+    return number.repeat_interleave(lengths // group)
 
 
 def _runs(lengths: Tensor) -> tuple[tuple[int, int], ...]:
@@ -133,10 +132,8 @@ def attention_by_length(
     Without a layout, as in a call of the tower by other code, they are one segment.
     """
     if layout is None:
-        whole: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, **settings
-        )
-        return whole
+        found: Any = sdpa_attention_forward(module, query, key, value, attention_mask, **settings)
+        return found[0], None
     segments = layout.windows if module.sees_windows else layout.images
     tokens = [part[0].transpose(0, 1) for part in (query, key, value)]  # [tokens, heads, channels]
     if segments.order is not None:

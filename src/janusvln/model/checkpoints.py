@@ -41,7 +41,6 @@ class ModelCheckpoint:
     """A directory whose headers were read."""
 
     location: str
-    """As the user named it."""
     directory: Path
     fields: Mapping[str, Any]
     """config.json"""
@@ -107,27 +106,39 @@ def configure(found: ModelCheckpoint, config: Any, arguments: dict[str, Any]) ->
 
 def check(found: ModelCheckpoint, config: JanusVLNConfig, expected: Shapes) -> None:
     """Raises CheckpointError unless the files hold exactly `expected`, up to what may be fresh; says what is."""
-    missing = [name for name in expected if name not in found.shapes]
-    if config.tie_word_embeddings:
-        missing = [name for name in missing if name != "lm_head.weight"]
-    fresh = _fresh_parts(found)
-    _refuse(found, "lacks", [name for name in missing if name.split(".")[0] not in fresh])
-    _refuse(found, "also holds", [name for name in found.shapes if name not in expected])
-    _refuse(
-        found,
-        "has in other shapes",
-        [
-            f"{name} ({list(found.shapes[name])}, not {list(shape)})"
-            for name, shape in expected.items()
-            if found.shapes.get(name, shape) != shape
-        ],
-    )
-    _say(found, [name for name in fresh if any(lost.startswith(f"{name}.") for lost in missing)])
-
-
-def check_loaded(found: ModelCheckpoint, info: Mapping[str, Any]) -> None:
-    """The same question put to transformers afterwards, should it map names otherwise than we foresaw."""
-    _refuse(found, "did not give", sorted(info["missing_keys"]))
+    tied = ["lm_head.weight"] if config.tie_word_embeddings else []
+    missing = [name for name in expected if name not in found.shapes and name not in tied]
+    plain = not found.has_merger and not found.is_ours and not found.vggt
+    # Parts of the model that this checkpoint cannot be expected to have, and what to call them.
+    fresh = {"merger": "the spatial merger"} if plain else {}
+    if not found.fields.get("action_head"):
+        fresh["action_head"] = "the action head"
+    refuse(found, "lacks", [name for name in missing if name.split(".")[0] not in fresh])
+    refuse(found, "also holds", [name for name in found.shapes if name not in expected])
+    other = [(name, shape) for name, shape in expected.items() if found.shapes.get(name, shape) != shape]
+    words = [f"{name} ({list(found.shapes[name])}, not {list(shape)})" for name, shape in other]
+    refuse(found, "has in other shapes", words)
+    if rank_of("RANK", 0):
+        return
+    starting = [
+        words for name, words in fresh.items() if any(lost.startswith(f"{name}.") for lost in missing)
+    ]
+    if starting:
+        kind = (
+            "is a plain Qwen2.5-VL"
+            if "the spatial merger" in starting
+            else "was trained without an action head"
+        )
+        verb = "starts" if len(starting) == 1 else "start"
+        print(
+            f"[INFO] {found.location} {kind}: {' and '.join(starting)} {verb} from fresh weights", flush=True
+        )
+    if found.vggt:
+        print(
+            f"[INFO] {found.location} is a JanusVLN checkpoint: its {len(found.vggt)} weights of VGGT (vggt.*) are "
+            "left out, features come with the batch",
+            flush=True,
+        )
 
 
 def _directory(location: str, hub: Mapping[str, Any]) -> Path:
@@ -187,34 +198,11 @@ def _as_released(found: ModelCheckpoint) -> dict[str, Any]:
     return fields
 
 
-def _fresh_parts(found: ModelCheckpoint) -> list[str]:
-    """Parts of the model that this checkpoint cannot be expected to have."""
-    plain = not found.has_merger and not found.is_ours and not found.vggt
-    parts = {"merger": plain, "action_head": not found.fields.get("action_head")}
-    return [name for name, fresh in parts.items() if fresh]
-
-
-def _refuse(found: ModelCheckpoint, what: str, names: list[str]) -> None:
+def refuse(found: ModelCheckpoint, what: str, names: list[str]) -> None:
+    """Raises CheckpointError where there are any names of weights that are not as they should be."""
     if names:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise CheckpointError(
             f"{found.location} {what} {', '.join(names[:3])}{more}: it is not the checkpoint that its configuration "
             "describes, and would run with random or unused weights; use a complete Qwen2.5-VL or JanusVLN checkpoint"
-        )
-
-
-def _say(found: ModelCheckpoint, fresh: list[str]) -> None:
-    if rank_of("RANK", 0):
-        return
-    words = {"merger": "the spatial merger", "action_head": "the action head"}
-    if fresh:
-        kind = "is a plain Qwen2.5-VL" if "merger" in fresh else "was trained without an action head"
-        parts = " and ".join(words[name] for name in fresh)
-        verb = "starts" if len(fresh) == 1 else "start"
-        print(f"[INFO] {found.location} {kind}: {parts} {verb} from fresh weights", flush=True)
-    if found.vggt:
-        print(
-            f"[INFO] {found.location} is a JanusVLN checkpoint: its {len(found.vggt)} weights of VGGT (vggt.*) are "
-            "left out, features come with the batch",
-            flush=True,
         )

@@ -1,7 +1,7 @@
-"""Features while an episode runs: each new frame sees the first and the latest of the frames before it.
+"""Features while an episode runs: each new frame sees the first 8 and the last 48 of the frames before it.
 
-As JanusVLN evaluates: after each frame, the earlier frames are trimmed to the first 8 and the last 48. Their keys and
-values were computed with the history of their own time, so this is not the feature of the kept frames as a list.
+As JanusVLN evaluates. Keys and values of the earlier frames were computed with the history of their own time, so this
+is not the feature of the kept frames as a list.
 """
 
 from __future__ import annotations
