@@ -21,9 +21,8 @@ from janusvln.features.resolve import (
 )
 from janusvln.train.arguments import MEANINGLESS, parse_arguments
 from janusvln.train.checkpoints import Maker, checkpoint_to_resume
-from janusvln.train.learning_rates import freeze, parameter_groups, part_of
-from janusvln.train.order import EpochOrder, LengthGroupedOrder
 from janusvln.train.ranks import Ranks
+from janusvln.train.trainer import EpochOrder, LengthGroupedOrder, freeze, parameter_groups, part_of
 from small_data import write_dataset
 from store_kit import make_spec, write_shard
 from vggt_cache.errors import (

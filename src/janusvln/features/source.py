@@ -22,6 +22,9 @@ from vggt_cache.errors import DataError, StoreError
 
 MISS_POLICIES = ("encode", "fill", "error")
 
+Reads = dict[int, PendingRead]
+"""Of a batch, by place; none where the key is not in the cache."""
+
 
 @dataclass
 class Counts:
@@ -55,28 +58,23 @@ class FeatureSource:
         self._miss = miss
         self._filler = filler
         self._on_hit = on_hit
-        self._expected: deque[tuple[Sequence[FeatureRequest], list[PendingRead | None]]] = deque()
+        self._expected: deque[tuple[Sequence[FeatureRequest], Reads]] = deque()
         self._in_use: list[PendingRead] = []
         self._warned = False
 
     def expect(self, requests: Sequence[FeatureRequest]) -> None:
         """These requests come next, after those announced before: begin to read what the cache has of them."""
-        self._expected.append((requests, [self._start(request) for request in requests]))
+        self._expected.append((requests, self._start(requests)))
 
     def take(self, requests: Sequence[FeatureRequest]) -> list[torch.Tensor]:
         """The features [h, w, C] on the device, valid until `step_done`. Raises VggtCacheError."""
         if self._expected and self._expected[0][0] is requests:
             reads = self._expected.popleft()[1]
         else:  # not announced: an evaluation between training steps
-            reads = [self._start(request) for request in requests]
+            reads = self._start(requests)
         began_s = time.perf_counter()
-        pending = [read for read in reads if read is not None]
-        self._in_use += pending
-        if self._reader is not None:
-            self._reader.settle(pending)
-        found = {at: self._arrived(request, reads[at]) for at, request in enumerate(requests)}
-        features = {at: feature for at, feature in found.items() if feature is not None}
-        missing = [at for at in found if at not in features]
+        features = self._arrived(requests, reads)
+        missing = [at for at in range(len(requests)) if at not in features]
         self.counts.wait_s += time.perf_counter() - began_s
         self.counts.batches += 1
         self.counts.hits += len(features)
@@ -87,9 +85,9 @@ class FeatureSource:
 
     def step_done(self) -> None:
         """The features of all `take`s so far are used up."""
-        for read in self._in_use:
-            assert self._reader is not None
-            self._reader.release(read)
+        if self._reader is not None:
+            for read in self._in_use:
+                self._reader.release(read)
         self._in_use.clear()
 
     @property
@@ -105,7 +103,7 @@ class FeatureSource:
     def forget(self) -> None:
         """Nothing that was announced will be taken: an epoch ended early."""
         for _, reads in self._expected:
-            self._in_use += [read for read in reads if read is not None]
+            self._in_use += reads.values()
         self._expected.clear()
         self.step_done()
 
@@ -132,22 +130,29 @@ class FeatureSource:
 
     # ------------------------------------------------------------ steps
 
-    def _start(self, request: FeatureRequest) -> PendingRead | None:
-        if self._reader is None or request.key not in self._reader.cache:
-            return None
-        return self._reader.start(request.key, request.grid)
+    def _start(self, requests: Sequence[FeatureRequest]) -> Reads:
+        if self._reader is None:
+            return {}
+        cache, start = self._reader.cache, self._reader.start
+        return {at: start(one.key, one.grid) for at, one in enumerate(requests) if one.key in cache}
 
-    def _arrived(self, request: FeatureRequest, read: PendingRead | None) -> torch.Tensor | None:
-        if self._reader is None or read is None:
-            return None
-        try:
-            feature = self._reader.wait(read)
-        except StoreError as error:
-            self._tolerate(error)
-            return None
-        if feature is not None and self._on_hit is not None:
-            self._on_hit(request.index)
-        return feature
+    def _arrived(self, requests: Sequence[FeatureRequest], reads: Reads) -> dict[int, torch.Tensor]:
+        features: dict[int, torch.Tensor] = {}
+        if self._reader is None:
+            return features
+        self._in_use += reads.values()
+        self._reader.settle(list(reads.values()))
+        for at, read in reads.items():
+            try:
+                feature = self._reader.wait(read)
+            except StoreError as error:
+                self._tolerate(error)
+                continue
+            if feature is not None:
+                features[at] = feature
+                if self._on_hit is not None:
+                    self._on_hit(requests[at].index)
+        return features
 
     def _compute(self, requests: Sequence[FeatureRequest]) -> list[torch.Tensor]:
         if self._miss == "error":

@@ -133,7 +133,9 @@ class Qwen2_5_VLForConditionalGenerationForJanusVLN(_Qwen):  # type: ignore[misc
             inputs_embeds = self._embed(input_ids, views, is_prompt=is_prompt, is_learned=labels is not None)
         if mm_token_type_ids is None and input_ids is not None:
             mm_token_type_ids = self._token_types(input_ids)
-        if use_cache is None and (labels is not None or _is_packed(position_ids)):
+        # Rows of packed samples too: with a cache, transformers would let each sample see the ones before it.
+        packed = position_ids is not None and position_ids.ndim == 3 and len(position_ids) == 4
+        if use_cache is None and (labels is not None or packed):
             use_cache = False
         outputs = self.model(
             input_ids=input_ids,
@@ -274,11 +276,6 @@ def action_loss(logits: Tensor, labels: Tensor) -> Tensor:
     kept = labels != NOT_LEARNED
     total = F.cross_entropy(logits.float(), labels, ignore_index=NOT_LEARNED, reduction="sum")
     return total / kept.sum().clamp(min=1)
-
-
-def _is_packed(position_ids: Tensor | None) -> bool:
-    """Whether rows may hold several samples. With a cache, transformers would let each see the ones before it."""
-    return position_ids is not None and position_ids.ndim == 3 and len(position_ids) == 4
 
 
 # Saved like a plain Qwen2.5-VL, and read in either layout: transformers maps names by the class's name.

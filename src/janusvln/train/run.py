@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,9 +34,8 @@ from janusvln.train.checkpoints import (
     is_finished,
     trained_features,
 )
-from janusvln.train.learning_rates import freeze
 from janusvln.train.ranks import Ranks, agree_on_snapshot
-from janusvln.train.trainer import EpochCallback, FeatureTrainer
+from janusvln.train.trainer import EpochCallback, FeatureTrainer, freeze
 from vggt_cache.errors import DataError, SettingsError
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.samples import Problem, Sources
@@ -112,21 +112,18 @@ class TrainingRun:
         else:
             checkpoint = checkpoint_to_resume(self.output_dir, maker, self.ranks)
         if checkpoint:
-            for sentence in check_resumed_with(trained_features(checkpoint), spec, checkpoint):
-                self._say(sentence, "WARN")
+            self._warn(check_resumed_with(trained_features(checkpoint), spec, checkpoint))
         return checkpoint
 
     def _source(self, spec: FeatureSpec, cache: FeatureCache | None) -> FeatureSource:
-        reader = filler = None
+        given, reader, filler = self.features, None, None
         if cache is not None:
-            reader = ReadAhead(cache, self.device, threads=self.features.vggt_cache_threads)
+            reader = ReadAhead(cache, self.device, threads=given.vggt_cache_threads)
             filler = CacheFiller(cache.cache_dir, spec, warn=self.ranks.warn) if self.fills else None
+        encoder = LiveEncoder(given.vggt_model_path, spec, self.device)
+        on_hit = _say_hit if os.environ.get("VGGT_CACHE_DEBUG") == "1" else None
         return FeatureSource(
-            reader=reader,
-            encoder=LiveEncoder(self.features.vggt_model_path, spec, self.device),
-            miss=self.features.vggt_cache_miss,
-            filler=filler,
-            on_hit=_say_hit if os.environ.get("VGGT_CACHE_DEBUG") == "1" else None,
+            reader=reader, encoder=encoder, miss=given.vggt_cache_miss, filler=filler, on_hit=on_hit
         )
 
     def _tell_coverage(self, sources: Sources, cache: FeatureCache) -> None:
@@ -162,10 +159,10 @@ class TrainingRun:
     def _index(self, sources: Sources) -> SampleIndex:
         problems: list[Problem] = []
         index = SampleIndex(sources, on_problem=problems.append)
-        for problem in problems[:_MAX_PROBLEMS_TOLD]:
-            self._say(f"{problem.where} {problem.reason}", "WARN")
-        if len(problems) > _MAX_PROBLEMS_TOLD:
-            self._say(f"{len(problems) - _MAX_PROBLEMS_TOLD} more samples cannot be used", "WARN")
+        told = [f"{problem.where} {problem.reason}" for problem in problems[:_MAX_PROBLEMS_TOLD]]
+        if len(problems) > len(told):
+            told.append(f"{len(problems) - len(told)} more samples cannot be used")
+        self._warn(told)
         if not len(index):
             raise DataError(
                 "the data holds no sample to train on: check --train_data_root or --annotation_path"
@@ -200,14 +197,13 @@ class TrainingRun:
             distill_loss_weight=arguments.distill_loss_weight,
             **({} if arguments.lam is None else {"lam": arguments.lam}),
         )
-        for sentence in check_trained_with(model.config.feature_spec, spec, self.model_path):
-            self._say(sentence, "WARN")
+        self._warn(check_trained_with(model.config.feature_spec, spec, self.model_path))
         model.config.feature_spec = summary(spec)
         model.config.use_cache = False
         freeze(model, arguments)
         if self.training.vision_tower_lr is not None and not arguments.tune_mm_vision:
-            self._say(
-                "--vision_tower_lr has no effect: the vision tower is not trained (--tune_mm_vision)", "WARN"
+            self._warn(
+                ["--vision_tower_lr has no effect: the vision tower is not trained (--tune_mm_vision)"]
             )
         return model
 
@@ -249,6 +245,10 @@ class TrainingRun:
     def _say(self, text: str, level: str = "INFO") -> None:
         if self.ranks.rank == 0:
             print(f"[{level}] {text}", flush=True)
+
+    def _warn(self, sentences: Sequence[str]) -> None:
+        for sentence in sentences:
+            self._say(sentence, "WARN")
 
 
 def _say_hit(index: int) -> None:

@@ -10,17 +10,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from janusvln.data.images import QwenPixels
 from janusvln.features.source import FeatureSource
-from janusvln.train.arguments import TrainingArguments
+from janusvln.train.arguments import ModelArguments, TrainingArguments
 from janusvln.train.checkpoints import Maker, load_weights
-from janusvln.train.learning_rates import parameter_groups
-from janusvln.train.order import EpochOrder, LengthGroupedOrder
 from janusvln.train.ranks import Ranks
 
 Batch = dict[str, Any]
+GROUPS_PER_POOL = 50
 
 
 class FeatureTrainer(Trainer):
@@ -67,7 +68,7 @@ class FeatureTrainer(Trainer):
         prepared: Batch = super()._prepare_inputs(inputs)
         return prepared
 
-    def training_step(self, model: torch.nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
         # One a row of a padded batch; of a packed one, those that have images.
         samples = inputs["input_ids"] if "attention_mask" in inputs else inputs.get("feature_requests", ())
         self.speed.samples += len(samples)
@@ -80,7 +81,7 @@ class FeatureTrainer(Trainer):
             logs = {**logs, **self.speed.take(self.source, self.args.device)}
         super().log(logs, *args, **kwargs)
 
-    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             trained: Any = self.model if model is None else model
             groups = parameter_groups(trained, self.args, set(self.get_decay_parameter_names(trained)))
@@ -148,6 +149,95 @@ class _LookAhead(Iterator[Batch]):
         if batch is not None and batch.get("feature_requests"):
             self._source.expect(batch["feature_requests"])
         return batch
+
+
+# ---------------------------------------------------------------- the order of samples, and which parts learn how fast
+
+
+class EpochOrder(Sampler[int]):
+    """A random order of `count` samples, another one in each epoch: the same in every process and after a restart."""
+
+    def __init__(self, count: int, *, seed: int) -> None:
+        self._count = count
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._order(torch.Generator().manual_seed(self._seed + self._epoch)).tolist())
+
+    def _order(self, generator: torch.Generator) -> torch.Tensor:
+        return torch.randperm(self._count, generator=generator)
+
+
+class LengthGroupedOrder(EpochOrder):
+    """A random order in which each `group_size` neighbours, which meet in a step, are of similar length.
+
+    Random pools are sorted by length and cut into groups; the groups come in random order.
+    """
+
+    def __init__(self, lengths: Sequence[int], *, group_size: int, seed: int) -> None:
+        super().__init__(len(lengths), seed=seed)
+        self._lengths = torch.as_tensor(lengths)
+        self._group_size = group_size
+
+    def _order(self, generator: torch.Generator) -> torch.Tensor:
+        groups: list[torch.Tensor] = []
+        for pool in torch.split(super()._order(generator), self._group_size * GROUPS_PER_POOL):
+            by_length = pool[self._lengths[pool].argsort(descending=True, stable=True)]
+            groups += torch.split(by_length, self._group_size)
+        # Only the last may not be full, and stays last: in the middle it would shift all that follow.
+        rest = [groups.pop()] if len(groups[-1]) < self._group_size else []
+        mixed = [groups[at] for at in torch.randperm(len(groups), generator=generator).tolist()]
+        return torch.cat([*mixed, *rest])
+
+
+def freeze(model: nn.Module, arguments: ModelArguments) -> None:
+    """Set `requires_grad` of every parameter as the flags say. What JanusVLN adds is always trained."""
+    trained = {
+        "added": True,
+        "projector": arguments.tune_mm_mlp,
+        "vision": arguments.tune_mm_vision,
+        "language": arguments.tune_mm_llm,
+    }
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = trained[part_of(name)]
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a parameter belongs to, by its name."""
+    steps = name.split(".")
+    if "visual" in steps:
+        return "projector" if "merger" in steps else "vision"
+    return "added" if steps[0] in ("merger", "action_head") else "language"
+
+
+def parameter_groups(
+    model: nn.Module, arguments: TrainingArguments, decaying: set[str]
+) -> list[dict[str, Any]]:
+    """Groups for the optimizer. Both mergers learn with `mm_projector_lr`, the vision tower with `vision_tower_lr`.
+
+    `decaying`: names of the parameters that weight decay applies to. Empty groups are left out.
+    """
+    mergers, vision = arguments.mm_projector_lr, arguments.vision_tower_lr
+    rates = {"added": mergers, "projector": mergers, "vision": vision, "language": None}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = rates[part_of(name)]
+            decay = arguments.weight_decay if name in decaying else 0.0
+            groups.setdefault((arguments.learning_rate if rate is None else rate, decay), []).append(
+                parameter
+            )
+    return [{"params": found, "lr": rate, "weight_decay": decay} for (rate, decay), found in groups.items()]
+
+
+# ---------------------------------------------------------------- what the log says beside the loss
 
 
 class Speed:
