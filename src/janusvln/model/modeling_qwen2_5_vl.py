@@ -34,6 +34,7 @@ from janusvln.model.fusion import (
     image_tokens,
     merge,
 )
+from vggt_cache.errors import SettingsError
 
 ACTIONS = 4
 """STOP, MOVE_FORWARD, TURN_LEFT, TURN_RIGHT."""
@@ -173,8 +174,9 @@ class Qwen2_5_VLForConditionalGenerationForJanusVLN(_Qwen):  # type: ignore[misc
         """As transformers', with `spatial_features` and `image_positions` as in `forward`.
 
         The prompt's embeddings and positions are made here, once, so that the steps after it (and several beams of
-        it) are those of a text model.
+        it) are those of a text model. Raises SettingsError for a batch that is padded on the right.
         """
+        _refuse_right_padding(kwargs.get("attention_mask"))
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         views = Views.of(*(kwargs.pop(name, None) for name in VIEW_FIELDS))
         types = kwargs.pop("mm_token_type_ids", None)
@@ -276,6 +278,18 @@ def action_loss(logits: Tensor, labels: Tensor) -> Tensor:
     kept = labels != NOT_LEARNED
     total = F.cross_entropy(logits.float(), labels, ignore_index=NOT_LEARNED, reduction="sum")
     return total / kept.sum().clamp(min=1)
+
+
+def _refuse_right_padding(attention_mask: Tensor | None) -> None:
+    """A row's answer is what follows its last place, whatever stands there."""
+    if attention_mask is None or attention_mask.ndim != 2:
+        return
+    rows = (attention_mask[:, -1] == 0).nonzero()[:, 0].tolist()
+    if rows:
+        raise SettingsError(
+            f"row {rows[0]} of attention_mask is padded on the right, so its answer would go on from padding, and be "
+            "wrong without a word: pad prompts on the left (padding_side='left')"
+        )
 
 
 # Saved like a plain Qwen2.5-VL, and read in either layout: transformers maps names by the class's name.
