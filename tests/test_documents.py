@@ -24,6 +24,7 @@ PAIRS = {
     "docs/guide.md": "docs/guide.zh.md",
     "docs/performance.md": "docs/performance.zh.md",
     "docs/differences.md": "docs/differences.zh.md",
+    "docs/evaluation.md": "docs/evaluation.zh.md",
 }
 READMES, GUIDES = (pair for pair in list(PAIRS.items())[:2])
 DOCUMENTS = sorted(
