@@ -18,10 +18,10 @@ import pytest
 
 from monitor_kit import BANNER, ENDED, ORIGINAL_TRAINER, TOTAL, bar, metrics, training_log
 from vggt_cache.cli import main
+from vggt_cache.monitor import MonitorSettings
 from vggt_cache.monitor import run as run_module
 from vggt_cache.monitor.gpu import Gpu
 from vggt_cache.monitor.run import monitor
-from vggt_cache.monitor.settings import MonitorSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "scripts" / "monitor_training.sh"

@@ -9,8 +9,8 @@ import pytest
 
 from monitor_kit import BANNER, ENDED, ORIGINAL_TRAINER, TOTAL, bar, metrics, training_log
 from vggt_cache.errors import SettingsError
+from vggt_cache.monitor import MonitorSettings
 from vggt_cache.monitor.progress import Progress, alarms_of, stall_threshold_s
-from vggt_cache.monitor.settings import MonitorSettings
 from vggt_cache.monitor.state import TrainingState
 from vggt_cache.monitor.tail import Pieces
 

@@ -18,7 +18,7 @@ from vggt_cache.context import CONTEXTS
 from vggt_cache.errors import SettingsError, VggtCacheError
 from vggt_cache.flags import add_flags, default_text
 from vggt_cache.identity import SETTINGS
-from vggt_cache.monitor.settings import MonitorSettings
+from vggt_cache.monitor import MonitorSettings
 from vggt_cache.output import print_any_name
 from vggt_cache.precompute.settings import PrecomputeSettings
 from vggt_cache.precompute.stop import StoppedError

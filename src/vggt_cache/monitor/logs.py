@@ -81,10 +81,8 @@ def _tells_enough(pieces: Iterator[bytes]) -> bool:
     for piece in pieces:
         state.read(piece, 0.0)
         lines += b"'loss'" in piece
-    seen = state.training
-    return (
-        seen is not None and seen.last.step - seen.first.step >= RECENT_STEPS and lines >= _LINES_OF_METRICS
-    )
+    run = state.training
+    return run is not None and run.last.step - run.first.step >= RECENT_STEPS and lines >= _LINES_OF_METRICS
 
 
 class LogSet:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True, kw_only=True)
-class Bar:
+class Bar(NamedTuple):
     """A state of a progress bar that has no description: the training's, or an evaluation's."""
 
     step: int
@@ -22,23 +21,20 @@ class Bar:
     """Since the bar was made, which after a resume is not the time since step 0; whole seconds."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Metrics:
+class Metrics(NamedTuple):
     """Known numbers of a line that the trainer logs; they may be nan or infinite."""
 
     values: dict[str, float]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ended:
+class Ended(NamedTuple):
     """The line with which the trainer ends."""
 
     runtime_s: float
     train_loss: float | None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Announced:
+class Announced(NamedTuple):
     """What a trainer says beforehand of the run and of its cache; None where this line does not say it."""
 
     total_steps: int | None = None
@@ -48,8 +44,7 @@ class Announced:
     """Features that the cache has, features that the data needs."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Failure:
+class Failure(NamedTuple):
     """An exception or a refusal that was printed."""
 
     text: str
@@ -70,16 +65,15 @@ _BAR = re.compile(
     r"<[^\],]*(?:, \d[^\],]*)?, *[\d.?]+(?:s/it|it/s)[^\]]*\]"
 )
 _LINE_OF_METRICS = re.compile(r"\{'[^{}]*\}")
-_NUMBER = re.compile(
-    r"'(\w+)': *(?:[\w.]+\()?'?([-+]?(?:\d[\d.]*(?:[eE][-+]?\d+)?|nan|inf(?:inity)?))\b", re.I
-)
+_NUMBER = re.compile(r"(?i)'(\w+)': *(?:[\w.]+\()?'?([-+]?(?:\d[\d.]*(?:e[-+]?\d+)?|nan|inf(?:inity)?))\b")
 _COUNT = r"(\d[\d,]{0,15})\b"
-_TOTAL_STEPS = re.compile(rf"Total optimization steps *= *{_COUNT}")
-_SAMPLES_PER_STEP = re.compile(
-    rf"(?:Total (?:train )?batch size(?: \([^)]*\))? *=|\btrain_batch_size \.+) *{_COUNT}"
-)
-_CACHE = re.compile(r"\[INFO\] VGGT feature cache enabled: (.*\S)")
-_COVERAGE = re.compile(rf"\[INFO\] Coverage of this data set: {_COUNT}/{_COUNT}")
+_BATCH = r"Total (?:train )?batch size(?: \([^)]*\))? *=|\btrain_batch_size \.+"
+_ANNOUNCED = {
+    "total_steps": re.compile(rf"Total optimization steps *= *{_COUNT}"),
+    "samples_per_step": re.compile(rf"(?:{_BATCH}) *{_COUNT}"),
+    "cache_dir": re.compile(r"\[INFO\] VGGT feature cache enabled: (.*\S)"),
+    "coverage": re.compile(rf"\[INFO\] Coverage of this data set: {_COUNT}/{_COUNT}"),
+}
 _DEEPSPEED_SPEED = re.compile(r"RunningAvgSamplesPerSec=(\d+(?:\.\d+)?(?:e[-+]?\d+)?)")
 _FAILURE = re.compile(r"^(?:\[ERROR\] .*|(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt)(?::.*)?$)")
 _SAYS_SOMETHING = re.compile(
@@ -108,9 +102,7 @@ def bars_in(piece: bytes) -> Iterator[Bar]:
     for found in _BAR.finditer(text):
         # tqdm puts a colon after a description: such a bar counts files or shards, not steps.
         if not text[end : found.start()].rstrip().endswith(":"):
-            days, hours, minutes, seconds = (
-                int(found[part] or 0) for part in ("days", "hours", "minutes", "seconds")
-            )
+            days, hours, minutes, seconds = (int(part or 0) for part in found.groups()[2:])
             elapsed_s = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
             yield Bar(step=int(found["step"]), total=int(found["total"]), elapsed_s=elapsed_s)
         end = found.end()
@@ -128,19 +120,13 @@ def _logged(text: str) -> Iterator[Event]:
 
 
 def _announced(text: str) -> Iterator[Announced]:
-    if found := _TOTAL_STEPS.search(text):
-        yield Announced(total_steps=_whole(found[1]))
-    if found := _SAMPLES_PER_STEP.search(text):
-        yield Announced(samples_per_step=_whole(found[1]))
-    if found := _CACHE.search(text):
-        yield Announced(cache_dir=found[1])
-    if found := _COVERAGE.search(text):
-        yield Announced(coverage=(_whole(found[1]), _whole(found[2])))
+    for name, pattern in _ANNOUNCED.items():
+        if found := pattern.search(text):
+            said: list[Any] = list(found.groups())
+            if name != "cache_dir":
+                said = [int(digits.replace(",", "")) for digits in said]
+            yield Announced(**{name: tuple(said) if name == "coverage" else said[0]})
 
 
 def _text(piece: bytes) -> str:
     return _RANK_LABEL.sub("", _ANSI.sub("", piece.decode("utf-8", "replace")))
-
-
-def _whole(digits: str) -> int:
-    return int(digits.replace(",", ""))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vggt_cache.monitor.settings import MonitorSettings
+from vggt_cache.monitor import MonitorSettings
 from vggt_cache.precompute.report import count_of, seconds_text
 
 _STALL_STEPS = 5

@@ -19,6 +19,52 @@ if TYPE_CHECKING:  # what draws the table is slow to import, and not needed in a
 _BAR_COLUMNS = 30
 
 
+def speed_text(s_per_it: float | None) -> str:
+    """`18.5s/it`; quick steps keep three digits: `0.0421s/it`."""
+    if s_per_it is None:
+        return "-"
+    return f"{s_per_it:.1f}s/it" if s_per_it >= 10 else f"{s_per_it:.3g}s/it"
+
+
+def number_text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def percent_text(share: float) -> str:
+    """Cut, not rounded: 99.99 % is not 100 %."""
+    return f"{math.floor(share * 1000 + 1e-9) / 10:.1f}%" if math.isfinite(share) else str(share)
+
+
+def milliseconds_text(value: float) -> str:
+    return f"{value:.3g} ms" if value < 1000 else f"{value:.0f} ms"
+
+
+def clock_text(seconds: float) -> str:
+    """`H:MM:SS`, hours growing beyond a day as tqdm has it."""
+    total = round(seconds)
+    return f"{total // 3600}:{total // 60 % 60:02d}:{total % 60:02d}"
+
+
+def time_text(at_s: float | None) -> str:
+    """Local time, as in the guide; `-` also for one that no calendar has."""
+    try:
+        return "-" if at_s is None else datetime.fromtimestamp(at_s).strftime("%Y-%m-%d %H:%M:%S")
+    except (ValueError, OverflowError, OSError):
+        return "-"
+
+
+_LOGGED: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
+    ("Loss", "Loss", "loss", number_text),
+    ("Grad norm", "Gradient norm", "grad_norm", number_text),
+    ("LR", "Learning rate", "learning_rate", number_text),
+    ("Hit rate", "Hit rate", "cache_hit_rate", percent_text),
+    ("Wait", "Cache wait", "cache_wait_ms", milliseconds_text),
+    ("Encode", "Encode", "encode_ms", milliseconds_text),
+    ("Read", "Read", "cache_read_mb_per_s", lambda value: f"{value:.0f} MB/s"),
+)
+"""The trainer's numbers: the name in the line and in the table, the name in `Progress`, and how it is written."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Look:
     """All that is to be shown at one moment."""
@@ -54,21 +100,16 @@ def plain_line(progress: Progress, gpus: Sequence[Gpu] = ()) -> str:
 
 
 def _optional_fields(progress: Progress, gpus: Sequence[Gpu]) -> Iterator[tuple[str, str]]:
-    for name, value, text in (
-        ("Total", progress.total, str),
-        ("Overall", progress.s_per_it_overall, speed_text),
-        ("Samples", progress.samples_per_s, lambda value: f"{value:.3g}/s"),
-        ("Loss", progress.loss, number_text),
-        ("Grad norm", progress.grad_norm, number_text),
-        ("LR", progress.learning_rate, number_text),
-        ("Hit rate", progress.cache_hit_rate, percent_text),
-        ("Wait", progress.cache_wait_ms, milliseconds_text),
-        ("Encode", progress.encode_ms, milliseconds_text),
-        ("Read", progress.cache_read_mb_per_s, lambda value: f"{value:.0f} MB/s"),
-        ("Slowest rank", progress.slowest_rank, str),
-        ("Left", progress.left_s, clock_text),
-    ):
-        if value is not None:
+    rows = (
+        ("Total", "", "total", str),
+        ("Overall", "", "s_per_it_overall", speed_text),
+        ("Samples", "", "samples_per_s", lambda value: f"{value:.3g}/s"),
+        *_LOGGED,
+        ("Slowest rank", "", "slowest_rank", str),
+        ("Left", "", "left_s", clock_text),
+    )
+    for name, _, known, text in rows:
+        if (value := getattr(progress, known)) is not None:
             yield name, text(value)
     if used := [gpu.memory_used_bytes for gpu in gpus if gpu.memory_used_bytes is not None]:
         yield "GPU memory", f"{bytes_text(max(used))} at most"
@@ -79,18 +120,15 @@ def _optional_fields(progress: Progress, gpus: Sequence[Gpu]) -> Iterator[tuple[
 def json_line(look: Look) -> str:
     """One object on one line; null for what is not known, and for numbers that are nan or infinite."""
     known: dict[str, Any] = {"time": time_text(look.now_s), "status": look.status, **asdict(look.progress)}
+    known["steps_per_s"] = look.progress.steps_per_s
     for found in known["not_finite"]:
         found["value"] = str(found["value"])  # JSON has no nan
+    known |= {name: None for name, one in known.items() if isinstance(one, float) and not math.isfinite(one)}
     known |= {
-        "steps_per_s": look.progress.steps_per_s,
         "gpus": [asdict(gpu) for gpu in look.gpus],
         "warnings": [asdict(alarm) for alarm in look.alarms],
     }
-    finite = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in known.items()
-    }
-    return json.dumps(finite, allow_nan=False)
+    return json.dumps(known, allow_nan=False)
 
 
 def table_of(look: Look) -> RenderableType:
@@ -105,8 +143,7 @@ def table_of(look: Look) -> RenderableType:
     run.add_column(style="cyan", no_wrap=True)
     run.add_column()
     if progress.step is not None and progress.total:
-        bar = ProgressBar(total=progress.total, completed=progress.step, width=_BAR_COLUMNS)
-        run.add_row("Progress", bar)
+        run.add_row("Progress", ProgressBar(progress.total, progress.step, width=_BAR_COLUMNS))
     for name, text in _rows(progress, look.now_s):
         run.add_row(name, Text(text))
     cards = Table("GPU", "Name", "Memory", "Use", title=Text("GPUs of this machine"))
@@ -134,57 +171,12 @@ def _rows(progress: Progress, now_s: float) -> Iterator[tuple[str, str]]:
     loss = f", mean loss {number_text(progress.train_loss)}" if progress.train_loss is not None else ""
     took = f", {progress.slowest_rank_s:.3g} s per step" if progress.slowest_rank_s is not None else ""
     left_s = None if progress.finished else progress.left_s
-    known: tuple[tuple[str, Any, Callable[[Any], str]], ...] = (
-        ("Loss", progress.loss, number_text),
-        ("Gradient norm", progress.grad_norm, number_text),
-        ("Learning rate", progress.learning_rate, number_text),
-        ("Ended", progress.train_runtime_s, lambda value: f"after {seconds_text(value)}{loss}"),
-        ("Cache", progress.cache_dir, lambda value: value + covered),
-        ("Hit rate", progress.cache_hit_rate, percent_text),
-        ("Cache wait", progress.cache_wait_ms, lambda value: f"{milliseconds_text(value)} per step"),
-        ("Encode", progress.encode_ms, lambda value: f"{milliseconds_text(value)} per step"),
-        ("Read", progress.cache_read_mb_per_s, lambda value: f"{value:.0f} MB/s"),
+    known: list[tuple[str, Any, Callable[[Any], str]]] = [
+        *((name, getattr(progress, logged), text) for _, name, logged, text in _LOGGED),
         ("Slowest rank", progress.slowest_rank, lambda value: f"{value}{took}"),
+        ("Cache", progress.cache_dir, lambda value: value + covered),
+        ("Ended", progress.train_runtime_s, lambda value: f"after {seconds_text(value)}{loss}"),
         ("Time left", left_s, lambda value: f"{clock_text(value)}, until {time_text(now_s + value)}"),
         ("Last step", progress.last_step_at_s, lambda value: f"{seconds_text(max(0.0, now_s - value))} ago"),
-    )
-    for name, value, text in known:
-        if value is not None:
-            yield name, text(value)
-
-
-# ---------------------------------------------------------------- numbers
-
-
-def speed_text(s_per_it: float | None) -> str:
-    """`18.5s/it`; quick steps keep three digits: `0.0421s/it`."""
-    if s_per_it is None:
-        return "-"
-    return f"{s_per_it:.1f}s/it" if s_per_it >= 10 else f"{s_per_it:.3g}s/it"
-
-
-def number_text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
-
-
-def percent_text(share: float) -> str:
-    """Cut, not rounded: 99.99 % is not 100 %."""
-    return f"{math.floor(share * 1000 + 1e-9) / 10:.1f}%" if math.isfinite(share) else str(share)
-
-
-def milliseconds_text(value: float) -> str:
-    return f"{value:.3g} ms" if value < 1000 else f"{value:.0f} ms"
-
-
-def clock_text(seconds: float) -> str:
-    """`H:MM:SS`, hours growing beyond a day as tqdm has it."""
-    total = round(seconds)
-    return f"{total // 3600}:{total // 60 % 60:02d}:{total % 60:02d}"
-
-
-def time_text(at_s: float | None) -> str:
-    """Local time, as in the guide; `-` also for one that no calendar has."""
-    try:
-        return "-" if at_s is None else datetime.fromtimestamp(at_s).strftime("%Y-%m-%d %H:%M:%S")
-    except (ValueError, OverflowError, OSError):
-        return "-"
+    ]
+    yield from ((name, text(value)) for name, value, text in known if value is not None)

@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 
 from vggt_cache.errors import SettingsError
+from vggt_cache.monitor import MonitorSettings
 from vggt_cache.monitor.gpu import GpuReader
 from vggt_cache.monitor.logs import IN_A_DIRECTORY, LogSet
 from vggt_cache.monitor.progress import Progress, alarms_of
 from vggt_cache.monitor.render import Look, json_line, plain_line, table_of
-from vggt_cache.monitor.settings import MonitorSettings
 from vggt_cache.precompute.report import seconds_text
 
 

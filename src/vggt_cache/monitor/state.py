@@ -136,8 +136,8 @@ class TrainingState:
         elif isinstance(event, Failure):
             self.lines.failure = self.lines.failure or event.text
         else:
-            said = {name: value for name, value in vars(event).items() if value}
-            self._announced = replace(self._announced, **said)
+            said = {name: value for name, value in event._asdict().items() if value}
+            self._announced = self._announced._replace(**said)
 
     def progress(self, samples_per_step: int | None = None) -> Progress:
         """What is known now; `samples_per_step` is taken for what the log says, where it is given."""
@@ -146,12 +146,8 @@ class TrainingState:
         if self.training:
             known |= self.training.known(samples_per_step or said.samples_per_step)
         if ended:
-            known |= {
-                "ended": True,
-                "train_runtime_s": ended.runtime_s,
-                "train_loss": ended.train_loss,
-                "left_s": 0.0,
-            }
+            known |= {"ended": True, "left_s": 0.0}
+            known |= {"train_runtime_s": ended.runtime_s, "train_loss": ended.train_loss}
         known |= {"last_step_at_s": self._step_at_s, "last_progress_at_s": self.progress_at_s}
         return Progress(**known, cache_dir=said.cache_dir, coverage=said.coverage)
 
@@ -198,7 +194,7 @@ class TrainingState:
         if "loss" not in metrics.values or self._moved is None:
             return
         if not self._training_moved:
-            self._announced = replace(self._announced, total_steps=None)
+            self._announced = self._announced._replace(total_steps=None)
             self._switch(self._moved)
         self._settled = True
         self._training_moved = False
