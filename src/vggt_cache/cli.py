@@ -68,9 +68,7 @@ class _Parser(argparse.ArgumentParser):
 
     def choice_of_spec(self) -> None:
         self.flag("context", choices=CONTEXTS, help="which cache is meant, where several share the directory")
-        self.flag(
-            "fingerprint", help="the same, by the first digits of its fingerprint (see vggt-cache info)"
-        )
+        self.flag("fingerprint", help="the same, by the first digits of its fingerprint (vggt-cache info)")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"[ERROR] {message}; {self.prog} --help lists the flags\n")
@@ -140,9 +138,7 @@ def _add_changing(commands: Any) -> None:
     )
     prune.flag("yes", action="store_true", help="really remove")
 
-    text = (
-        "Rewrite a store's shards with another codec, each record checked first. Without --yes only shows it."
-    )
+    text = "Rewrite a store with another codec, each record checked first. Without --yes only shows it."
     convert = _command(commands, "convert", _in("inspection", "convert_cache"), text, cache_dir=_CACHE_DIR)
     convert.flag("codec", choices=CODECS, required=True, help="lossless: a third smaller; none: as they are")
     convert.choice_of_spec()

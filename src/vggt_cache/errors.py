@@ -6,6 +6,9 @@ it without a traceback and exits with `exit_code`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class VggtCacheError(Exception):
     """Base of all errors that a user can cause or cure."""
@@ -105,3 +108,12 @@ class CommitError(StoreError):
 
 class DiskSpaceError(StoreError):
     """There is not enough free space for what was asked."""
+
+
+@contextmanager
+def os_errors_as(kind: type[VggtCacheError], fault: str, rest: str) -> Iterator[None]:
+    """Raise an OSError as `kind` instead: the fault, the system's reason in brackets, and the rest of the sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"{fault} ({error.strerror or error}){rest}") from error

@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from vggt_cache.errors import SettingsError, SpecMismatchError
 from vggt_cache.frames import decode_frame, read_frame
@@ -23,9 +22,6 @@ from vggt_cache.store import convert, describe, prune
 from vggt_cache.store.directory import select_store
 from vggt_cache.store.filesystem import OPERATING_SYSTEM
 from vggt_cache.store.inventory import StoreDescription
-
-if TYPE_CHECKING:
-    pass
 
 
 def show_info(cache_dir: str, *, as_json: bool) -> int:
@@ -150,10 +146,9 @@ def _spread(count: int) -> Iterator[int]:
 def prune_cache(cache_dir: str, *, damaged: bool, yes: bool) -> int:
     """Show, or with `yes` do, what can be removed without losing a feature."""
     actions = prune(cache_dir, dry_run=not yes, damaged=damaged)
+    verb = "removed" if yes else "would remove"
     for action in actions:
-        print(
-            f"{'removed' if yes else 'would remove'} {action.path}: {bytes_text(action.bytes)}, {action.reason}"
-        )
+        print(f"{verb} {action.path}: {bytes_text(action.bytes)}, {action.reason}")
     total = bytes_text(sum(action.bytes for action in actions))
     if not actions:
         print("nothing to remove")

@@ -11,12 +11,13 @@ import io
 import math
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from vggt_cache.errors import SettingsError, StoreError
+from vggt_cache.errors import SettingsError, StoreError, os_errors_as
 
 Pixels = npt.NDArray[np.uint8]
 Feature = npt.NDArray[np.float32]
@@ -47,14 +48,9 @@ def draw_features(rows: Sequence[Row], out_path: str | os.PathLike[str]) -> None
     _check(rows)
     buffer = io.BytesIO()
     _picture(rows, joint_colours([feature for _, feature, _ in rows])).save(buffer, "PNG")
-    try:
-        with open(out_path, "wb") as file:
-            file.write(buffer.getvalue())
-    except OSError as error:
-        raise SettingsError(
-            f"the picture cannot be written to {os.fspath(out_path)} ({error.strerror or error}): "
-            "give a file name in a folder that you can write to"
-        ) from error
+    fault = f"the picture cannot be written to {os.fspath(out_path)}"
+    with os_errors_as(SettingsError, fault, ": give a file name in a folder that you can write to"):
+        Path(out_path).write_bytes(buffer.getvalue())
 
 
 def joint_colours(features: Sequence[Feature]) -> list[Pixels]:

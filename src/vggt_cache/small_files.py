@@ -60,9 +60,7 @@ def text_of(path: str, data: bytes) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise FileTextError(
-            path, f"is not UTF-8 text (byte {error.start + 1}): convert it to UTF-8"
-        ) from error
+        raise FileTextError(path, f"is not UTF-8 text (byte {error.start + 1}): convert it") from error
 
 
 def open_plain(path: str, flags: int = _READ, *, dir_fd: int | None = None) -> int:
@@ -125,9 +123,8 @@ class SmallFolder:
         """Make a file that is not there yet; False where something has this name. Nothing is left of a failure."""
         with self._opened(name) as folder:
             try:
-                descriptor = os.open(
-                    name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _QUIETLY, 0o666, dir_fd=folder
-                )
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _QUIETLY
+                descriptor = os.open(name, flags, 0o666, dir_fd=folder)
             except FileExistsError:
                 return False
             try:
@@ -185,10 +182,8 @@ def _failures_of(path: str) -> Iterator[None]:
             raise FileAbsentError(path, "does not exist") from error
         if error.errno in _OTHER_KIND:
             raise _other_kind(path) from error
-        reason = (
-            f"cannot be read or written ({error.strerror or error}): check its mode, its disk and its mount"
-        )
-        raise FileAccessError(path, reason) from error
+        why = f"cannot be read or written ({error.strerror or error}): check its mode, its disk and its mount"
+        raise FileAccessError(path, why) from error
 
 
 def _other_kind(path: str) -> FileKindError:

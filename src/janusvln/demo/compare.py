@@ -90,22 +90,20 @@ def compare(directory: str) -> None:
         )
         folder = root / "train" / context
         shutil.rmtree(folder, ignore_errors=True)
-        flags = [
-            "--model_name_or_path",
-            str(qwen),
-            "--train_data_root",
-            str(root / "data"),
-            "--context",
-            context,
+        flags = ["--model_name_or_path", str(qwen), "--train_data_root", str(root / "data")]
+        flags += f"--context {context} --max_steps {STEPS} --learning_rate 1e-3 --image_size 224".split()
+        flags += [
+            "--use_cpu",
+            "True",
+            "--tune_mm_llm",
+            "True",
+            "--tune_mm_mlp",
+            "True",
+            "--per_device_train_batch_size",
+            "1",
         ]
-        flags += f"--max_steps {STEPS} --learning_rate 1e-3 --image_size 224 --use_cpu True".split()
-        flags += ["--tune_mm_llm", "True", "--tune_mm_mlp", "True", "--per_device_train_batch_size", "1"]
-        _print(
-            {
-                name: run_training(folder / name, flags + more, {"VGGT_CACHE_DIR": ""})
-                for name, more in features.items()
-            }
-        )
+        env = {"VGGT_CACHE_DIR": ""}
+        _print({name: run_training(folder / name, flags + more, env) for name, more in features.items()})
 
 
 def _print(runs: Mapping[str, MeasuredRun]) -> None:

@@ -104,9 +104,6 @@ def _marker(folder: str) -> Iterator[str]:
             os.unlink(path)
 
 
-# ---------------------------------------------------------------- what one node sees
-
-
 def look_around(places: Places, *, address: str, nodes: int) -> NodeFacts:
     """Ask this machine. Reads the cache's index and the names of the data, no feature and no image."""
     caches, cache_error = _caches(places.cache_dir)
@@ -162,8 +159,6 @@ def _data(places: Places) -> str:
         return f"cannot be read: {error}"
 
 
-# ---------------------------------------------------------------- what must be equal on all nodes, and is not
-
 _REMEDIES = {
     "nodes": "Give each node the same NNODES.",
     "connections":
@@ -198,9 +193,7 @@ def judge(facts: Sequence[NodeFacts]) -> list[Finding]:
     far = f"{apart_s:.0f} s apart" if apart_s > CLOCK_TOLERANCE_S else ""
     return [
         _equal("nodes", [node.nodes for node in facts], shown=hosts),
-        _found(
-            "connections", broken and f"none from {broken}", addresses, "Each node reaches each other node."
-        ),
+        _found("connections", broken and f"none from {broken}", addresses, "Each node reaches every other."),
         *_judged_caches(facts),
         _judged_data(facts),
         _found("output directory", blind and f"not shared with {blind}", "shared", shared),
@@ -220,9 +213,8 @@ def _found(name: str, fault: str, value: str, meaning: str, status: str = "fail"
 def _equal(name: str, values: list[str], *, shown: str = "", status: str = "fail") -> Finding:
     """`ok` with the common value, or `status` with each node's own."""
     each = "; ".join(f"node {rank}: {value}" for rank, value in enumerate(values))
-    return _found(
-        name, each if len(set(values)) > 1 else "", shown or values[0], "Equal on all nodes.", status
-    )
+    fault = each if len(set(values)) > 1 else ""
+    return _found(name, fault, shown or values[0], "Equal on all nodes.", status)
 
 
 def _judged_caches(facts: Sequence[NodeFacts]) -> list[Finding]:

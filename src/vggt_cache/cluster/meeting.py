@@ -32,11 +32,9 @@ class Meeting:
         self._deadline, self._timeout_s = time.monotonic() + timeout_s, timeout_s
         self._where = f"{place.master_addr}:{place.master_port}"
         leads = place.node_rank == 0
-        host = "0.0.0.0" if leads else place.master_addr
+        host, port = "0.0.0.0" if leads else place.master_addr, place.master_port
         try:
-            self._store = TCPStore(
-                host, place.master_port, is_master=leads, wait_for_workers=False, timeout=self._left()
-            )
+            self._store = TCPStore(host, port, is_master=leads, wait_for_workers=False, timeout=self._left())
         except DistError as error:
             raise MeetingError(
                 f"node 0 did not answer at {self._where} within {timeout_s:.0f} s: run check_cluster.sh there too, "

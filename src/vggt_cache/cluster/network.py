@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import ipaddress
+import os
 import socket
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 
-from vggt_cache.errors import SettingsError
+from vggt_cache.errors import SettingsError, os_errors_as
 
 _SIOCGIFADDR = 0x8915
 
@@ -80,19 +82,13 @@ def interfaces(master_addr: str, nccl: str, gloo: str) -> dict[str, str]:
 def chosen_interfaces(setting: str) -> list[str]:
     """What NCCL takes by NCCL_SOCKET_IFNAME: `eth,ib` prefixes, `=eth0` exact names, `^lo` all others."""
     is_other, listed = setting.startswith("^"), setting.removeprefix("^")
-    parts = [part for part in listed.removeprefix("=").split(",") if part]
-
-    def is_listed(name: str) -> bool:
-        return name in parts or (not listed.startswith("=") and name.startswith(tuple(parts)))
-
-    return [name for name in interface_names() if is_listed(name) != is_other]
+    parts = tuple(part for part in listed.removeprefix("=").split(",") if part)
+    named = parts.__contains__ if listed.startswith("=") else lambda name: name.startswith(parts)
+    return [name for name in interface_names() if named(name) != is_other]
 
 
 def interface_names() -> list[str]:
     return [name for _, name in socket.if_nameindex()]
-
-
-# ---------------------------------------------------------------- addresses
 
 
 def resolve(host: str) -> str:
@@ -108,15 +104,14 @@ def resolve(host: str) -> str:
 
 def local_address_towards(address: str) -> str:
     """The address from which this machine would reach another one; nothing is sent. Raises SettingsError."""
-    try:
-        with socket.socket(_family(address), socket.SOCK_DGRAM) as probe:
-            probe.connect((address, 9))
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise SettingsError(
-            f"there is no route from this machine to MASTER_ADDR {address} ({error.strerror}): check the address "
-            "and that the network interface is up"
-        ) from error
+    fault = f"there is no route from this machine to MASTER_ADDR {address}"
+    remedy = ": check the address and that the network interface is up"
+    with (
+        os_errors_as(SettingsError, fault, remedy),
+        socket.socket(_family(address), socket.SOCK_DGRAM) as probe,
+    ):
+        probe.connect((address, 9))
+        return str(probe.getsockname()[0])
 
 
 def interface_towards(host: str) -> str:
@@ -162,21 +157,17 @@ def _interface_by_route(address: str) -> str | None:
 
 def free_port() -> int:
     """A TCP port that nobody uses now."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("", 0))
+    with socket.create_server(("", 0)) as probe:
         return int(probe.getsockname()[1])
 
 
 def can_bind(address: str, port: int) -> bool:
     """Whether the address is this machine's (`` ``: any), and nobody uses the port (0: any)."""
-    with socket.socket(_family(address), socket.SOCK_STREAM) as probe:
-        # As the store of torchrun does: a connection of the last run that is being closed is no obstacle.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-        except OSError:
-            return False
-    return True
+    with suppress(OSError):
+        # A connection of the last run that is being closed is no obstacle, as it is none for the store of torchrun.
+        socket.create_server((address, port), family=_family(address)).close()
+        return True
+    return False
 
 
 def _family(address: str) -> socket.AddressFamily:
@@ -184,7 +175,4 @@ def _family(address: str) -> socket.AddressFamily:
 
 
 def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
+    return Path(path).read_text().splitlines() if os.path.exists(path) else []

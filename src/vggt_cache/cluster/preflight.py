@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from vggt_cache.errors import CacheAccessError, CacheNotFoundError, DataError, NotACacheError, SettingsError
+from vggt_cache.errors import CacheAccessError, DataError, NotACacheError, SettingsError, os_errors_as
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.store import list_stores
 
@@ -61,39 +61,30 @@ def inspect(launch: Launch) -> list[str]:
 
 
 def _batch(launch: Launch) -> str:
-    for name, value in (
-        ("NPROC_PER_NODE", launch.processes),
-        ("PER_DEVICE_BATCH_SIZE", launch.batch_size),
-        ("GRAD_ACCUM_STEPS", launch.accumulation),
-    ):
+    each, batch, times = launch.processes, launch.batch_size, launch.accumulation
+    names = ("NPROC_PER_NODE", "PER_DEVICE_BATCH_SIZE", "GRAD_ACCUM_STEPS")
+    for name, value in zip(names, (each, batch, times), strict=True):
         if value < 1:
             raise SettingsError(f"{name} is {value}, so nothing would be trained: give 1 or more")
-    processes = launch.nodes * launch.processes
-    samples = processes * launch.batch_size * launch.accumulation
-    terms = f"{processes} processes x {launch.batch_size} x {launch.accumulation} accumulated"
-    return f"batch: {samples} samples an optimizer step ({terms})"
+    terms = f"{launch.nodes * each} processes x {batch} x {times} accumulated"
+    return f"batch: {launch.nodes * each * batch * times} samples an optimizer step ({terms})"
 
 
 def _model(path: str) -> str:
     if not path:
-        raise SettingsError(
-            "MODEL_PATH is empty, so there is nothing to train: set it to the directory of Qwen2.5-VL"
-        )
-    if (Path(path) / "config.json").is_file():
+        fault = "is empty, so there is nothing to train: set it to the directory of Qwen2.5-VL"
+    elif (Path(path) / "config.json").is_file():
         return path
-    if Path(path).is_dir():
-        raise SettingsError(
-            f"MODEL_PATH {path} has no config.json, so it holds no model: give the directory of Qwen2.5-VL itself"
+    elif Path(path).is_dir():
+        fault = f"{path} has no config.json, so it holds no model: give the directory of Qwen2.5-VL itself"
+    elif HUB_ID.fullmatch(path):
+        return f"{path} (no directory here, so it is taken for a hub id)"
+    else:
+        fault = (
+            f"{path} does not exist on this machine, so there is nothing to train: give the directory of Qwen2.5-VL, "
+            "or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct"
         )
-    if not HUB_ID.fullmatch(path):
-        raise SettingsError(
-            f"MODEL_PATH {path} does not exist on this machine, so there is nothing to train: give the "
-            "directory of Qwen2.5-VL, or a hub id such as Qwen/Qwen2.5-VL-7B-Instruct"
-        )
-    return f"{path} (no directory here, so it is taken for a hub id)"
-
-
-# ---------------------------------------------------------------- data
+    raise SettingsError(f"MODEL_PATH {fault}")
 
 
 def _data(launch: Launch) -> str:
@@ -119,21 +110,12 @@ def _data(launch: Launch) -> str:
 
 
 def _require_folder(variable: str, path: str) -> None:
-    try:
-        with os.scandir(path) as entries:
-            if next(entries, None) is not None:
-                return
-    except OSError as error:
-        raise DataError(
-            f"{variable} {path} cannot be read on this machine ({error.strerror}), so there is nothing to train "
-            "on: correct the path, or check the mount and its rights"
-        ) from error
-    raise DataError(
-        f"{variable} {path} is empty, so there is nothing to train on: is the file system mounted?"
-    )
-
-
-# ---------------------------------------------------------------- features
+    nothing = "so there is nothing to train on"
+    remedy = f", {nothing}: correct the path, or check the mount and its rights"
+    fault = f"{variable} {path} cannot be read on this machine"
+    with os_errors_as(DataError, fault, remedy), os.scandir(path) as entries:
+        if next(entries, None) is None:
+            raise DataError(f"{variable} {path} is empty, {nothing}: is the file system mounted?")
 
 
 def _features(launch: Launch) -> str:
@@ -157,12 +139,9 @@ def _features(launch: Launch) -> str:
 
 def _stores(launch: Launch) -> list[str]:
     may_be_empty = launch.cache_miss == "fill"
-    try:
-        specs = list_stores(launch.cache_dir)
-    except CacheNotFoundError:
-        if not may_be_empty:
-            raise
-        specs = []
+    if may_be_empty and not os.path.exists(launch.cache_dir):
+        return []
+    specs = list_stores(launch.cache_dir)
     if not specs and not may_be_empty:
         raise NotACacheError(
             f"VGGT_CACHE_DIR {launch.cache_dir} holds no feature cache: give the --cache_dir of the precompute "
@@ -176,8 +155,8 @@ def _shards(cache_dir: str, spec: FeatureSpec) -> int:
     folder = Path(cache_dir) / spec.short_name / "shards"
     try:
         names = sorted(os.listdir(folder)) if folder.exists() else []
-        if names:
-            (folder / names[0]).open("rb").close()
+        for name in names[:1]:
+            (folder / name).open("rb").close()
     except OSError as error:
         raise CacheAccessError(
             f"VGGT_CACHE_DIR {cache_dir} cannot be read ({error.strerror}: {error.filename}), so training would "
@@ -186,19 +165,14 @@ def _shards(cache_dir: str, spec: FeatureSpec) -> int:
     return len(names)
 
 
-# ---------------------------------------------------------------- equipment
-
-
 def _engine(ds_config: str) -> str:
     if ds_config == "none":
         return "no DeepSpeed"
+    remedy = ": give one of scripts/zero3.json, scripts/zero2.json and scripts/zero2_offload.json, or none"
+    with os_errors_as(SettingsError, f"DS_CONFIG {ds_config} cannot be read", remedy):
+        text = Path(ds_config).read_bytes()
     try:
-        stage = json.loads(Path(ds_config).read_text(encoding="utf-8"))["zero_optimization"]["stage"]
-    except OSError as error:
-        raise SettingsError(
-            f"DS_CONFIG {ds_config} cannot be read ({error.strerror}): give one of scripts/zero3.json, "
-            "scripts/zero2.json and scripts/zero2_offload.json, or none"
-        ) from error
+        stage = json.loads(text)["zero_optimization"]["stage"]
     except (ValueError, KeyError, TypeError) as error:
         raise SettingsError(
             f"DS_CONFIG {ds_config} is no DeepSpeed configuration ({type(error).__name__}: {error}): it must be "
@@ -209,15 +183,10 @@ def _engine(ds_config: str) -> str:
 
 def _output(path: str) -> str:
     """The directory, and the checkpoint in it to go on from."""
-    try:
+    remedy = ", so no checkpoint could be saved: set OUTPUT_DIR to a directory that you can write"
+    with os_errors_as(SettingsError, f"OUTPUT_DIR {path} cannot be written", remedy):
         os.makedirs(path, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise SettingsError(
-            f"OUTPUT_DIR {path} cannot be written ({error.strerror}), so no checkpoint could be saved: set "
-            "OUTPUT_DIR to a directory that you can write"
-        ) from error
+        tempfile.TemporaryFile(dir=path).close()
     steps = [int(name[11:]) for name in os.listdir(path) if re.fullmatch(r"checkpoint-\d+", name)]
     return f"{path}, going on from checkpoint-{max(steps)}" if steps else path
 

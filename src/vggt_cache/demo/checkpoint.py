@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
 
-from vggt_cache.errors import CheckpointError
+from vggt_cache.errors import CheckpointError, os_errors_as
 
 _SIZES = {"embed_dim": 384, "img_size": 518, "patch_size": 14, "depth": 4, "num_heads": 6}
 CONFIG: dict[str, Any] = {**_SIZES, "patch_embed": "dinov2_vits14_reg"}
@@ -69,16 +69,12 @@ def write_checkpoint(directory: str | os.PathLike[str], *, seed: int = 0) -> Pat
     tensors = {name: draw_tensor(name, shape, seed) for name, shape in tensor_shapes().items()}
     weights = save(tensors, metadata={"made_by": f"vggt-cache demo {RECIPE_VERSION}, seed {seed}"})
     config = (json.dumps(CONFIG, indent=1) + "\n").encode()
-    try:
+    remedy = ": choose a directory that you can write to, with 150 MB of free space"
+    with os_errors_as(CheckpointError, f"the demo's checkpoint cannot be written to {folder}", remedy):
         folder.mkdir(parents=True, exist_ok=True)
         for target, data in ((folder / "config.json", config), (folder / "model.safetensors", weights)):
             if not target.is_file() or target.read_bytes() != data:
                 # safetensors' own writer makes files of mode 0600.
                 target.with_name(".tmp").write_bytes(data)
                 target.with_name(".tmp").replace(target)
-    except OSError as error:
-        raise CheckpointError(
-            f"the demo's checkpoint cannot be written to {folder} ({error.strerror or error}): "
-            "choose a directory that you can write to, with 150 MB of free space"
-        ) from error
     return folder

@@ -16,15 +16,14 @@ import hashlib
 import io
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from vggt_cache.demo.house import ACTIONS, Episode, Step, walk
 from vggt_cache.demo.scene import Scene, View
-from vggt_cache.errors import DataError, SettingsError
+from vggt_cache.errors import DataError, SettingsError, os_errors_as
 from vggt_cache.samples import history_indexes
 
 DRAWING_VERSION = 2
@@ -34,8 +33,7 @@ _EPISODES_A_HOUSE = 2
 _MARK, _END = "# vggt-cache demo data", "# complete"
 
 
-@dataclass(frozen=True, kw_only=True)
-class DatasetSummary:
+class DatasetSummary(NamedTuple):
     """What `write_dataset` left under its root."""
 
     root: Path
@@ -55,30 +53,19 @@ def write_dataset(
 
     Raises SettingsError for counts out of range, DataError if `root` holds something else or cannot be written.
     """
-    for name, value, least, most in (("episodes", episodes, 1, 999), ("steps", steps, 2, 9999)):
-        if not least <= value <= most:
-            raise SettingsError(
-                f"{name} is {value}, outside {least} to {most}: choose a number in this range"
-            )
+    for name, value, low, high in (("episodes", episodes, 1, 999), ("steps", steps, 2, 9999)):
+        if not low <= value <= high:
+            raise SettingsError(f"{name} is {value}, outside {low} to {high}: choose a number in this range")
     folder = _Folder(Path(root), f"{DRAWING_VERSION}: episodes={episodes} steps={steps} seed={seed}")
-    try:
+    remedy = ": choose a directory that you can write to, with enough free space"
+    with os_errors_as(DataError, f"the demo's data cannot be written to {root}", remedy):
         if not folder.is_complete():
             folder.begin()
             _write(folder, episodes, steps, seed)
             folder.note(_END)
-        image_bytes = sum(path.stat().st_size for path in (Path(root) / "episodes").rglob("*.png"))
-    except OSError as error:
-        raise DataError(
-            f"the demo's data cannot be written to {root} ({error.strerror or error}): "
-            "choose a directory that you can write to, with enough free space"
-        ) from error
-    return DatasetSummary(
-        root=Path(root),
-        episodes=episodes,
-        frames=episodes * steps,
-        image_bytes=image_bytes,
-        written=folder.written,
-    )
+        size = sum(path.stat().st_size for path in (Path(root) / "episodes").rglob("*.png"))
+    frames = episodes * steps
+    return DatasetSummary(Path(root), episodes, frames, image_bytes=size, written=folder.written)
 
 
 class _Folder:
@@ -144,9 +131,7 @@ class _Folder:
 
 def _listed(lines: list[str]) -> list[tuple[str, str]]:
     """Digests and names of files; names that lead out of the folder are left out."""
-    pairs = [
-        (digest, name) for digest, separator, name in (line.partition("  ") for line in lines) if separator
-    ]
+    pairs = [(digest, name) for digest, blanks, name in (line.partition("  ") for line in lines) if blanks]
     return [pair for pair in pairs if not {"/", ".."} & set(PurePosixPath(pair[1]).parts)]
 
 
@@ -182,8 +167,9 @@ def _write_episode(folder: _Folder, name: str, episode: Episode, scene: Scene) -
         for name_there in (f"structured/{numbered[i]}", f"conversations/{named[i]}"):
             folder.put(name_there, png.getvalue(), same_as=f"{stem}.png")
         landmarks, distances = _words(scene, step, view)
-        words = {"landmark_description": landmarks, "spatial_description": distances}
-        folder.put(f"{stem}.json", _json(words))
+        folder.put(
+            f"{stem}.json", _json({"landmark_description": landmarks, "spatial_description": distances})
+        )
         *earlier, _ = seen = history_indexes(i)
         structured.append(
             {
