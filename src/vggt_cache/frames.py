@@ -75,11 +75,8 @@ def _check_length(path: str | os.PathLike[str], length: int) -> int:
 
 
 def _read_all(path: str | os.PathLike[str], descriptor: int) -> bytes:
-    want = (
-        _check(path, os.fstat(descriptor)) + 1
-    )  # one more than there should be: the end is seen in one call
-    parts: list[bytes] = []
-    length = 0
+    # One more than there should be: the end is seen in one call.
+    want, parts, length = _check(path, os.fstat(descriptor)) + 1, list[bytes](), 0
     while part := os.read(descriptor, max(1, want - length)):
         parts.append(part)
         length = _check_length(path, length + len(part))

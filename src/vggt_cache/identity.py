@@ -152,9 +152,7 @@ class FeatureSpec:
         None and `auto` leave a setting open, and a negative layer counts from the end. Other names are passed over.
         """
         settings = self.settings
-        wanted = {
-            name: given[name] for name in given if name in settings and given[name] not in (None, "auto")
-        }
+        wanted = {key: given[key] for key in given if key in settings and given[key] not in (None, "auto")}
         layer = wanted.get("layer")
         if isinstance(layer, int) and layer < 0:
             wanted["layer"] = layer + self.encoder.depth

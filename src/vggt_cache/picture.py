@@ -11,6 +11,7 @@ import io
 import math
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -82,9 +83,8 @@ def _principal_directions(patches: npt.NDArray[np.float64], noise: float) -> npt
     """Eigenvectors [C, 3] of the covariance with the largest eigenvalues; zeros where only noise is left."""
     variances, vectors = np.linalg.eigh(patches.T @ patches / len(patches))
     directions = np.zeros((patches.shape[1], 3))
-    for component in range(min(3, patches.shape[1])):
-        vector = vectors[:, -1 - component]
-        if variances[-1 - component] > max(_NOISE * variances[-1], noise):
+    for component, (variance, vector) in enumerate(zip(variances[:-4:-1], vectors.T[:-4:-1], strict=True)):
+        if variance > max(_NOISE * variances[-1], noise):
             directions[:, component] = vector * np.sign(vector[np.abs(vector).argmax()])
     return directions
 
@@ -118,21 +118,17 @@ def _picture(rows: Sequence[Row], colours: Sequence[Pixels]) -> Image.Image:
         canvas.paste(frame, (x, y))
         enlarged = Image.fromarray(colour).resize(frame.size, Image.Resampling.NEAREST)
         canvas.paste(enlarged, (x + table.frame_width + _MARGIN_PIXELS, y))
-        text = _fitting(
-            caption, 2 * table.frame_width + _MARGIN_PIXELS, lambda text: draw.textlength(text, font=font)
-        )
+        text = _fitting(caption, 2 * table.frame_width + _MARGIN_PIXELS, partial(draw.textlength, font=font))
         draw.text((x, y + table.frame_height + 2), text, fill="black", font=font)
     return canvas
 
 
 def _fitting(caption: str, width_pixels: int, width_of: Callable[[str], float]) -> str:
     """The caption's end, which tells more of a path than its beginning; in ASCII, which every font has."""
-    text = " ".join(caption.encode("ascii", "replace").decode().split())
-    if width_of(text) <= width_pixels:
-        return text
-    while text and width_of(f"...{text}") > width_pixels:
-        text = text[1:]
-    return f"...{text}"
+    text, dots = " ".join(caption.encode("ascii", "replace").decode().split()), ""
+    while text and width_of(dots + text) > width_pixels:
+        text, dots = text[1:], "..."
+    return dots + text
 
 
 def _check(rows: Sequence[Row]) -> None:

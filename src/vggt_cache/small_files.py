@@ -51,14 +51,9 @@ def read_bytes(path: str, limit: int) -> bytes:
 
 
 def read_text(path: str, limit: int) -> str:
-    """The same as text; a byte order mark is left out."""
-    return text_of(path, read_bytes(path, limit))
-
-
-def text_of(path: str, data: bytes) -> str:
-    """UTF-8 text. Raises FileTextError, naming the path."""
+    """The same as UTF-8 text; a byte order mark is left out. Raises SmallFileError."""
     try:
-        return data.decode("utf-8-sig")
+        return read_bytes(path, limit).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise FileTextError(path, f"is not UTF-8 text (byte {error.start + 1}): convert it") from error
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,7 @@ class MeasuredRun:
         return [float(step[name]) for step in self.steps if name in step]
 
     def mean(self, name: str) -> float:
-        return sum(self.column(name)) / len(self.column(name))
+        return statistics.mean(self.column(name))
 
     @property
     def losses(self) -> list[float]:
@@ -46,8 +47,7 @@ class MeasuredRun:
     @property
     def seconds_per_step(self) -> float:
         """The middle of all steps but the first, which also starts the workers."""
-        seconds = sorted(1 / rate for rate in self.column("samples_per_s")[1:])
-        return seconds[len(seconds) // 2]
+        return statistics.median_high(1 / rate for rate in self.column("samples_per_s")[1:])
 
 
 def run_training(
@@ -84,24 +84,14 @@ def compare(directory: str) -> None:
         "cached": ["--vggt_cache_dir", str(root / "cache"), "--vggt_cache_miss", "error"],
     }
     for context in CONTEXTS:
-        print(
-            f"\n== Train, context {context}: {STEPS} steps live, then the same {STEPS} from the cache",
-            flush=True,
-        )
+        title = f"== Train, context {context}: {STEPS} steps live, then the same {STEPS} from the cache"
+        print(f"\n{title}", flush=True)
         folder = root / "train" / context
         shutil.rmtree(folder, ignore_errors=True)
         flags = ["--model_name_or_path", str(qwen), "--train_data_root", str(root / "data")]
         flags += f"--context {context} --max_steps {STEPS} --learning_rate 1e-3 --image_size 224".split()
-        flags += [
-            "--use_cpu",
-            "True",
-            "--tune_mm_llm",
-            "True",
-            "--tune_mm_mlp",
-            "True",
-            "--per_device_train_batch_size",
-            "1",
-        ]
+        flags += ["--use_cpu", "True", "--tune_mm_llm", "True", "--tune_mm_mlp", "True"]
+        flags += ["--per_device_train_batch_size", "1"]
         env = {"VGGT_CACHE_DIR": ""}
         _print({name: run_training(folder / name, flags + more, env) for name, more in features.items()})
 

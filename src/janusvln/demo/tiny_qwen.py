@@ -6,12 +6,12 @@ though not shortly. The same seed gives the same weights.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from tokenizers import pre_tokenizers
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 SPECIAL_TOKENS = (
@@ -79,27 +79,12 @@ def write_tiny_qwen(directory: str | Path, *, seed: int = 0) -> Path:
         model = Qwen2_5_VLForConditionalGeneration(tiny_config())
     model.config.spatial_hidden_size = SPATIAL_HIDDEN_SIZE
     model.save_pretrained(path)
-    _write_tokenizer(path)
+    specials: dict[str, Any] = {
+        "eos_token": "<|im_end|>",
+        "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
+    }
+    Qwen2Tokenizer(
+        VOCABULARY | TOKEN_IDS, [], **specials, chat_template=CHAT_TEMPLATE, model_max_length=131072
+    ).save_pretrained(path)
     Qwen2VLImageProcessorPil(min_pixels=784, max_pixels=12845056).save_pretrained(path)
     return path
-
-
-def _write_tokenizer(path: Path) -> None:
-    tokenizer = Tokenizer(models.BPE(vocab=VOCABULARY, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
-    tokenizer.save(str(path / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "Qwen2Tokenizer",
-        "model_max_length": 131072,
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-        "additional_special_tokens": list(SPECIAL_TOKENS[1:]),
-        "chat_template": CHAT_TEMPLATE,
-        "clean_up_tokenization_spaces": False,
-        "errors": "replace",
-    }
-    (path / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    (path / "vocab.json").write_text(json.dumps(VOCABULARY))
-    (path / "merges.txt").write_text("#version: 0.2\n")

@@ -130,7 +130,7 @@ class House:
             if spans[axis][end] == edge:
                 yield _box("wall", axis, _around(edge, WALL_M), along, _WALL_Z, room.wall)
                 across, along = _around(edge, WALL_M + 0.04), _around(room.centre[1 - axis], 1.2)
-                yield _box("window", axis, across, along, (0.95, 2.05), "trim", ("window", "window"))
+                yield _box("window", axis, across, along, (0.95, 2.05), "trim", "window", "window")
 
     def _inner_wall(self, door: Door) -> Iterator[Box]:
         """The wall between two rooms, with the white casing of its doorway."""
@@ -139,7 +139,7 @@ class House:
         left, right = _around(middle[1 - axis], DOOR_WIDTH_M)
         across, above = _around(middle[axis], WALL_M), (DOOR_HEIGHT_M, WALL_HEIGHT_M)
         for along, z in (((start, left), _WALL_Z), ((right, stop), _WALL_Z), ((left, right), above)):
-            yield _box("wall", axis, across, along, z, "trim", (first.wall, second.wall))
+            yield _box("wall", axis, across, along, z, "trim", first.wall, second.wall)
         across, outer = _around(middle[axis], WALL_M + 0.04), (left - CASING_M, right + CASING_M)
         for along in ((outer[0], left + 0.015), (right - 0.015, outer[1])):
             yield _box("doorway", axis, across, along, (0.0, DOOR_HEIGHT_M), "trim")
@@ -150,18 +150,13 @@ def _around(middle: float, width: float) -> Range:
     return middle - width / 2, middle + width / 2
 
 
-def _box(
-    label: str, axis: int, across: Range, along: Range, z: Range, texture: str, sides: tuple[str, ...] = ()
-) -> Box:
+def _box(label: str, axis: int, across: Range, along: Range, z: Range, texture: str, *sides: str) -> Box:
     """A box by its extent across and along a wall of constant x (0) or y (1), whose sides may be covered otherwise."""
     x, y = (across, along) if axis == 0 else (along, across)
     low, high = zip(x, y, z, strict=True)
     textures = [texture] * 6
     textures[2 * axis : 2 * axis + len(sides)] = sides
     return Box(low, high, label, tuple(textures))
-
-
-# ---------------------------------------------------------------- walks
 
 
 class Pose(NamedTuple):

@@ -44,9 +44,13 @@ def run_demo(directory: str) -> int:
 def _precompute_and_view(root: Path, context: str) -> str:
     """Both runs and the picture; returns a line of the table at the end."""
     data, cache_dir, picture = (str(root / name) for name in ("data", "cache", f"features_{context}.png"))
-    places = {"vggt_model_path": str(root / "model"), "data_root": data, "cache_dir": cache_dir}
-    rest: dict[str, Any] = {"image_size": IMAGE_SIZE, "num_workers": 2, "verify": True}
-    settings = PrecomputeSettings(context=context, **places, **rest)
+    flags: dict[str, Any] = {
+        "vggt_model_path": str(root / "model"),
+        "data_root": data,
+        "cache_dir": cache_dir,
+    }
+    flags |= {"context": context, "image_size": IMAGE_SIZE, "num_workers": 2, "verify": True}
+    settings = PrecomputeSettings(**flags)
     seconds = []
     for title in ("Precompute, context {}", "The same command again, context {}: nothing is left to do"):
         print(f"\n== {title.format(context)}", flush=True)

@@ -51,9 +51,7 @@ class Scene:
         """What each box is, in words."""
         self.textures = np.array([NAMES.index(name) for box in boxes for name in box.textures], np.int32)
         """Of each face: the index of its texture in `textures.NAMES`."""
-        self._low, self._high = (
-            np.array([getattr(b, end) for b in boxes], np.float32) for end in ("low", "high")
-        )
+        self._low, self._high = np.array([(b.low, b.high) for b in boxes], np.float32).swapaxes(0, 1)
         # A window's picture covers it exactly once; all other textures repeat at their natural size.
         stretched = (self.labels == "window")[:, None]
         self._origin = np.where(stretched, self._low, np.float32(0))
@@ -127,9 +125,8 @@ class Scene:
         axis, sign = view.face % 6 // 2, (view.face % 2 * 2 - 1).astype(np.float32)
         # A wall is lit by the lamp of the room that it faces.
         here = [view.position[i] + 0.03 * sign * (axis == i) for i in (0, 1)]
-        column, row = (
-            np.searchsorted(np.array(self.house.edges[i][1:-1], np.float32), here[i], "right") for i in (0, 1)
-        )
+        inner = [np.array(edges[1:-1], np.float32) for edges in self.house.edges]
+        column, row = (np.searchsorted(inner[i], here[i], "right") for i in (0, 1))
         low, high, lamp = np.moveaxis(self._rooms[row * COLUMNS + column], (2, 3), (0, 1))
         to_lamp = [lamp[i] - view.position[i] for i in range(3)]
         square = to_lamp[0] * to_lamp[0] + to_lamp[1] * to_lamp[1] + to_lamp[2] * to_lamp[2]

@@ -12,12 +12,14 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from vggt_cache.doctor import trials
 from vggt_cache.doctor.findings import Finding, finding, format_findings, reason
-from vggt_cache.errors import CacheAccessError, CommitError
+from vggt_cache.errors import CacheAccessError, CommitError, os_errors_as
 
 __all__ = ["Finding", "examine", "format_findings"]
 
@@ -67,34 +69,28 @@ def examine(directory: str | os.PathLike[str]) -> list[Finding]:
 
 
 def _nearest_readable(asked: Path) -> Path:
+    no_use = (
+        ", so a cache there could not be used: ask its owner for read access (chmod g+rx), or check the mount"
+    )
     for place in (asked, *asked.absolute().parents):
-        try:
+        absent = suppress(FileNotFoundError, NotADirectoryError)
+        with os_errors_as(CacheAccessError, f"{place} cannot be read", no_use), absent:
             if not stat.S_ISDIR(os.stat(place).st_mode):
-                raise CacheAccessError(
-                    f"{place} is not a directory, so no cache can be there: give a directory"
-                )
+                fault = f"{place} is not a directory, so no cache can be there: give a directory"
+                raise CacheAccessError(fault)
             with os.scandir(place) as entries:
                 next(entries, None)
             return place
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError as error:
-            raise CacheAccessError(
-                f"{place} cannot be read ({reason(error)}), so a cache there could not be used: "
-                "ask its owner for read access (chmod g+rx), or check the mount"
-            ) from error
     return Path("/")
 
 
 def _tried_together(folder: Path) -> list[Finding]:
-    findings: list[Finding] = []
     try:
         with trials.Partner() as partner:
-            for trial in trials.TOGETHER:
-                findings += _attempt(trial, _fresh(folder), partner)
+            found = [_attempt(trial, _fresh(folder), partner) for trial in trials.TOGETHER]
     except OSError as error:
         return [finding("second process", "fail", reason(error))]
-    return findings
+    return [*chain.from_iterable(found)]
 
 
 def _fresh(folder: Path) -> Path:

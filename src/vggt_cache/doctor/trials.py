@@ -211,9 +211,8 @@ def commit(folder: Path) -> Iterator[Finding]:
     if shard and read_s is None:
         yield finding("read speed", "fail", "wrong bytes")
     else:
-        yield _speed(
-            "read speed", read_s if is_measured else None, "with their checksums (partly from memory)"
-        )
+        how = "with their checksums (partly from memory)"
+        yield _speed("read speed", read_s if is_measured else None, how)
 
 
 def _met(answers: dict[str, float | str]) -> Iterator[Finding]:
@@ -289,10 +288,8 @@ def atomic_rename(folder: Path, partner: Partner) -> Iterator[Finding]:
     os.replace(temporary, path)
     seen_at_s, seen = partner.answer()
     value = f"{swaps} swaps, {seen['old'] + seen['new']} reads"
-    if seen["absent"] or seen["torn"]:
-        yield finding("atomic rename", "fail", f"{value}, {seen['absent']} absent, {seen['torn']} torn")
-    else:
-        yield finding("atomic rename", "ok", value)
+    faults = f", {seen['absent']} absent, {seen['torn']} torn" if seen["absent"] or seen["torn"] else ""
+    yield finding("atomic rename", "fail" if faults else "ok", value + faults)
     yield _visible("new contents visible", renamed_at_s, seen_at_s)
 
 

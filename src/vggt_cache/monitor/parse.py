@@ -125,7 +125,8 @@ def _announced(text: str) -> Iterator[Announced]:
             said: list[Any] = list(found.groups())
             if name != "cache_dir":
                 said = [int(digits.replace(",", "")) for digits in said]
-            yield Announced(**{name: tuple(said) if name == "coverage" else said[0]})
+            value: Any = tuple(said) if name == "coverage" else said[0]
+            yield Announced(**{name: value})
 
 
 def _text(piece: bytes) -> str:

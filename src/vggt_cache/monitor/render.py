@@ -53,7 +53,10 @@ def time_text(at_s: float | None) -> str:
         return "-"
 
 
-_LOGGED: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
+_FIELDS: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
+    ("Total", "", "total", str),
+    ("Overall", "", "s_per_it_overall", speed_text),
+    ("Samples", "", "samples_per_s", lambda value: f"{value:.3g}/s"),
     ("Loss", "Loss", "loss", number_text),
     ("Grad norm", "Gradient norm", "grad_norm", number_text),
     ("LR", "Learning rate", "learning_rate", number_text),
@@ -61,8 +64,10 @@ _LOGGED: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
     ("Wait", "Cache wait", "cache_wait_ms", milliseconds_text),
     ("Encode", "Encode", "encode_ms", milliseconds_text),
     ("Read", "Read", "cache_read_mb_per_s", lambda value: f"{value:.0f} MB/s"),
+    ("Slowest rank", "", "slowest_rank", str),
+    ("Left", "", "left_s", clock_text),
 )
-"""The trainer's numbers: the name in the line and in the table, the name in `Progress`, and how it is written."""
+"""The name in the line; the name in the table, if it says just this; the name in `Progress`; how it is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,26 +100,14 @@ def plain_line(progress: Progress, gpus: Sequence[Gpu] = ()) -> str:
     """
     fields = [f"Step: {progress.step}", f"Speed: {speed_text(progress.s_per_it)}"]
     fields.append(f"Throughput: {number_text(progress.steps_per_s)} steps/s")
-    fields += [f"{name}: {text}" for name, text in _optional_fields(progress, gpus)]
-    return f"[{time_text(progress.last_step_at_s)}] {' | '.join(fields)}"
-
-
-def _optional_fields(progress: Progress, gpus: Sequence[Gpu]) -> Iterator[tuple[str, str]]:
-    rows = (
-        ("Total", "", "total", str),
-        ("Overall", "", "s_per_it_overall", speed_text),
-        ("Samples", "", "samples_per_s", lambda value: f"{value:.3g}/s"),
-        *_LOGGED,
-        ("Slowest rank", "", "slowest_rank", str),
-        ("Left", "", "left_s", clock_text),
-    )
-    for name, _, known, text in rows:
+    for name, _, known, text in _FIELDS:
         if (value := getattr(progress, known)) is not None:
-            yield name, text(value)
+            fields.append(f"{name}: {text(value)}")
     if used := [gpu.memory_used_bytes for gpu in gpus if gpu.memory_used_bytes is not None]:
-        yield "GPU memory", f"{bytes_text(max(used))} at most"
+        fields.append(f"GPU memory: {bytes_text(max(used))} at most")
     if use := [gpu.use_percent for gpu in gpus if gpu.use_percent is not None]:
-        yield "GPU use", f"{sum(use) / len(use):.0f}%"
+        fields.append(f"GPU use: {sum(use) / len(use):.0f}%")
+    return f"[{time_text(progress.last_step_at_s)}] {' | '.join(fields)}"
 
 
 def json_line(look: Look) -> str:
@@ -171,12 +164,12 @@ def _rows(progress: Progress, now_s: float) -> Iterator[tuple[str, str]]:
     loss = f", mean loss {number_text(progress.train_loss)}" if progress.train_loss is not None else ""
     took = f", {progress.slowest_rank_s:.3g} s per step" if progress.slowest_rank_s is not None else ""
     left_s = None if progress.finished else progress.left_s
-    known: list[tuple[str, Any, Callable[[Any], str]]] = [
-        *((name, getattr(progress, logged), text) for _, name, logged, text in _LOGGED),
+    rows: list[tuple[str, Any, Callable[[Any], str]]] = [
+        *((name, getattr(progress, known), text) for _, name, known, text in _FIELDS if name),
         ("Slowest rank", progress.slowest_rank, lambda value: f"{value}{took}"),
         ("Cache", progress.cache_dir, lambda value: value + covered),
         ("Ended", progress.train_runtime_s, lambda value: f"after {seconds_text(value)}{loss}"),
         ("Time left", left_s, lambda value: f"{clock_text(value)}, until {time_text(now_s + value)}"),
         ("Last step", progress.last_step_at_s, lambda value: f"{seconds_text(max(0.0, now_s - value))} ago"),
     ]
-    yield from ((name, text(value)) for name, value, text in known if value is not None)
+    yield from ((name, text(value)) for name, value, text in rows if value is not None)

@@ -151,8 +151,6 @@ class TrainingState:
         known |= {"last_step_at_s": self._step_at_s, "last_progress_at_s": self.progress_at_s}
         return Progress(**known, cache_dir=said.cache_dir, coverage=said.coverage)
 
-    # ------------------------------------------------------------ which bar is the training's
-
     def _fold_bar(self, bar: Bar, at_s: float) -> None:
         before = self._tracks.get(bar.total)
         if before is None or before.is_left_by(bar):
