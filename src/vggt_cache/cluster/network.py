@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import ipaddress
-import os
 import socket
 import struct
 from contextlib import suppress
@@ -175,4 +174,6 @@ def _family(address: str) -> socket.AddressFamily:
 
 
 def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if os.path.exists(path) else []
+    with suppress(OSError):
+        return Path(path).read_text().splitlines()
+    return []

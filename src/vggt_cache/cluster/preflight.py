@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from vggt_cache.errors import CacheAccessError, DataError, NotACacheError, SettingsError, os_errors_as
+from vggt_cache.errors import (
+    CacheAccessError,
+    CacheNotFoundError,
+    DataError,
+    NotACacheError,
+    SettingsError,
+    os_errors_as,
+)
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.store import list_stores
 
@@ -139,9 +146,12 @@ def _features(launch: Launch) -> str:
 
 def _stores(launch: Launch) -> list[str]:
     may_be_empty = launch.cache_miss == "fill"
-    if may_be_empty and not os.path.exists(launch.cache_dir):
-        return []
-    specs = list_stores(launch.cache_dir)
+    try:
+        specs = list_stores(launch.cache_dir)
+    except CacheNotFoundError:
+        if not may_be_empty:
+            raise
+        specs = []
     if not specs and not may_be_empty:
         raise NotACacheError(
             f"VGGT_CACHE_DIR {launch.cache_dir} holds no feature cache: give the --cache_dir of the precompute "
@@ -169,10 +179,9 @@ def _engine(ds_config: str) -> str:
     if ds_config == "none":
         return "no DeepSpeed"
     remedy = ": give one of scripts/zero3.json, scripts/zero2.json and scripts/zero2_offload.json, or none"
-    with os_errors_as(SettingsError, f"DS_CONFIG {ds_config} cannot be read", remedy):
-        text = Path(ds_config).read_bytes()
     try:
-        stage = json.loads(text)["zero_optimization"]["stage"]
+        with os_errors_as(SettingsError, f"DS_CONFIG {ds_config} cannot be read", remedy):
+            stage = json.loads(Path(ds_config).read_text(encoding="utf-8"))["zero_optimization"]["stage"]
     except (ValueError, KeyError, TypeError) as error:
         raise SettingsError(
             f"DS_CONFIG {ds_config} is no DeepSpeed configuration ({type(error).__name__}: {error}): it must be "
