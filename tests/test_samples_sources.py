@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vggt_cache.errors import DataError
-from vggt_cache.samples import Problem, annotations, find_sources
+from vggt_cache.samples import Problem, find_sources, look, unpacked
 from vggt_cache.samples import sources as sources_module
 
 SAMPLE = {"images": ["a.png"], "conversations": []}
@@ -135,7 +135,7 @@ def test_a_damaged_or_empty_json_lines_file_is_left_to_its_reader(tmp_path, cont
 
 
 def test_a_sample_longer_than_the_look_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources_module, "_PEEK_BYTES", 100)
+    monkeypatch.setattr(look, "_PEEK_BYTES", 100)
     _put(tmp_path / "train.json", [{"images": ["a.png"], "text": "x" * 1000}])
     _put(tmp_path / "train.jsonl", json.dumps({"text": "x" * 1000, "images": ["a.png"]}))
     found = find_sources(tmp_path)
@@ -148,27 +148,41 @@ def test_only_the_beginning_of_a_file_is_read(tmp_path, monkeypatch):
     portions: list[int] = []
 
     class Counted(io.FileIO):
-        def read(self, size: int | None = -1, /) -> bytes:
-            data = super().read(size)
-            portions.append(len(data or b""))
-            return data or b""
+        def readinto(self, buffer: memoryview, /) -> int | None:
+            portions.append(super().readinto(buffer) or 0)
+            return portions[-1]
 
-    monkeypatch.setattr(annotations, "open", Counted, raising=False)
+    monkeypatch.setattr(
+        unpacked, "open", lambda fd, mode, size: io.BufferedReader(Counted(fd, mode), size), raising=False
+    )
     assert len(find_sources(tmp_path).json_files) == 1
-    assert sum(portions) <= 256 * 1024
+    assert 0 < sum(portions) <= 256 * 1024
 
 
-def test_the_description_of_an_image_beside_it_is_not_opened(tmp_path):
-    _put(tmp_path / "train.jsonl", json.dumps(SAMPLE))
-    for extension in ("png", "JPG", "jpeg", "webp", "bmp"):
+def test_the_description_of_an_image_beside_it_is_no_annotation_but_a_list_is(tmp_path):
+    for extension in ("png", "JPG", "jpeg", "webp", "bmp", "gif"):
         (tmp_path / f"frame_{extension}.{extension}").touch()
-        _put(tmp_path / f"frame_{extension}.json")
+        _put(tmp_path / f"frame_{extension}.json", SAMPLE)
+    (tmp_path / "train.png").touch()
+    _put(tmp_path / "train.json")
+    found = find_sources(tmp_path)
+    assert _relative(tmp_path, found.json_files) == ["train.json"]
+    (line,) = found.remarks()
+    assert (
+        line == f"left out: {tmp_path}/frame_JPG.json (describes the image of the same name, and 5 more there)"
+    )
+
+
+def test_of_a_million_descriptions_few_are_opened(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources_module, "_MOST_SIDECARS_OPENED", 3)
     opened: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
-        holds = sources_module._holds_samples
-        patch.setattr(sources_module, "_holds_samples", lambda path: (opened.append(path), holds(path))[1])
-        assert find_sources(tmp_path).json_files == ()
-    assert [os.path.basename(path) for path in opened] == ["train.jsonl"]
+    monkeypatch.setattr(sources_module, "begins_a_list", lambda path: bool(opened.append(path)))
+    _put(tmp_path / "train.jsonl", json.dumps(SAMPLE))
+    for number in range(9):
+        (tmp_path / f"{number}.png").touch()
+        _put(tmp_path / f"{number}.json", SAMPLE)
+    assert "and 8 more there" in "".join(find_sources(tmp_path).remarks())
+    assert len(opened) == 3
 
 
 # ---------------------------------------------------------------- links

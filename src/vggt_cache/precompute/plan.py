@@ -175,6 +175,8 @@ def plan_and_tell(data_root: str, context: str, max_samples: int, reporter: Repo
     """
     reporter.info(f"Scanning data root: {data_root}")
     sources = find_sources(data_root)
+    for remark in sources.remarks():
+        reporter.info(remark)
     samples = iter_samples(sources, on_problem=lambda bad: reporter.failed(bad.where, bad.reason))
     plan = Plan(samples, sources.root, context, max_samples)
     reporter.info(f"Found {len(sources.jsonl_files)} JSONL files")

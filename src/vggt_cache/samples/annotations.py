@@ -7,19 +7,24 @@ objects without end are each told with their place, and reading goes on behind t
 from __future__ import annotations
 
 import codecs
-import errno
+import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import IO, Any, NamedTuple
 
-from vggt_cache.errors import FileKindError
-from vggt_cache.small_files import open_plain
+from vggt_cache.samples.sample import is_sample
+from vggt_cache.samples.unpacked import HEAD_BYTES, damage_of
 
 MAX_RECORD_BYTES = 16 * 2**20
 """Of one sample. Bounds the memory that a file without line ends, or without closing brackets, can take."""
 MAX_NESTING = 100
 """Lists and objects in each other. Python's own limit depends on who calls: the same file would be read or not."""
+LINES_EXTENSIONS = (".jsonl", ".ndjson", ".jsonlines")
+LINES, LIST, VALUES, OBJECT = "JSON Lines", "a JSON list", "JSON objects of several lines", "one JSON object"
+_SURELY_SAMPLE_FIELDS = frozenset({"conversations", "current_image"})
+"""A *.json of one object may be anything that has images; with one of these it is a sample."""
 _CHUNK_BYTES = 2**20
 _SPACE = re.compile(r"[ \t\r\n]*")
 _KINDS = {list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
@@ -37,22 +42,42 @@ class Entry(NamedTuple):
     """Bytes of a record."""
 
 
-def open_annotations(path: str) -> IO[bytes]:
-    """An annotation file; links are followed, pipes and devices are not waited for. Raises OSError."""
+def named_lines(path: str) -> bool:
+    """Whether the file's name says JSON Lines, and not a JSON list."""
+    return path.lower().removesuffix(".gz").endswith(LINES_EXTENSIONS)
+
+
+def iter_entries(file: io.BufferedReader, path: str) -> Iterator[Entry]:
+    """What an annotation file holds, in the order of the file. Its content decides how it is read."""
+    yield from _READERS[form_of(file.peek(HEAD_BYTES), path)](file)
+    if damage := damage_of(file):
+        yield Entry(0, None, f"is damaged or cut short ({damage}): what follows cannot be read")
+
+
+def form_of(head: bytes, path: str) -> str:
+    """What a file is, by its beginning; by its name where that does not tell."""
+    text = head.removeprefix(codecs.BOM_UTF8).lstrip().decode("utf-8", "surrogateescape")
+    line, _, rest = text.partition("\n")
+    if not text.startswith("{"):
+        is_list = text.startswith("[") and (not rest.strip() or _whole(line) is None)
+        return LIST if is_list else LINES
     try:
-        return open(open_plain(path), "rb")
-    except FileKindError as error:
-        raise OSError(errno.EINVAL, "not a plain file", path) from error
+        value, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        next_lines = map(_whole, rest.split("\n", 2)[:2])
+        return LINES if named_lines(path) or any(map(is_sample, next_lines)) else OBJECT
+    alone = is_sample(value) and (named_lines(path) or not _SURELY_SAMPLE_FIELDS.isdisjoint(value))
+    if not (alone or text[end:].strip()):
+        return OBJECT
+    return VALUES if "\n" in text[:end] else LINES
 
 
-def has_lines(path: str) -> bool:
-    """Whether the file is JSON Lines; else it is a JSON list."""
-    return path.lower().endswith(".jsonl")
-
-
-def iter_entries(file: IO[bytes], path: str) -> Iterator[Entry]:
-    """What an annotation file holds, in the order of the file."""
-    return iter_json_lines(file) if has_lines(path) else iter_json_list(file)
+def _whole(line: str) -> Any:
+    """The value that a line consists of; None where it is none."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def parse_record(data: bytes, number: int) -> Entry:
@@ -83,27 +108,36 @@ def iter_json_lines(file: IO[bytes]) -> Iterator[Entry]:
 
 def iter_json_list(file: IO[bytes]) -> Iterator[Entry]:
     """The items of a list; `number` counts them from 1. Behind a syntax error nothing can be read: it ends there."""
-    window, number = _Window(file), 0
-    if window.next_character() == "\ufeff" and not window.offset:
-        window.go_to(window.at + 1)
+    window = _Window(file)
     if window.next_character() != "[":
         yield Entry(0, None, "is not a JSON list: expected [ at its beginning")
-        return
-    window.go_to(window.at + 1)
-    separator = "]" if window.next_character() == "]" else ","
-    try:
-        while separator != "]":
-            number += 1
-            yield window.take(number)
-            separator = window.next_character()
-            if separator not in {",", "]"}:
-                number += 1
-                found = f"expected a comma or ] before it, not {separator!a}"
-                raise ValueError(found if separator else "the file ends before its list does")
-            window.go_to(window.at + 1)
-    except ValueError as error:
-        reason = f"and everything after it cannot be read: {error}; correct the file or make it again"
-        yield Entry(number, None, reason)
+    else:
+        yield from window.until_broken(window.items(), ends=True)
+
+
+def iter_json_values(file: IO[bytes]) -> Iterator[Entry]:
+    """Objects one after the other, each over as many lines as it likes; `number` counts them from 1."""
+    window = _Window(file)
+    yield from window.until_broken(window.values())
+
+
+def iter_json_object(file: IO[bytes]) -> Iterator[Entry]:
+    """The items of those lists in one object whose first items are samples."""
+    window = _Window(file)
+    yield from window.until_broken((entry for _, entry in window.members()), ends=True)
+
+
+def lists_of_samples(file: IO[bytes]) -> list[str]:
+    """The names under which one object holds lists of samples. Raises ValueError where it is damaged."""
+    return list(dict.fromkeys(name for name, _ in _Window(file).members()))
+
+
+_READERS = {
+    LINES: iter_json_lines,
+    LIST: iter_json_list,
+    VALUES: iter_json_values,
+    OBJECT: iter_json_object,
+}
 
 
 class _Window:
@@ -113,10 +147,63 @@ class _Window:
         self.at = 0
         self.offset = 0
         """Where `at` is in the file, in bytes."""
+        self.number = 0
+        """Of the items so far."""
         self._file, self._values = file, _Values()
         self._text, self._ended = "", False
         # Bytes that are no text become lone surrogates, so that only the items that hold them are lost.
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        if self.next_character() == "\ufeff" and not self.offset:
+            self.go_to(1)
+
+    def until_broken(self, entries: Iterator[Entry], *, ends: bool = False) -> Iterator[Entry]:
+        """The entries, and one more for a syntax error, or where the file does not end as it should."""
+        try:
+            yield from entries
+            if ends and self.next_character():
+                self.number += 1
+                raise ValueError("the list, or the object around it, has ended before it")
+        except ValueError as error:
+            reason = f"and everything after it cannot be read: {error}; correct the file or make it again"
+            yield Entry(self.number, None, reason)
+
+    def items(self) -> Iterator[Entry]:
+        """Those of the list that begins here. Raises ValueError where nothing can be read any more."""
+        self.go_to(self.at + 1)
+        if self.next_character() == "]":
+            self.go_to(self.at + 1)
+            return
+        more = True
+        while more:
+            self.number += 1
+            yield self.take(self.number)
+            more = self._goes_on("]")
+
+    def values(self) -> Iterator[Entry]:
+        """The values from here to the end of the file. Raises ValueError."""
+        while self.next_character():
+            self.number += 1
+            yield self.take(self.number)
+
+    def members(self) -> Iterator[tuple[str, Entry]]:
+        """The items of those lists in the object that begins here whose first items are samples. Raises ValueError."""
+        self.next_character()
+        self.go_to(self.at + 1)
+        more = self.next_character() != "}"
+        while more:
+            name, _ = self._parsed(self._values.any)
+            if self.next_character() != ":":
+                raise ValueError(f"expected : behind {name!a}")
+            self.go_to(self.at + 1)
+            if self.next_character() == "[":
+                items = self.items()
+                first = next(items, None)
+                wanted = first is not None and is_sample(first.record)
+                found = [first] if first is not None and wanted else []
+                yield from ((str(name), entry) for entry in chain(found, items) if wanted)
+            else:
+                self._parsed(self._values.any)
+            more = self._goes_on("}")
 
     def go_to(self, at: int) -> None:
         """Pass over what stands before `at`."""
@@ -136,9 +223,26 @@ class _Window:
     def take(self, number: int) -> Entry:
         """Parse one item and go behind it. Raises ValueError where nothing can be read any more."""
         self.next_character()
+        start = self.offset
+        record, reason, _ = self._parsed(self._values.first)
+        return Entry(number, record, reason, start, self.offset - start)
+
+    def _goes_on(self, end: str) -> bool:
+        """Go behind the comma, or the `end` of a list or object."""
+        separator = self.next_character()
+        if separator not in {",", end}:
+            self.number += 1
+            found = f"expected a comma or {end} before it, not {separator!a}"
+            raise ValueError(found if separator else "the file ends before its list does")
+        self.go_to(self.at + 1)
+        return separator == ","
+
+    def _parsed(self, parse: Callable[[str, int], Any]) -> Any:
+        """What `parse` makes of the text from here on: something, and last where it ends; goes there."""
+        self.next_character()
         while True:
             try:
-                record, reason, end = self._values.first(self._text, self.at)
+                found = parse(self._text, self.at)
             except RecursionError as error:
                 raise ValueError("it is nested too deeply") from error
             except ValueError as error:
@@ -147,10 +251,11 @@ class _Window:
                 if len(self._text) - self.at > MAX_RECORD_BYTES:
                     raise ValueError(f"it is not JSON or over {MAX_RECORD_BYTES} bytes ({error})") from error
             else:
-                if end < len(self._text) or self._ended:  # else a number might go on behind what was read
-                    start = self.offset
-                    self.go_to(end)
-                    return Entry(number, record, reason, start, self.offset - start)
+                if (
+                    found[-1] < len(self._text) or self._ended
+                ):  # else a number might go on behind what was read
+                    self.go_to(found[-1])
+                    return found
             self._read_on()
 
     def _read_on(self) -> None:
@@ -168,6 +273,7 @@ class _Values:
     def __init__(self) -> None:
         self._constants: list[str] = []
         self._decoder = json.JSONDecoder(parse_constant=self._constants.append)
+        self.any = self._decoder.raw_decode
 
     def whole(self, data: bytes, number: int, offset: int) -> Entry:
         """The one value that some bytes consist of."""

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
-from vggt_cache.errors import DataError
-from vggt_cache.samples.annotations import Entry, iter_entries, open_annotations, parse_record
+from vggt_cache.errors import DataError, FileKindError
+from vggt_cache.samples.annotations import Entry, iter_entries, parse_record
 from vggt_cache.samples.episodes import list_steps, step_sample
 from vggt_cache.samples.paths import map_in_order, tidy
 from vggt_cache.samples.sample import (
@@ -26,12 +26,14 @@ from vggt_cache.samples.sample import (
     Problem,
     Sample,
     UnusableSampleError,
+    check_text_only,
     checked_name,
     frame_names,
     text_length,
 )
 from vggt_cache.samples.sources import Sources
-from vggt_cache.small_files import file_state, state_of
+from vggt_cache.samples.unpacked import HeldText, open_annotations
+from vggt_cache.small_files import file_state, open_plain, state_of
 
 OnProblem = Callable[[Problem], None]
 
@@ -73,12 +75,14 @@ class SampleIndex:
         self._sources = sources
         self._places = bytearray()
         self._states = [_size_and_time(file_state(path)) for path in sources.files]
+        self._held: dict[str, HeldText] = {}
+        """The text of files that are packed or not UTF-8, in which no place could be found again."""
         self._step_names = bytearray()
         """Of the images of episode folders: listing a folder again for each sample would be slow."""
         for problem in sources.problems:
             on_problem(problem)
         for number, path in enumerate(sources.files):
-            for entry, sample in _iter_file(sources, path, on_problem):
+            for entry, sample in _iter_file(sources, path, on_problem, self._held):
                 words = text_length(sample.record)
                 self._add(number, entry.number, entry.offset, entry.length, len(sample.frames), words)
         for number, (folder, names) in enumerate(_iter_episodes(sources, on_problem), len(sources.files)):
@@ -110,7 +114,10 @@ class SampleIndex:
         if source >= len(files):
             folder = self._sources.episode_dirs[source - len(files)]
             return step_sample(folder, number, lambda step: self._step_name(at - number + step))
-        data = _read_again(files[source], self._states[source], offset, length)
+        if held := self._held.get(files[source]):
+            data = held.part(offset, length)
+        else:
+            data = _read_again(files[source], self._states[source], offset, length)
         try:
             return _sample(parse_record(data, number), self._sources, files[source])
         except UnusableSampleError as error:
@@ -131,11 +138,16 @@ class SampleIndex:
 # ---------------------------------------------------------------- the pass
 
 
-def _iter_file(sources: Sources, path: str, on_problem: OnProblem) -> Iterator[tuple[Entry, Sample]]:
-    """The samples of one annotation file with their places."""
+def _iter_file(
+    sources: Sources, path: str, on_problem: OnProblem, held: dict[str, HeldText] | None = None
+) -> Iterator[tuple[Entry, Sample]]:
+    """The samples of one annotation file with their places. `held` receives the text of one that is not plain."""
     number = 0
     try:
         with open_annotations(path) as file:
+            if held is not None and not file.seekable():
+                held[path] = HeldText()
+                file = held[path].keep(file)
             for entry in iter_entries(file, path):
                 number = entry.number
                 try:
@@ -163,8 +175,11 @@ def _sample(entry: Entry, sources: Sources, path: str) -> Sample:
         raise UnusableSampleError(entry.reason)
     data_path = entry.record.get("data_path") or ""
     root = sources.folders.get(path, sources.root)
+    frames = frame_names(entry.record)
+    if not frames:
+        check_text_only(entry.record)
     return Sample(
-        frames=frame_names(entry.record),
+        frames=frames,
         bases=_bases(root, path, checked_name(data_path, "data_path") if data_path else ""),
         source=f"{path}:{entry.number}",
         record=entry.record,
@@ -188,13 +203,16 @@ def _size_and_time(state: tuple[int, ...] | None) -> tuple[int, ...] | None:
 
 def _read_again(path: str, state: tuple[int, ...] | None, offset: int, length: int) -> bytes:
     try:
-        with open_annotations(path) as file:
-            if _size_and_time(state_of(os.fstat(file.fileno()))) != state:
+        descriptor = open_plain(path)
+        try:
+            if _size_and_time(state_of(os.fstat(descriptor))) != state:
                 raise _changed(path, "its size or modification time has changed")
-            data = os.pread(file.fileno(), length, offset)
-    except OSError as error:
+            data = os.pread(descriptor, length, offset)
+        finally:
+            os.close(descriptor)
+    except (OSError, FileKindError) as error:
         raise DataError(
-            f"{path} cannot be read any more ({error.strerror or error}): check its mode and its mount"
+            f"{path} cannot be read any more ({getattr(error, 'strerror', '') or error}): check its mode and its mount"
         ) from error
     if len(data) != length:
         raise _changed(path, "it is shorter")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 SAMPLE_FIELDS = frozenset({"images", "image", "history_images", "current_image", "conversations"})
 """An object with none of these fields is no sample."""
 
+_TAG = re.compile("<image>|<video>")
 MAX_NAME_CHARS = 4096
 """No path is longer on Linux (PATH_MAX)."""
 
@@ -66,7 +69,12 @@ def frame_names(record: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def checked_name(name: object, field: str) -> str:
-    """A name that a file can have; anything else is refused before it reaches the operating system."""
+    """A name that a file can have; anything else is refused before it reaches the operating system.
+
+    `{"path": name}`, with whatever beside it, is a name too.
+    """
+    if isinstance(name, dict) and isinstance(name.get("path"), str):
+        name = name["path"]
     if not isinstance(name, str):
         raise UnusableSampleError(
             f"has {type(name).__name__} {_short(name)} in {field}: expected a file name"
@@ -80,6 +88,32 @@ def checked_name(name: object, field: str) -> str:
     if "\0" in name or not (name.isascii() or _is_encodable(name)):
         raise UnusableSampleError(f"has {_short(name)} in {field}, which cannot be a file name: correct it")
     return name
+
+
+def is_sample(record: object) -> bool:
+    """Whether a record has a field that samples have."""
+    return isinstance(record, dict) and not SAMPLE_FIELDS.isdisjoint(record)
+
+
+def check_text_only(record: Mapping[str, Any]) -> None:
+    """Raises UnusableSampleError for a record without frames that speaks of some: they would be lost without a word."""
+    spoken = next((field for field in ("video", "videos") if record.get(field)), "")
+    turns = record.get("conversations")
+    for turn in turns if isinstance(turns, list) else ():
+        text = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
+        if isinstance(text, str) and (tag := _TAG.search(text)):
+            spoken = tag[0]
+    if spoken:
+        raise UnusableSampleError(
+            f"has {spoken} but names no frame (its fields: {fields_text(record)}): name its frames in images; videos "
+            "are not read"
+        )
+
+
+def fields_text(names: Iterable[str]) -> str:
+    """The first few names of fields."""
+    shown = [ascii(name)[1:-1][:40] for name in islice(names, 9)]
+    return ", ".join([*shown[:8], *["..."] * (len(shown) > 8)])
 
 
 # ---------------------------------------------------------------- how long it is

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import io
 import os
 import stat
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 
 from vggt_cache.errors import DataError
-from vggt_cache.samples.annotations import has_lines, iter_entries, open_annotations
+from vggt_cache.samples.annotations import named_lines
+from vggt_cache.samples.look import MENTIONED_EXTENSIONS, READ_EXTENSIONS, begins_a_list, look_into
 from vggt_cache.samples.paths import tidy
-from vggt_cache.samples.sample import SAMPLE_FIELDS, Problem
+from vggt_cache.samples.sample import Problem
 
 EPISODE_FILE = "milestones_result.json"
-IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-ANNOTATION_EXTENSIONS = (".json", ".jsonl")
+IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
-_PEEK_BYTES = 256 * 1024
-_PEEK_ENTRIES = 8
-_LOOKED_FOR = f"*.jsonl, *.json (a list of samples), or folders with {EPISODE_FILE}"
+_MAX_TOLD = 100
+_MOST_SIDECARS_OPENED = 100
+"""In one folder: there may be one for each of a million images."""
+_LOOKED_FOR = f"*.jsonl, *.json (a list of samples), both also as *.gz, or folders with {EPISODE_FILE}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,16 +34,25 @@ class Sources:
     episode_dirs: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()
     """Folders and files that could not be looked into."""
+    left_out: tuple[Problem, ...] = ()
+    """Files that look like annotations and hold no samples that can be read."""
+    unlike_names: tuple[Problem, ...] = ()
+    """Files that are read otherwise than their names say."""
     folders: Mapping[str, str] = field(default_factory=dict)
     """For annotation files that were named one by one: where their relative names begin, if not at the root."""
 
     @property
     def jsonl_files(self) -> tuple[str, ...]:
-        return tuple(path for path in self.files if has_lines(path))
+        return tuple(path for path in self.files if named_lines(path))
 
     @property
     def json_files(self) -> tuple[str, ...]:
-        return tuple(path for path in self.files if not has_lines(path))
+        return tuple(path for path in self.files if not named_lines(path))
+
+    def remarks(self) -> Iterator[str]:
+        """One line for each file that is left out, or read otherwise than its name says; not without end."""
+        yield from (f"{file.path} {file.reason}" for file in self.unlike_names[:_MAX_TOLD])
+        yield from _left_out_lines(self.left_out, _MAX_TOLD)
 
 
 def find_sources(data_root: str | os.PathLike[str]) -> Sources:
@@ -66,15 +74,28 @@ def find_sources(data_root: str | os.PathLike[str]) -> Sources:
     walk = _Walk(root)
     if not (walk.files or walk.episodes):
         unread = f"; {walk.problems[0].where} {walk.problems[0].reason}" if walk.problems else ""
+        lines = "".join(f"; {line}" for line in _left_out_lines(_sorted(walk.left_out), 10))
         raise DataError(
-            f"no samples were found below {given} (looked for {_LOOKED_FOR}{unread}): check --data_root"
+            f"no samples were found below {given} (looked for {_LOOKED_FOR}{unread}): check --data_root{lines}"
         )
     return Sources(
         root=root,
-        files=tuple(sorted(walk.files, key=lambda path: (not has_lines(path), path))),
+        files=tuple(sorted(walk.files, key=lambda path: (not named_lines(path), path))),
         episode_dirs=tuple(sorted(walk.episodes)),
-        problems=tuple(sorted(walk.problems, key=lambda problem: problem.path)),
+        problems=_sorted(walk.problems),
+        left_out=_sorted(walk.left_out),
+        unlike_names=_sorted(walk.unlike_names),
     )
+
+
+def _sorted(problems: Sequence[Problem]) -> tuple[Problem, ...]:
+    return tuple(sorted(problems, key=lambda problem: problem.path))
+
+
+def _left_out_lines(left_out: Sequence[Problem], at_most: int) -> Iterator[str]:
+    yield from (f"left out: {file.path} ({file.reason})" for file in left_out[:at_most])
+    if len(left_out) > at_most:
+        yield f"left out: {len(left_out) - at_most} more files that look like annotations"
 
 
 def _unusable(given: str, error: Exception) -> DataError:
@@ -87,12 +108,17 @@ def _unusable(given: str, error: Exception) -> DataError:
 
 
 def _single_file(path: str) -> Sources:
-    if path.lower().endswith(ANNOTATION_EXTENSIONS) and _holds_samples(path):
-        return Sources(root=os.path.dirname(path), files=(path,))
-    raise DataError(
-        f"{path} holds no samples: name a JSON Lines file (*.jsonl), a JSON list of samples (*.json), or the "
-        f"folder of the data"
-    )
+    try:
+        reason, unlike_name = look_into(path)
+    except OSError as error:
+        raise _unusable(path, error) from error
+    if reason:
+        raise DataError(
+            f"{path} holds no samples: name a JSON Lines file (*.jsonl), a JSON list of samples (*.json), or the "
+            f"folder of the data; left out: {path} ({reason})"
+        )
+    unlike_names = (Problem(path=path, line=0, reason=unlike_name),) if unlike_name else ()
+    return Sources(root=os.path.dirname(path), files=(path,), unlike_names=unlike_names)
 
 
 # ---------------------------------------------------------------- files named one by one
@@ -114,12 +140,12 @@ def sources_of_files(annotation_path: str, data_path: str = "") -> Sources:
                 f"--annotation_path names {path} twice, so its samples would count double: name it once"
             )
     folders = _folders(_parts(data_path), files)
-    for path in files:
-        find_sources(path)
+    looked = [find_sources(path) for path in files]
     return Sources(
         root=folders[0],
-        files=tuple(sorted(files, key=lambda path: not has_lines(path))),
+        files=tuple(sorted(files, key=lambda path: not named_lines(path))),
         folders=dict(zip(files, folders, strict=True)),
+        unlike_names=tuple(problem for found in looked for problem in found.unlike_names),
     )
 
 
@@ -163,6 +189,8 @@ class _Walk:
         self.files: list[str] = []
         self.episodes: list[str] = []
         self.problems: list[Problem] = []
+        self.left_out: list[Problem] = []
+        self.unlike_names: list[Problem] = []
         self._root, self._real_root = root, os.path.realpath(root)
         self._seen: set[tuple[int, int]] = set()
         links = deque([root])
@@ -203,9 +231,13 @@ class _Walk:
                     folders.append(entry.path)
                 elif entry.is_symlink() and os.path.isdir(entry.path):
                     links.append(entry.path)
-                elif name.endswith(ANNOTATION_EXTENSIONS) and _is_readable_kind(entry):
+                elif name.endswith(READ_EXTENSIONS):
                     annotations.append(entry.name)
-        for name in _without_sidecars(path, annotations):
+                elif reason := next(
+                    (MENTIONED_EXTENSIONS[end] for end in MENTIONED_EXTENSIONS if name.endswith(end)), ""
+                ):
+                    self._leave_out(entry.path, reason)
+        for name in self._without_sidecars(path, annotations):
             self._look_into(os.path.join(path, name))
         return folders, links
 
@@ -221,41 +253,45 @@ class _Walk:
 
     def _look_into(self, path: str) -> None:
         try:
-            if _holds_samples(path):
-                self.files.append(path)
+            reason, unlike_name = look_into(path)
         except OSError as error:
             self._fail(path, error)
+            return
+        if reason:
+            self._leave_out(path, reason)
+            return
+        self.files.append(path)
+        if unlike_name:
+            self.unlike_names.append(Problem(path=path, line=0, reason=unlike_name))
+
+    def _without_sidecars(self, path: str, names: list[str]) -> list[str]:
+        """Without those *.json that describe the image of the same name beside them: there may be one per image.
+
+        A list is no description.
+        """
+        stems = {os.path.splitext(name)[0] for name in names if name.lower().endswith(".json")}
+        if not stems:
+            return names
+        with os.scandir(path) as entries:
+            parts = (os.path.splitext(entry.name) for entry in entries)
+            described = {stem for stem, end in parts if stem in stems and end.lower() in IMAGE_EXTENSIONS}
+        if not described:
+            return names
+        beside = sorted(
+            name
+            for name in names
+            if name.lower().endswith(".json") and os.path.splitext(name)[0] in described
+        )
+        lists = {name for name in beside[:_MOST_SIDECARS_OPENED] if begins_a_list(os.path.join(path, name))}
+        sidecars = [name for name in beside if name not in lists]
+        if sidecars:
+            more = f", and {len(sidecars) - 1} more there" if len(sidecars) > 1 else ""
+            self._leave_out(os.path.join(path, sidecars[0]), f"describes the image of the same name{more}")
+        return sorted({*names} - {*sidecars})
+
+    def _leave_out(self, path: str, reason: str) -> None:
+        self.left_out.append(Problem(path=path, line=0, reason=reason))
 
     def _fail(self, path: str, error: OSError) -> None:
         reason = f"cannot be read ({error.strerror or error}): check its mode and its mount"
         self.problems.append(Problem(path=path, line=0, reason=reason))
-
-
-def _is_readable_kind(entry: os.DirEntry[str]) -> bool:
-    """A file; or a link that leads nowhere, since opening it will say what is wrong. No pipe: it would block."""
-    if not entry.is_symlink():
-        return entry.is_file()
-    return os.path.isfile(entry.path) or not os.path.exists(entry.path)
-
-
-def _without_sidecars(path: str, names: list[str]) -> list[str]:
-    """Without those *.json that describe the image of the same name beside them: there may be one per image."""
-    stems = {os.path.splitext(name)[0] for name in names if not has_lines(name)}
-    if not stems:
-        return names
-    with os.scandir(path) as entries:
-        parts = (os.path.splitext(entry.name) for entry in entries)
-        described = {stem for stem, end in parts if stem in stems and end.lower() in IMAGE_EXTENSIONS}
-    return [name for name in names if has_lines(name) or os.path.splitext(name)[0] not in described]
-
-
-def _holds_samples(path: str) -> bool:
-    """Whether the beginning of a file looks like samples. One that is only damaged does: its reader will say so."""
-    with open_annotations(path) as file:
-        head = file.read(_PEEK_BYTES)
-    entries = islice(iter_entries(io.BytesIO(head), path), _PEEK_ENTRIES)
-    records = [entry.record for entry in entries if entry.record is not None]
-    if records:
-        return any(not SAMPLE_FIELDS.isdisjoint(record) for record in records)
-    named = any(f'"{name}"'.encode() in head for name in SAMPLE_FIELDS)
-    return has_lines(path) or (named and head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["))
