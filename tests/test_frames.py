@@ -22,7 +22,7 @@ from PIL import Image, PngImagePlugin
 
 from vggt_cache import frames
 from vggt_cache.errors import FrameError
-from vggt_cache.frames import MAX_FILE_BYTES, MAX_PIXELS, decode_frame, frame_grid, read_frame
+from vggt_cache.frames import MAX_FILE_BYTES, MAX_PIXELS, decode_frame, frame_grid, read_frame, remark_on
 from vggt_cache.identity import Preprocessing
 
 ASSETS = Path(__file__).parent / "assets" / "preprocess"
@@ -32,6 +32,7 @@ FORMATS = {
     "JPEG": {"quality": 90},
     "WEBP": {"lossless": True},
     "BMP": {},
+    "GIF": {},
 }
 
 
@@ -191,9 +192,46 @@ def test_first_frame_of_an_animation_is_taken(format_):
     assert np.array_equal(decode_frame(moving, SMALL), np.asarray(first))
 
 
+@pytest.mark.parametrize("moving", [False, True])
+@pytest.mark.parametrize("transparent", [False, True])
+def test_the_first_frame_of_a_gif_is_what_pillow_makes_of_it(moving, transparent):
+    first, second = (_picture(28, 28, seed).quantize(64) for seed in (1, 2))
+    options = {"transparency": 3} if transparent else {}
+    data = _encoded(first, "GIF", save_all=moving, append_images=[second] * moving, **options)
+    assert np.array_equal(decode_frame(data, SMALL), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
+
+
+def _with_chunk(data: bytes, kind: bytes, content: bytes, *, at_end: bool) -> bytes:
+    body = kind + content
+    chunk = struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+    at = len(data) - 12 if at_end else 33  # before IEND, or behind IHDR
+    return data[:at] + chunk + data[at:]
+
+
+@pytest.mark.parametrize("at_end", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "before"),
+    [(b"tEXt", None), (b"zTXt", b"key\0\0"), (b"iTXt", b"key\0\1\0\0\0"), (b"iCCP", b"icc\0\0")],
+)
+def test_texts_and_profiles_over_pillows_limit_do_not_cost_the_image(kind, before, at_end):
+    plain = _encoded(_picture(28, 28))
+    long = b"x" * (PngImagePlugin.MAX_TEXT_CHUNK + 1)
+    content = b"key\0" + long if before is None else before + zlib.compress(long)
+    data = _with_chunk(plain, kind, content, at_end=at_end)
+    assert np.array_equal(decode_frame(data, SMALL), decode_frame(plain, SMALL))
+
+
+def test_16_bit_grey_is_remarked_on_and_nothing_else():
+    grey = _picture(28, 28).convert("L")
+    assert remark_on(_encoded(grey.convert("I;16"))) == (
+        "of an image of 16-bit grey, values over 255 are white; a depth map?"
+    )
+    assert not any(map(remark_on, [_encoded(grey), _encoded(_picture(9, 9)), _encoded(grey, "JPEG"), b""]))
+
+
 @pytest.mark.parametrize("format_", FORMATS)
 def test_formats_that_are_named_are_read(format_):
-    image = _picture(28, 28).resize((280, 280), Image.Resampling.BICUBIC)
+    image = _picture(28, 28).resize((280, 280), Image.Resampling.BICUBIC).quantize(256).convert("RGB")
     data = _encoded(image, format_, **FORMATS[format_])
     difference = decode_frame(data, SMALL).astype(int) - decode_frame(_encoded(image), SMALL)
     assert np.abs(difference).mean() < 2
@@ -206,9 +244,23 @@ def test_formats_that_are_named_are_read(format_):
     ("data", "sentence"),
     [
         (b"", "it is empty: copy or make it again"),
-        (b"hello, this is text", "it is no image in a format that is read (PNG, JPEG, WebP and BMP"),
-        (_encoded(_picture(9, 9), "GIF"), "begins with 47 49 46 38"),
-        (_encoded(_picture(9, 9), "TIFF"), "it is no image in a format that is read"),
+        (b"hello, this is text", "it is no image in a format that is read (PNG, JPEG, WebP, BMP and GIF"),
+        (b"hello, this is text", "begins with 68 65 6c 6c 6f"),
+        (
+            _encoded(_picture(9, 9), "TIFF"),
+            "it is no image in a format that is read (PNG, JPEG, WebP, BMP and GIF; it is TIFF): convert",
+        ),
+        (_encoded(_picture(9, 9), "AVIF"), "; it is AVIF): convert"),
+        (_encoded(_picture(9, 9), "JPEG2000"), "; it is JPEG 2000): convert"),
+        (_encoded(_picture(9, 9), "PPM"), "; it is PPM (or PGM, PBM, PFM)): convert"),
+        (
+            b"<!DOCTYPE html><html>404",
+            "it is an HTML page, as servers send in place of a file): convert it, or get it again",
+        ),
+        (b"\n <html>", "it is an HTML page"),
+        (b"<svg>", "it is XML or SVG"),
+        (b"\x1f\x8b\x08\0", "it is a packed file"),
+        (b"GIF89a", "it is damaged or cut short"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "it is a Git LFS pointer"),
         (b"\x89PNG\r\n\x1a\n", "it is damaged or cut short"),
         (b"\xff\xd8\xff", "it is damaged or cut short"),
@@ -352,7 +404,7 @@ def test_files_that_cannot_be_read_are_named_in_one_sentence(tmp_path, make, sen
     path = make(tmp_path)
     with pytest.raises(FrameError) as refusal:
         read_frame(path)
-    assert str(refusal.value).startswith(f"{path} {sentence}")
+    assert str(refusal.value).startswith(f"{str(path)!r} {sentence}")
     assert "\n" not in str(refusal.value)
 
 
@@ -371,6 +423,28 @@ def test_what_is_no_frame_is_neither_opened_nor_read(tmp_path, monkeypatch, make
         read_frame(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("sub\\frame.png", "it has backslashes; folders are parted by /"),
+        ("file:///data/frame.png", "a name is a path, not a file:// address"),
+        ("https://host/frame.png", "a name is a path, not an address"),
+        ("frame.png ", "its name begins or ends with a blank"),
+        ("Frame.PNG", "but 'frame.png' does: capitals"),
+        ("caf\u0065\u0301.png", "but 'caf\u00e9.png' does: another Unicode form"),
+        ("link.png", "it is a link that leads nowhere"),
+    ],
+)
+def test_a_missing_file_comes_with_what_may_be_wrong_with_its_name(tmp_path, name, hint):
+    (tmp_path / "frame.png").touch()
+    (tmp_path / "caf\u00e9.png").touch()
+    (tmp_path / "link.png").symlink_to("nowhere.png")
+    path = f"{tmp_path}/{name}"
+    with pytest.raises(FrameError) as refusal:
+        read_frame(path)
+    assert str(refusal.value).startswith(f"{path!r} does not exist ({hint}): check")
+
+
 def test_permission_is_told_apart_from_absence(tmp_path, monkeypatch):
     path = tmp_path / "frame.png"
     path.touch()
@@ -379,7 +453,7 @@ def test_permission_is_told_apart_from_absence(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(frames.os, "open", refuse)  # root, as which tests may run, is refused nothing
-    with pytest.raises(FrameError, match=r"frame.png may not be read by this user"):
+    with pytest.raises(FrameError, match=r"frame.png' may not be read by this user"):
         read_frame(path)
 
 

@@ -19,10 +19,19 @@ import stat
 
 import numpy as np
 import numpy.typing as npt
-from PIL import BmpImagePlugin, Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    WebPImagePlugin,
+)
 
 from vggt_cache.errors import FrameError
 from vggt_cache.identity import PATCH_SIZE, Preprocessing
+from vggt_cache.mistaken_frames import hint_for, kind_of
 
 MAX_FILE_BYTES = 64 * 2**20
 MAX_PIXELS = 64 * 2**20
@@ -31,6 +40,11 @@ MAX_PIXELS = 64 * 2**20
 MAX_SCANS = 100
 """Of a JPEG. A scan of a few bytes costs time for all pixels; progressive images have about ten."""
 
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_PNG_ASIDES = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+"""Chunks of a PNG without a part in its pixels. Pillow refuses the whole image where one is very long."""
+_GREY_16_BIT = b"\x10\0"
+"""Bit depth and colour type in a PNG's header."""
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 _JPEG_START, _JPEG_END, _JPEG_SCAN = 0xD8, 0xD9, 0xDA
 _NO_WAITING = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
@@ -50,7 +64,7 @@ def read_frame(path: str | os.PathLike[str]) -> bytes:
         finally:
             os.close(descriptor)
     except OSError as error:
-        raise FrameError(f"{os.fspath(path)} {_refusal(error)}") from error
+        raise FrameError(f"{os.fspath(path)!r} {_refusal(error, os.fspath(path))}") from error
     except ValueError as error:  # a NUL byte, or a character that no file name has
         raise FrameError(
             f"{os.fspath(path)!r} cannot be a file name ({error}): correct the annotation"
@@ -61,14 +75,14 @@ def _check(path: str | os.PathLike[str], status: os.stat_result) -> int:
     """The length in bytes of what can be a frame."""
     if not stat.S_ISREG(status.st_mode):
         kind = "a directory" if stat.S_ISDIR(status.st_mode) else "a pipe, socket or device"
-        raise FrameError(f"{os.fspath(path)} is {kind}, not an image file: correct the annotation")
+        raise FrameError(f"{os.fspath(path)!r} is {kind}, not an image file: correct the annotation")
     return _check_length(path, status.st_size)
 
 
 def _check_length(path: str | os.PathLike[str], length: int) -> int:
     if length > MAX_FILE_BYTES:
         raise FrameError(
-            f"{os.fspath(path)} has {length} bytes, over the limit of {MAX_FILE_BYTES} for one image: "
+            f"{os.fspath(path)!r} has {length} bytes, over the limit of {MAX_FILE_BYTES} for one image: "
             "it is not a camera frame, or must be saved smaller"
         )
     return length
@@ -83,9 +97,9 @@ def _read_all(path: str | os.PathLike[str], descriptor: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _refusal(error: OSError) -> str:
+def _refusal(error: OSError, path: str) -> str:
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
-        return "does not exist: check the data root and the name in the annotation"
+        return f"does not exist{hint_for(path)}: check the data root and the name in the annotation"
     if error.errno in (errno.EACCES, errno.EPERM):
         return "may not be read by this user (permission denied): change its mode, or run as its owner"
     return f"cannot be read ({error.strerror or error}): check the disk or mount"
@@ -126,8 +140,8 @@ def _open(data: bytes) -> ImageFile.ImageFile:
     The plugin is called directly: `Image.open` would try every format that is installed, and warn.
     """
     file = io.BytesIO(data)
-    if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return PngImagePlugin.PngImageFile(file)
+    if data.startswith(_PNG_START):
+        return PngImagePlugin.PngImageFile(io.BytesIO(_without_asides(data)))
     if data.startswith(b"\xff\xd8\xff"):
         _check_scans(data)
         return JpegImagePlugin.JpegImageFile(file)
@@ -135,14 +149,36 @@ def _open(data: bytes) -> ImageFile.ImageFile:
         return WebPImagePlugin.WebPImageFile(file)
     if data.startswith(b"BM"):
         return BmpImagePlugin.BmpImageFile(file)
+    if data.startswith((b"GIF87a", b"GIF89a")):
+        return GifImagePlugin.GifImageFile(file)
     if not data:
         raise FrameError("it is empty: copy or make it again")
     if data.startswith(b"version https://git-lfs"):
         raise FrameError("it is a Git LFS pointer and not the image itself: run git lfs pull")
     raise FrameError(
-        "it is no image in a format that is read (PNG, JPEG, WebP and BMP; it begins with "
-        f"{data[:8].hex(' ')}): convert it"
+        f"it is no image in a format that is read (PNG, JPEG, WebP, BMP and GIF; {kind_of(data)}): convert it, or "
+        "get it again"
     )
+
+
+def remark_on(data: bytes) -> str:
+    """What a user should know of an image that is read as VGGT's loader reads it; mostly nothing."""
+    if data.startswith(_PNG_START) and data[24:26] == _GREY_16_BIT:
+        return "of an image of 16-bit grey, values over 255 are white; a depth map?"
+    return ""
+
+
+def _without_asides(data: bytes) -> bytes:
+    """A PNG without its texts and its colour profile, which may be longer than Pillow allows."""
+    if not any(kind in data for kind in _PNG_ASIDES):
+        return data
+    kept, at = [data[: len(_PNG_START)]], len(_PNG_START)
+    while at < len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        if data[at + 4 : at + 8] not in _PNG_ASIDES:
+            kept.append(data[at:end])
+        at = end
+    return b"".join(kept)
 
 
 def _check_scans(data: bytes) -> None:

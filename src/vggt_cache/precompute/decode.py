@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vggt_cache.errors import FrameError
-from vggt_cache.frames import decode_frame
+from vggt_cache.frames import decode_frame, remark_on
 from vggt_cache.identity import PATCH_SIZE, Preprocessing, frame_digest
 from vggt_cache.precompute.digests import read_in_state
 
@@ -38,6 +38,8 @@ class DecodedFrame:
     state_hash: bytes = b""
     """Of the file as it was read, see `read_in_state`; may be empty."""
     error: str = ""
+    remark: str = ""
+    """See `vggt_cache.frames.remark_on`."""
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -55,13 +57,13 @@ def decode_file(path: str, preprocessing: Preprocessing) -> DecodedFrame:
         return DecodedFrame(error=reason_without_path(error, path))
     except MemoryError:
         return DecodedFrame(error="there is not enough memory to decode it")
-    return DecodedFrame(digest=frame_digest(data), pixels=pixels, state_hash=state)
+    return DecodedFrame(digest=frame_digest(data), pixels=pixels, state_hash=state, remark=remark_on(data))
 
 
 def reason_without_path(error: FrameError, path: str) -> str:
     """The sentence of `error` for a place where the path stands before it already."""
     text = str(error)
-    return f"it{text.removeprefix(path)}" if text.startswith(f"{path} ") else text
+    return f"it{text.removeprefix(repr(path))}" if text.startswith(f"{path!r} ") else text
 
 
 class DecodePool(AbstractContextManager["DecodePool"]):

@@ -185,6 +185,8 @@ class Run:
                 self.reporter.failed(path, one.error)
                 continue
             decoded[frame] = one
+            if one.remark:
+                self.reporter.remark(path, one.remark)
             self.known.learn(frame, one.digest)
         return decoded
 

@@ -38,6 +38,7 @@ class Reporter:
         self.world_size = rank_of("WORLD_SIZE", 1)
         self.failures: set[str] = set()
         """What could not be used: a file, `annotation:line`, or a feature's label."""
+        self._remarks: set[str] = set()
         self._folder: SmallFolder | None = None
         self._listed: set[tuple[str, str]] = set()
 
@@ -47,6 +48,12 @@ class Reporter:
 
     def warn(self, text: str) -> None:
         self._line("WARN", text)
+
+    def remark(self, path: str, text: str) -> None:
+        """Warn of what many inputs may have, and none of them fails for: once a run, with the first."""
+        if text not in self._remarks:
+            self._remarks.add(text)
+            self.warn(f"{text} (the first: {path!r})")
 
     def success(self, text: str) -> None:
         self._line("SUCCESS", text)
