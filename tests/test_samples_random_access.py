@@ -292,7 +292,7 @@ def test_listed_files_may_be_relative_paths(tmp_path: Path, monkeypatch: pytest.
     [
         (" , ", "", "--annotation_path names no file"),
         ("gone.jsonl", "", "--annotation_path gone.jsonl does not exist"),
-        ("images", "", "--annotation_path images is a folder: give a folder as --train_data_root"),
+        ("images", "", "--annotation_path images is a folder: give a folder as --data_root"),
         ("a.jsonl,./a.jsonl", "", "a.jsonl twice"),
         ("a.jsonl", "nowhere", "--data_path nowhere is no folder that exists"),
         ("a.jsonl", "images,images", "--data_path names 2 folders for 1 annotation files"),

@@ -111,7 +111,8 @@ def _add_computing(commands: Any) -> None:
     verify = _command(commands, "verify", _in("inspection", "verify_cache"), text, cache_dir=_CACHE_DIR)
     verify.flag("data_root", help="check that every feature this data needs is present and intact")
     verify.choice_of_spec()
-    add_flags(verify.flag, PrecomputeSettings, only=set(SETTINGS) - {"context"}, defaults=False)
+    only = {"annotation_path", "data_path", *SETTINGS} - {"context"}
+    add_flags(verify.flag, PrecomputeSettings, only=only, defaults=False)
     verify.flag("num_workers", type=int, default=8, help="threads that read")
 
 
@@ -161,6 +162,11 @@ def _add_beside_a_cache(commands: Any) -> None:
 
 
 def _precompute(**given: Any) -> int:
+    if not {"data_root", "annotation_path"} & given.keys():
+        raise SettingsError(
+            "--data_root is missing, so it is not known whose features are meant: give the folder of the data, or its "
+            "files as --annotation_path"
+        )
     if "vggt_model_path" in given:
         from vggt_cache.precompute.run import precompute
 

@@ -69,6 +69,8 @@ def verify_cache(
     cache_dir: str,
     *,
     data_root: str | None = None,
+    annotation_path: str | None = None,
+    data_path: str | None = None,
     context: str | None = None,
     fingerprint: str | None = None,
     max_samples: int = PrecomputeSettings.max_samples,
@@ -84,20 +86,29 @@ def verify_cache(
     from vggt_cache.store import FeatureCache
 
     reporter, threads = Reporter(), max(1, num_workers)
-    use_index = data_root is not None
-    with FeatureCache.open(cache_dir, context=context, fingerprint=fingerprint, use_index=use_index) as cache:
+    data = data_root or annotation_path or data_path
+    with FeatureCache.open(
+        cache_dir, context=context, fingerprint=fingerprint, use_index=bool(data)
+    ) as cache:
         for name, made_with in cache.spec.contradictions(asked).items():
             raise SpecMismatchError(
                 f"--{name} {asked[name]} was given, but the cache was made with {made_with}: leave the flag out to "
                 "verify this cache, or name the directory of the other one"
             )
-        if data_root is None:
+        if not data:
             invalid = tell_verdicts(verify_records(cache, threads=threads), len(cache), reporter)
         else:
-            plan = plan_and_tell(data_root, cache.spec.context, max_samples, reporter)
+            plan = plan_and_tell(
+                data_root,
+                cache.spec.context,
+                max_samples,
+                reporter,
+                annotation_path=annotation_path,
+                data_path=data_path,
+            )
             reporter.info(f"Cache directory: {os.path.abspath(cache_dir)}")
             invalid = tell_verdicts(verify_data(cache, plan, threads=threads), len(plan), reporter)
-    if data_root is not None and invalid:
+    if data and invalid:
         reporter.warn(
             f"{count_of(invalid, 'feature')} that this data needs cannot be read from the cache: run precompute "
             f"again to make what is missing (after vggt-cache prune {cache_dir} --damaged --yes for damaged ones)"

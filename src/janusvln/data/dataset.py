@@ -14,9 +14,10 @@ from transformers import AutoConfig
 from janusvln.data.dialogue import UnfitSampleError, check_dialogue, read_dialogue
 from janusvln.data.images import QwenPixels, load_frames, request_feature
 from janusvln.data.tokens import ChatEncoder, RopePositions
+from vggt_cache import samples
 from vggt_cache.errors import DataError, SettingsError, VggtCacheError
 from vggt_cache.identity import FeatureSpec
-from vggt_cache.samples import Sample, SampleIndex, Sources, find_sources, sources_of_files
+from vggt_cache.samples import Sample, SampleIndex, Sources
 
 Item = dict[str, Any]
 
@@ -172,10 +173,8 @@ def _config(model_dir: str) -> Any:
 
 def sources_of(train_data_root: str | None, annotation_path: str | None, data_path: str | None) -> Sources:
     """A data root, or annotation files with the folders of their images. Raises DataError."""
-    if annotation_path:
-        return sources_of_files(annotation_path, data_path or "")
     try:
-        return find_sources(train_data_root or "")
+        return samples.sources_of(train_data_root, annotation_path, data_path)
     except DataError as error:  # the reader is precompute's too, where the flag has another name
         raise DataError(str(error).replace("--data_root", "--train_data_root")) from error
 

@@ -21,7 +21,8 @@ from vggt_cache.errors import DataError
 from vggt_cache.identity import DIGEST_BYTES, FeatureSpec, feature_key
 from vggt_cache.precompute.digests import DigestTable, state_hash, state_hash_array
 from vggt_cache.precompute.report import Reporter, count_of
-from vggt_cache.samples import FrameTable, Sample, find_sources, iter_samples
+from vggt_cache.samples import FrameTable, Sample, iter_samples, sources_of
+from vggt_cache.samples.order import OrderWatch
 
 Indexes = npt.NDArray[np.int64]
 
@@ -168,16 +169,28 @@ class KnownKeys:
         self._digests[fresh] = digests[fresh]
 
 
-def plan_and_tell(data_root: str, context: str, max_samples: int, reporter: Reporter) -> Plan:
-    """Read everything below `data_root`, and tell what was found in the guide's words.
+def plan_and_tell(
+    data_root: str | None,
+    context: str,
+    max_samples: int,
+    reporter: Reporter,
+    *,
+    annotation_path: str | None = None,
+    data_path: str | None = None,
+) -> Plan:
+    """Read everything below `data_root`, or the files in `annotation_path`, and tell what was found.
 
     Raises DataError, also where no frame is named.
     """
-    reporter.info(f"Scanning data root: {data_root}")
-    sources = find_sources(data_root)
+    data = data_root or annotation_path
+    reporter.info(f"Reading annotations: {data}" if annotation_path else f"Scanning data root: {data}")
+    sources = sources_of(data_root, annotation_path, data_path)
     for remark in sources.remarks():
         reporter.info(remark)
     samples = iter_samples(sources, on_problem=lambda bad: reporter.failed(bad.where, bad.reason))
+    watch = OrderWatch()
+    if CONTEXTS[context].noun == "feature":
+        samples = watch.passing(samples)
     plan = Plan(samples, sources.root, context, max_samples)
     reporter.info(f"Found {len(sources.jsonl_files)} JSONL files")
     if sources.json_files:
@@ -189,9 +202,11 @@ def plan_and_tell(data_root: str, context: str, max_samples: int, reporter: Repo
         reporter.info(f"{count_of(plan.text_only_count, 'sample')} without frames need no feature")
     if not len(plan):
         raise DataError(
-            f"no sample below {data_root} names a frame, so there is nothing to compute: check --data_root, and the "
+            f"no sample below {data} names a frame, so there is nothing to compute: check --data_root, and the "
             "names of the fields (images, image, history_images and current_image)"
         )
+    for sentence in watch.sentences():
+        reporter.warn(sentence)
     return plan
 
 

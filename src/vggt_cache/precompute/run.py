@@ -57,7 +57,14 @@ class _Command:
         self.limits = QwenLimits.read(settings.model_path) if settings.model_path else None
         self.device = choose_device(settings.device)
         self.checkpoint = Checkpoint.open(settings.vggt_model_path, layer=settings.layer)
-        self.plan = plan_and_tell(settings.data_root, settings.context, settings.max_samples, reporter)
+        self.plan = plan_and_tell(
+            settings.data_root,
+            settings.context,
+            settings.max_samples,
+            reporter,
+            annotation_path=settings.annotation_path,
+            data_path=settings.data_path,
+        )
         self.spec = FeatureSpec(
             encoder=self.checkpoint.spec(choose_compute_dtype(settings.compute_dtype, self.device)),
             preprocessing=settings.preprocessing,

@@ -30,7 +30,13 @@ class PrecomputeSettings:
     vggt_model_path: str = flag(
         help="VGGT checkpoint: a directory, or a hub id such as facebook/VGGT-1B", required=False
     )
-    data_root: str = flag(help="folder with annotations (*.jsonl, *.json) or episode folders")
+    data_root: str | None = flag(None, help="folder with annotations (*.jsonl, *.json) or episode folders")
+    annotation_path: str | None = flag(
+        None, help="annotation files, separated by commas, in place of a data root"
+    )
+    data_path: str | None = flag(
+        None, help="folder that relative image names start from; with --annotation_path"
+    )
     cache_dir: str = flag(help="where the features are kept")
     model_path: str | None = flag(
         None, help="Qwen2.5-VL directory; its patch and pixel settings are checked against the grid"

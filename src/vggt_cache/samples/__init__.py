@@ -13,7 +13,7 @@ from vggt_cache.samples.frame_table import FrameTable
 from vggt_cache.samples.paths import locate_frame
 from vggt_cache.samples.reader import SampleIndex, iter_samples
 from vggt_cache.samples.sample import Problem, Sample
-from vggt_cache.samples.sources import Sources, find_sources, sources_of_files
+from vggt_cache.samples.sources import Sources, find_sources, sources_of, sources_of_files
 from vggt_cache.small_files import FileState
 
 __all__ = [
@@ -29,5 +29,6 @@ __all__ = [
     "iter_samples",
     "locate_frame",
     "read_episode_text",
+    "sources_of",
     "sources_of_files",
 ]

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from vggt_cache.errors import DataError
+from vggt_cache.errors import DataError, SettingsError
 from vggt_cache.samples.annotations import named_lines
 from vggt_cache.samples.look import MENTIONED_EXTENSIONS, READ_EXTENSIONS, begins_a_list, look_into
 from vggt_cache.samples.paths import tidy
@@ -121,7 +121,25 @@ def _single_file(path: str) -> Sources:
     return Sources(root=os.path.dirname(path), files=(path,), unlike_names=unlike_names)
 
 
-# ---------------------------------------------------------------- files named one by one
+# ---------------------------------------------------------------- what flags name
+
+
+def sources_of(data_root: str | None, annotation_path: str | None, data_path: str | None) -> Sources:
+    """A data root, or annotation files with the folders of their images. Raises DataError, SettingsError."""
+    if bool(data_root) == bool(annotation_path):
+        raise SettingsError(
+            f"--data_root is {data_root} and --annotation_path is {annotation_path}: give one of them, a folder "
+            "of data or annotation files"
+        )
+    if data_path and not annotation_path:
+        raise SettingsError(
+            f"--data_path {data_path} goes with --annotation_path; with --data_root names start there: leave it out"
+        )
+    return (
+        sources_of_files(annotation_path, data_path or "")
+        if annotation_path
+        else find_sources(data_root or "")
+    )
 
 
 def sources_of_files(annotation_path: str, data_path: str = "") -> Sources:
@@ -160,7 +178,7 @@ def _absolute(path: str) -> str:
 def _named_file(given: str) -> str:
     path = _absolute(given)
     if os.path.isdir(path):
-        raise DataError(f"--annotation_path {given} is a folder: give a folder as --train_data_root")
+        raise DataError(f"--annotation_path {given} is a folder: give a folder as --data_root")
     if not os.path.exists(path):
         raise DataError(f"--annotation_path {given} does not exist: check the path and its mount")
     return path
