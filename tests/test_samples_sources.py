@@ -169,7 +169,8 @@ def test_the_description_of_an_image_beside_it_is_no_annotation_but_a_list_is(tm
     assert _relative(tmp_path, found.json_files) == ["train.json"]
     (line,) = found.remarks()
     assert (
-        line == f"left out: {tmp_path}/frame_JPG.json (describes the image of the same name, and 5 more there)"
+        line
+        == f"left out: {tmp_path}/frame_JPG.json (describes the image of the same name, and 5 more there)"
     )
 
 

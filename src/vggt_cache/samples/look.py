@@ -66,7 +66,7 @@ def begins_a_list(path: str) -> bool:
 
 
 def _why_left_out(file: io.BufferedReader, head: bytes, form: str, path: str) -> str:
-    beginning = io.BufferedReader(io.BytesIO(head), HEAD_BYTES)  # type: ignore[arg-type]
+    beginning: io.BufferedReader = io.BufferedReader(io.BytesIO(head), HEAD_BYTES)  # type: ignore[arg-type]
     if form == OBJECT:
         return _why_no_object(file, head, path)
     records, seen = 0, dict[str, None]()

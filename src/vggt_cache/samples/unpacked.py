@@ -35,7 +35,7 @@ def open_annotations(path: str) -> io.BufferedReader:
     Only what is plain is `seekable`.
     """
     try:
-        file = open(open_plain(path), "rb", HEAD_BYTES)  # noqa: SIM115
+        file: io.BufferedReader = open(open_plain(path), "rb", HEAD_BYTES)  # type: ignore[assignment]  # noqa: SIM115
     except FileKindError as error:
         raise OSError(errno.EINVAL, "not a plain file", path) from error
     begin = os.pread(file.fileno(), 4, 0)
