@@ -193,7 +193,7 @@ def refusal(root: Path, record: dict[str, Any], **options: Any) -> str:
 
 def test_a_missing_image_stops_training_and_no_other_sample_takes_its_place(root: Path) -> None:
     (root / "1.png").unlink()
-    assert f"needs a frame that cannot be used: {root}/1.png does not exist" in refusal(
+    assert f"needs a frame that cannot be used: '{root}/1.png' does not exist" in refusal(
         root, {"images": ["0.png", "1.png", "2.png"], "conversations": TALK}
     )
 
