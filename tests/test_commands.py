@@ -71,7 +71,7 @@ def test_standalone_verify_refuses_settings_of_another_cache(made, capsys):
         *("precompute", "--verify", "--context", "frame", "--image_size", 644),
         *("--cache_dir", made / "cache", "--data_root", made / "data"),
     )
-    assert code == 1
+    assert code == 2
     assert "[ERROR] --image_size 644 was given, but the cache was made with 56" in err
 
 
@@ -95,7 +95,7 @@ def test_a_flag_that_is_given_counts_even_where_it_is_the_default(
         "verify every record": ["verify", made / "cache"],
     }[command]
     code, _, err = run(capsys, *given, "--context", "frame", flag, value)
-    assert code == 1
+    assert code == 2
     name = flag.replace("-", "_").replace("__", "--")
     assert f"[ERROR] {name} {value} was given, but the cache was made with {made_with}" in err
 

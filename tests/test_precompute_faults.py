@@ -63,7 +63,7 @@ def test_claims_that_cannot_be_made_end_the_run_in_a_sentence(
 ) -> None:
     refuse_files(monkeypatch, number, re.compile(what), os.O_CREAT)
     code, _, err = run()
-    assert code == 1
+    assert code == 2
     assert re.search(rf"no work can be claimed.*{os.strerror(number)}.*write permission", sentence(err))
 
 
@@ -88,7 +88,7 @@ def test_a_store_that_vanishes_while_it_is_worked_on_is_a_sentence(run, monkeypa
     key = pipeline.feature_key
     monkeypatch.setattr(pipeline, "feature_key", vanish)
     code, _, err = run()
-    assert code == 1
+    assert code == 2
     assert str(tmp_path / "cache") in sentence(err)
 
 

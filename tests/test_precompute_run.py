@@ -460,7 +460,7 @@ def test_a_device_too_small_for_the_weights_is_an_error_that_says_what_to_do(run
 def test_too_little_disk_is_refused_before_anything_is_computed(run, monkeypatch, cache_dir):
     monkeypatch.setattr("vggt_cache.precompute.estimate.free_bytes", lambda directory: 1000)
     code, out, err = run()
-    assert code == 1
+    assert code == 2
     assert re.search(r"\[ERROR\] the features need .* but .*cache has 1000 B free", err)
     assert "Model loaded" not in out
     assert run("--force")[0] == 0
@@ -482,7 +482,7 @@ def test_a_failing_disk_ends_the_run_and_keeps_what_was_committed(run, monkeypat
 
     monkeypatch.setattr(ShardWriter, "commit", commit)
     code, _, err = run("--batch_size", 1)
-    assert code == 1
+    assert code == 2
     assert "[ERROR] the disk is full" in err
     assert len(records(cache_dir)) == 1
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -41,9 +42,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             "it more (ulimit -v, a container's limit), or use smaller --batch_size and --num_workers",
             1,
         )
+    except RecursionError:
+        return _fail(
+            "something that was given is nested too deeply to be followed: check links and JSON files", 2
+        )
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has gone; there is nobody left to tell
         return 1
+    except OSError as error:  # such as too few descriptors, wherever the next one was needed
+        where = f" at {error.filename}" if error.filename else ""
+        return _fail(
+            f"the operating system refuses to go on{where} ({error.strerror or error}): what is committed stays; check "
+            "the path, its disk and mount, and the limit of open files (ulimit -n)",
+            2,
+        )
     except KeyboardInterrupt:
         return _fail("stopped by SIGINT", 130)
 
@@ -69,6 +81,18 @@ class _Parser(argparse.ArgumentParser):
     def choice_of_spec(self) -> None:
         self.flag("context", choices=CONTEXTS, help="which cache is meant, where several share the directory")
         self.flag("fingerprint", help="the same, by the first digits of its fingerprint (vggt-cache info)")
+
+    def parse_known_args(self, *given: Any) -> Any:  # type: ignore[override]
+        """A command's own parser answers for the flags after it: it knows what may have been meant."""
+        found, unknown = super().parse_known_args(*given)
+        known = {
+            name.replace("-", "").replace("_", ""): name for name in reversed(self._option_string_actions)
+        }
+        for name in (one.partition("=")[0] for one in unknown if one.startswith("--")):
+            if close := get_close_matches(name.replace("-", "").replace("_", ""), known, 1, 0.8):
+                meant = known[close[0]]
+                self.error(f"unrecognized arguments: {' '.join(unknown)} (did you mean {meant}?)")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"[ERROR] {message}; {self.prog} --help lists the flags\n")
@@ -124,7 +148,7 @@ def _add_looking(commands: Any) -> None:
     text = "Draw frames beside their features, colours by a joint PCA."
     view = _command(commands, "view", _in("inspection", "draw_view"), text, cache_dir=_CACHE_DIR)
     view.flag("data_root", required=True, help="the data whose frames are shown")
-    view.flag("output", "-o", default="features.png", help="PNG to write")
+    view.flag("output", "-o", default="features.png", help="picture to write, .png or .jpg")
     view.flag("count", type=int, default=8, help="how many features, spread over the data")
     view.choice_of_spec()
 

@@ -45,6 +45,8 @@ class OutOfMemoryError(VggtCacheError):
 class SmallFileError(VggtCacheError):
     """A small file cannot be read or written. `reason` is the sentence without the path in front."""
 
+    exit_code = 2
+
     def __init__(self, path: object, reason: str) -> None:
         super().__init__(f"{path} {reason}")
         self.reason = reason
@@ -77,21 +79,31 @@ class StoreError(VggtCacheError):
 class CacheNotFoundError(StoreError):
     """The cache directory does not exist."""
 
+    exit_code = 2
+
 
 class NotACacheError(StoreError):
     """The directory exists and holds no feature cache."""
+
+    exit_code = 2
 
 
 class AmbiguousCacheError(StoreError):
     """Several encoder specs share the directory, and the caller did not say which one is meant."""
 
+    exit_code = 2
+
 
 class SpecMismatchError(StoreError):
     """The cache was made with another encoder, context, preprocessing or dtype than the one asked for."""
 
+    exit_code = 2
+
 
 class CacheAccessError(StoreError):
     """The operating system refuses to read or write the cache (permission, I/O error, stale mount)."""
+
+    exit_code = 2
 
 
 class ShardFormatError(StoreError):
@@ -105,9 +117,13 @@ class CorruptRecordError(StoreError):
 class CommitError(StoreError):
     """Writing, syncing or publishing a shard failed; nothing of it was committed."""
 
+    exit_code = 2
+
 
 class DiskSpaceError(StoreError):
     """There is not enough free space for what was asked."""
+
+    exit_code = 2
 
 
 @contextmanager

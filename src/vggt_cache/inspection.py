@@ -11,22 +11,30 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict
 
-from vggt_cache.errors import SettingsError, SpecMismatchError
+from vggt_cache.errors import FrameError, NotACacheError, SettingsError, SpecMismatchError
 from vggt_cache.frames import decode_frame, read_frame
 from vggt_cache.identity import FeatureSpec
-from vggt_cache.picture import Row, draw_features
+from vggt_cache.picture import Row, draw_features, picture_format
 from vggt_cache.precompute.plan import plan_and_tell
-from vggt_cache.precompute.report import EXIT_INVALID, EXIT_OK, Reporter, bytes_text, count_of
+from vggt_cache.precompute.report import (
+    EXIT_INVALID,
+    EXIT_OK,
+    FAILURES_FILE,
+    Reporter,
+    bytes_text,
+    count_of,
+    standing_failures,
+)
 from vggt_cache.precompute.settings import PrecomputeSettings
 from vggt_cache.store import convert, describe, prune
 from vggt_cache.store.directory import select_store
 from vggt_cache.store.filesystem import OPERATING_SYSTEM
-from vggt_cache.store.inventory import StoreDescription
+from vggt_cache.store.inventory import CacheDescription, StoreDescription
 
 
 def show_info(cache_dir: str, *, as_json: bool) -> int:
     """What the directory holds, one paragraph per encoder specification."""
-    found = describe(cache_dir)
+    found = _described(cache_dir)
     if as_json:
         stores = [{**asdict(store), "fingerprint": store.spec.fingerprint} for store in found.stores]
         print(json.dumps({**asdict(found), "stores": stores}, indent=1))
@@ -44,7 +52,21 @@ def show_info(cache_dir: str, *, as_json: bool) -> int:
             print(f"  damaged      {name}: {reason}")
     for name, reason in found.unreadable:
         print(f"\n{name} cannot be read: {reason}")
+    if failures := standing_failures(cache_dir):
+        print(
+            f"\n{count_of(len(failures), 'input')} could not be used when last tried: {FAILURES_FILE} lists them"
+        )
     return EXIT_OK
+
+
+def _described(cache_dir: str) -> CacheDescription:
+    """Raises NotACacheError where nothing is there that a cache has."""
+    found = describe(cache_dir)
+    if not found.stores and not found.unreadable:
+        raise NotACacheError(
+            f"{cache_dir} holds no feature cache: check the path, or make the cache with `vggt-cache precompute`"
+        )
+    return found
 
 
 def _codec_text(store: StoreDescription) -> str:
@@ -124,17 +146,22 @@ def draw_view(
 
     if count < 1:
         raise SettingsError(f"--count {count} draws nothing: give 1 or more")
+    picture_format(output)
     reporter = Reporter()
     with FeatureCache.open(cache_dir, context=context, fingerprint=fingerprint) as cache:
         plan = plan_and_tell(data_root, cache.spec.context, -1, reporter)
         rows: dict[bytes, Row] = {}
         for feature in _spread(len(plan)):
             paths = plan.paths_of(feature)
-            key = cache.key_of(paths)
-            stored = None if key in rows else cache.get_by_key(key)
-            if stored is not None:
-                pixels = decode_frame(read_frame(paths[-1]), cache.spec.preprocessing)
-                rows[key] = pixels, stored.float().numpy(), os.path.relpath(paths[-1], plan.root)
+            try:
+                key = cache.key_of(paths)
+                stored = None if key in rows else cache.get_by_key(key)
+                if stored is not None:
+                    seen = [decode_frame(read_frame(path), cache.spec.preprocessing) for path in paths]
+                    caption = plan.context.label([os.path.relpath(path, plan.root) for path in paths])
+                    rows[key] = Row(seen[-1], stored.float().numpy(), caption, seen[:-1])
+            except FrameError:
+                continue  # what is missing or damaged has no feature; others have
             if len(rows) == count:
                 break
     if not rows:
@@ -162,6 +189,7 @@ def prune_cache(cache_dir: str, *, damaged: bool, yes: bool) -> int:
         print(f"{verb} {action.path}: {bytes_text(action.bytes)}, {action.reason}")
     total = bytes_text(sum(action.bytes for action in actions))
     if not actions:
+        _described(cache_dir)
         print("nothing to remove")
     else:
         print(f"{total} freed" if yes else f"{total} can be freed: run again with --yes")

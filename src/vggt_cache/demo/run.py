@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -36,9 +39,19 @@ def run_demo(directory: str) -> int:
     rows = [_precompute_and_view(root, context) for context in CONTEXTS]
     print(f"\n== What was done ({torch.get_num_threads()} threads)")
     print("context  features   each [h, w, C]    on disk  first run    again  picture", *rows, sep="\n")
-    print(f"\n== Go on\nvggt-cache info {root / 'cache'}")
-    print(f"vggt-cache verify {root / 'cache'} --context causal --data_root {data.root}")
+    print("\n== Go on")
+    for arguments in (
+        ["info", root / "cache"],
+        ["verify", root / "cache", "--context", "causal", "--data_root", data.root],
+    ):
+        print(shlex.join([*_this_command(), *map(str, arguments)]))
     return 0
+
+
+def _this_command() -> list[str]:
+    """What starts this program again, also where its environment is not activated."""
+    script = sys.argv[0]
+    return [script] if os.path.basename(script) == "vggt-cache" else [sys.executable, "-m", "vggt_cache"]
 
 
 def _precompute_and_view(root: Path, context: str) -> str:

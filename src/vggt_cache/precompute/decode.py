@@ -60,6 +60,15 @@ def decode_file(path: str, preprocessing: Preprocessing) -> DecodedFrame:
     return DecodedFrame(digest=frame_digest(data), pixels=pixels, state_hash=state, remark=remark_on(data))
 
 
+def read_digest(path: str) -> tuple[bytes | str, bytes]:
+    """The digest of a file, with the hash of its state, see `read_in_state`; or why it cannot be read."""
+    try:
+        data, state = read_in_state(path)
+        return frame_digest(data), state
+    except FrameError as error:
+        return reason_without_path(error, path), b""
+
+
 def reason_without_path(error: FrameError, path: str) -> str:
     """The sentence of `error` for a place where the path stands before it already."""
     text = str(error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import cast
 
 import numpy as np
@@ -21,7 +21,11 @@ Encoded = tuple[Sequence[int], torch.Tensor]
 
 
 class BatchEncoder:
-    """Runs the encoder over any number of frames or lists. Out of memory halves `batch_size`, for good."""
+    """Runs the encoder over any number of frames or lists.
+
+    Out of memory halves `batch_size`. With `leave_out` it is doubled again, step by step, after requests that went
+    well; each time that this fails at once, twice as many of them are waited for.
+    """
 
     def __init__(
         self,
@@ -30,23 +34,44 @@ class BatchEncoder:
         on_halved: Callable[[int], object] = lambda batch_size: None,
         *,
         feature_dtype: str = "float32",
+        leave_out: bool = False,
     ) -> None:
+        """`leave_out`: what does not fit into memory even alone is listed in `too_large`, and raises nothing."""
         self.encoder, self.device = encoder, encoder.device
         self.batch_size = batch_size
+        self.too_large: list[int] = []
+        """Positions in the latest request whose features were not computed."""
+        self._leave_out = leave_out
+        self._smallest: Pixels | None = None
+        """Of all frames so far: what fits if anything does."""
+        self._reduced_from: list[int] = []
+        """The batch sizes before each halving that holds."""
+        self._good_requests, self._patience, self._trying = 0, 1, False
         self._on_halved = on_halved
         self._dtype = TORCH_DTYPES[feature_dtype]
 
     def frames(self, pixels: Sequence[Pixels]) -> Iterator[Encoded]:
         """Features of single images, each seen alone. Images of one shape share batches."""
+        self._begin(pixels)
         shapes: dict[tuple[int, ...], list[int]] = {}
         for position, image in enumerate(pixels):
             shapes.setdefault(image.shape, []).append(position)
         for positions in shapes.values():
-            yield from self._until_done(positions, lambda rest: self._frame_batches(pixels, rest))
+            yield from self._until_done(
+                positions, lambda rest: self._frame_batches(pixels, rest), pixels.__getitem__
+            )
 
     def lists(self, lists: Sequence[Sequence[int]], pixels: Mapping[int, Pixels]) -> Iterator[Encoded]:
         """Features of ordered frame lists, prefixes shared. All frames of a list must have one shape."""
-        yield from self._until_done(range(len(lists)), lambda rest: self._list_batches(lists, pixels, rest))
+        self._begin(pixels.values())
+        longest_first = sorted(range(len(lists)), key=lambda position: -len(lists[position]))
+
+        def only_frame(position: int) -> Pixels | None:
+            return pixels[lists[position][0]] if len(lists[position]) == 1 else None
+
+        yield from self._until_done(
+            longest_first, lambda rest: self._list_batches(lists, pixels, sorted(rest)), only_frame
+        )
 
     def _frame_batches(self, pixels: Sequence[Pixels], positions: Sequence[int]) -> Iterator[Encoded]:
         for part in even_parts(positions, self.batch_size):
@@ -78,11 +103,29 @@ class BatchEncoder:
         if waiting:
             yield joined()
 
+    def _begin(self, pixels: Iterable[Pixels]) -> None:
+        """A new request: the batch may grow again where the last ones went well."""
+        self.too_large = []
+        frames = [*pixels] if self._smallest is None else [self._smallest, *pixels]
+        self._smallest = min(frames, key=lambda frame: frame.size, default=None)
+        self._trying = self._leave_out and bool(self._reduced_from) and self._good_requests >= self._patience
+        if self._trying:
+            self.batch_size, self._good_requests = self._reduced_from.pop(), 0
+        self._good_requests += 1
+
     def _until_done(
-        self, positions: Sequence[int], batches: Callable[[Sequence[int]], Iterator[Encoded]]
+        self,
+        positions: Sequence[int],
+        batches: Callable[[Sequence[int]], Iterator[Encoded]],
+        only_frame: Callable[[int], Pixels | None],
     ) -> Iterator[Encoded]:
-        """Go through `batches`; when the device is full, halve the batch and go on with what is left."""
-        left = list(positions)
+        """Go through `batches`; when the device is full, halve the batch and go on with what is left.
+
+        Where even one at a time is too much, the first of `positions` that is left costs itself alone. `only_frame`: of
+        a position that is a single frame.
+        """
+        left, reduced_before = list(positions), list(self._reduced_from)
+        whole = self.batch_size
         while left:
             try:
                 for part, features in batches(left):
@@ -90,15 +133,40 @@ class BatchEncoder:
                     left = [position for position in left if position not in done]
                     yield part, features
                 return
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-            if self.batch_size == 1:
-                raise out_of_memory(self.device, "a batch of one frame")
-            self.batch_size //= 2
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self._on_halved(self.batch_size)
+            if self.batch_size > 1:
+                self._halve()
+                continue
+            if not self._leave_out or not self._has_room_beside(only_frame(left[0])):
+                raise out_of_memory(self.device, "a batch of one frame")
+            self.too_large.append(left.pop(0))
+            self.batch_size, self._reduced_from = whole, reduced_before  # it was not the batch
+
+    def _halve(self) -> None:
+        if self._trying:
+            self._patience *= 2
+            self._trying = False
+        self._reduced_from.append(self.batch_size)
+        self._good_requests = 0
+        self.batch_size //= 2
+        self._on_halved(self.batch_size)
+
+    def _has_room_beside(self, frame: Pixels | None) -> bool:
+        """Whether the device, which is too small for this frame, or (None) for a list of several, takes any at all."""
+        assert self._smallest is not None
+        if frame is not None and frame.size <= self._smallest.size:
+            return False
+        try:
+            self.encoder.frame_features(torch.from_numpy(self._smallest[None]).to(self.device))
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                return False
+            raise
+        return True
 
 
 _OUT_OF_MEMORY = re.compile(
@@ -109,9 +177,9 @@ _OUT_OF_MEMORY = re.compile(
 )
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """torch's own error type, or what else runs out of memory beside its allocator, and says so in words only."""
-    return isinstance(error, torch.OutOfMemoryError) or bool(_OUT_OF_MEMORY.search(str(error)))
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 def out_of_memory(device: object, what: str) -> OutOfMemoryError:

@@ -7,6 +7,8 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,50 +16,109 @@ import torch
 from vggt_cache.codec import INT8, LOSSLESS, codec_for, shard_codec
 from vggt_cache.errors import DiskSpaceError
 from vggt_cache.identity import FeatureSpec
-from vggt_cache.precompute.decode import decode_file
+from vggt_cache.precompute.decode import decode_file, read_digest
 from vggt_cache.precompute.encode import BatchEncoder, Pixels
-from vggt_cache.precompute.plan import Plan
+from vggt_cache.precompute.plan import KnownKeys, Plan
 from vggt_cache.precompute.report import Reporter, bytes_text, count_of, seconds_text
 from vggt_cache.precompute.settings import PrecomputeSettings
+from vggt_cache.samples.paths import parts_of
 from vggt_cache.store.record import payload_bytes
 
 _SAMPLED_FRAMES = 8
 _MEASURED_LISTS = 16
+_READING_THREADS = 8
 _OVERHEAD = 1.01
 """Shard headers and padding."""
 
 
-def check_disk(
-    plan: Plan, spec: FeatureSpec, pending: Sequence[int], settings: PrecomputeSettings, reporter: Reporter
-) -> None:
-    """Whether the pending features fit on the disk, judged by the grids of a few frames spread over them.
+def without_absent(plan: Plan, pending: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The frames of pending features that have no file, and those of the features that are not without one."""
+    absent = {frame for frame, path in enumerate(plan.frames.paths) if not plan.frames.state(frame)}
+    absent = {frame for frame in absent if not os.path.exists(plan.frames.paths[frame])}
+    if not absent:
+        return [], list(pending)
+    lacking = {feature: absent.intersection(plan.frames_of(feature).tolist()) for feature in pending}
+    frames = sorted(set().union(*lacking.values()))
+    return frames, [feature for feature, gone in lacking.items() if not gone]
 
-    A dry run is told the figures. What `lossless` saves depends on the values, so its features are counted as if they
-    were not packed. Raises DiskSpaceError, but not with --force.
+
+def absent_sentence(plan: Plan, absent: Sequence[int], features: int, noun: str) -> str:
+    """How many images there are not, where, and what that costs."""
+    paths = [plan.frames.paths[frame] for frame in absent]
+    are = "image does" if len(paths) == 1 else "images do"
+    below = f", all below {os.path.commonpath(map(os.path.dirname, paths))}" if len(paths) > 1 else ""
+    return (
+        f"{len(paths)} {are} not exist: the first is {paths[0]}{below}; {count_of(features, noun)} cannot be computed "
+        "and the estimates leave them out: check --data_root, and whether all of the data was copied"
+    )
+
+
+def hash_unknown(known: KnownKeys, pending: Sequence[int], reporter: Reporter, *, keep: bool) -> None:
+    """Read those images of pending features whose bytes are not known, so that features they have already are found.
+
+    `keep`: write the digests down, so that no later run does it again. Takes as long as reading the images.
     """
-    spread = sorted({pending[len(pending) * part // _SAMPLED_FRAMES] for part in range(_SAMPLED_FRAMES)})
-    decoded = (decode_file(plan.paths_of(feature)[-1], spec.preprocessing) for feature in spread)
-    codec = shard_codec(spec.feature_dtype, settings.codec)
-    packed = codec_for(codec) if codec == INT8 else None
+    frames = known.unknown_frames(pending)
+    if not frames:
+        return
+    reporter.info(
+        f"Reading {count_of(len(frames), 'image')} that are new or were touched, to see what is stored already"
+    )
+    with ThreadPoolExecutor(_READING_THREADS) as pool, reporter.bar(len(frames), "image") as bar:
+        for part in parts_of(frames, 64):
+            seen = list(pool.map(read_digest, (known.plan.frames.paths[frame] for frame in part)))
+            for frame, (digest, _) in zip(part, seen, strict=True):
+                if isinstance(digest, bytes):
+                    known.learn(frame, digest)
+            if keep:
+                known.table.append(
+                    (state, digest) for digest, state in seen if state and isinstance(digest, bytes)
+                )
+            bar.update(len(part))
 
-    def stored_bytes(h: int, w: int) -> int:
-        return packed.size_limits(h * w, spec.encoder.channels)[1] if packed else payload_bytes(spec, h, w)
 
-    sizes = [stored_bytes(*frame.grid) for frame in decoded if not frame.error]
-    feature = float(np.mean(sizes)) if sizes else 0.0
-    total, free = feature * len(pending) * _OVERHEAD, free_bytes(settings.cache_dir)
-    if settings.dry_run:
-        remark = " at most (codec lossless)" if codec == LOSSLESS else ""
-        reporter.info(
-            f"Disk: {bytes_text(total)} for {count_of(len(pending), settings.noun)} of {bytes_text(feature)}{remark}; "
-            f"{bytes_text(free)} free"
-        )
-    if total > free and not settings.force:
-        raise DiskSpaceError(
-            f"the features need {bytes_text(total)}, but {settings.cache_dir} has {bytes_text(free)} free: make room "
-            f"for {bytes_text(total - free)}, choose another --cache_dir or a smaller --image_size, or start anyway "
-            "with --force"
-        )
+@dataclass(frozen=True)
+class DiskNeed:
+    """Bytes that features will take on the disk, judged by the grids of a few frames spread over them."""
+
+    plan: Plan
+    spec: FeatureSpec
+    settings: PrecomputeSettings
+
+    def feature_bytes(self, pending: Sequence[int]) -> float:
+        """Of one feature on average; what `lossless` saves depends on the values and is not counted."""
+        spread = sorted({pending[len(pending) * part // _SAMPLED_FRAMES] for part in range(_SAMPLED_FRAMES)})
+        decoded = (decode_file(self.plan.paths_of(one)[-1], self.spec.preprocessing) for one in spread)
+        sizes = [self._stored_bytes(*frame.grid) for frame in decoded if not frame.error]
+        return float(np.mean(sizes)) if sizes else 0.0
+
+    def fits(self, pending: Sequence[int]) -> bool:
+        need = self.feature_bytes(pending) * len(pending) * _OVERHEAD if pending else 0.0
+        return self.settings.force or need <= free_bytes(self.settings.cache_dir)
+
+    def check(self, pending: Sequence[int], reporter: Reporter) -> None:
+        """A dry run is told the figures. Raises DiskSpaceError where they do not fit, but not with --force."""
+        settings, feature = self.settings, self.feature_bytes(pending)
+        total, free = feature * len(pending) * _OVERHEAD, free_bytes(settings.cache_dir)
+        if settings.dry_run:
+            packed = shard_codec(self.spec.feature_dtype, settings.codec) == LOSSLESS
+            reporter.info(
+                f"Disk: {bytes_text(total)} for {count_of(len(pending), settings.noun)} of {bytes_text(feature)}"
+                f"{' at most (codec lossless)' if packed else ''}; {bytes_text(free)} free"
+            )
+        if total > free and not settings.force:
+            raise DiskSpaceError(
+                f"the features need {bytes_text(total)}, but {settings.cache_dir} has {bytes_text(free)} free: make "
+                f"room for {bytes_text(total - free)}, choose another --cache_dir or a smaller --image_size, or start "
+                "anyway with --force"
+            )
+
+    def _stored_bytes(self, h: int, w: int) -> int:
+        codec = shard_codec(self.spec.feature_dtype, self.settings.codec)
+        packed = codec_for(codec) if codec == INT8 else None
+        if packed:
+            return packed.size_limits(h * w, self.spec.encoder.channels)[1]
+        return payload_bytes(self.spec, h, w)
 
 
 def free_bytes(directory: str) -> int:

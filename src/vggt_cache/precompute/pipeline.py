@@ -168,6 +168,8 @@ class Run:
             if self.stop.requested:
                 break
             self._waits_for = "the encoder"
+        for at in self._encoder.too_large:
+            self._lose_too_large(*work[at], len(lists[at]))
         rows = [(one.state_hash, one.digest) for one in decoded.values() if one.state_hash]
         self._writer.when_committed(lambda: self._done(block.block_id, rows))
 
@@ -235,6 +237,16 @@ class Run:
     def _lose(self, label: str, reason: str) -> None:
         self.lost.append(label)
         self.reporter.failed(label, reason)
+
+    def _lose_too_large(self, key: bytes, feature: int, frames: int) -> None:
+        self.stored.own.discard(key)
+        what = f"its list of {frames} frames" if frames > 1 else "the image"
+        self._lose(
+            self.plan.label(feature),
+            f"{what} does not fit into the memory of {self._encoder.device}, even alone: use a device with more "
+            "memory, a smaller --image_size, or shorter lists",
+        )
+        self._shorten(1)
 
     def _done(self, block_id: str, rows: list[tuple[bytes, bytes]]) -> None:
         """A block is on disk: note the digests first, then give the claim back, so that others find all done."""

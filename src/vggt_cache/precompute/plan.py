@@ -59,7 +59,11 @@ class Plan:
         self.frames.resolve()
         frames = np.asarray(self.frames.frame_ids(), np.int64)[np.asarray(references, np.int64)]
         self._sample_offsets = np.asarray(offsets, np.int64)
+        last = frames[self._sample_offsets[1:] - 1]
         self._lists, self._offsets = _distinct_lists(*self.context.wanted_lists(frames, self._sample_offsets))
+        is_each_alone = not self.context.shares_prefixes
+        self.history_only = len(self._offsets) - 1 - len(np.unique(last)) if is_each_alone else 0
+        """Features of images that are no sample's last one, which no training asks for."""
 
     def __len__(self) -> int:
         """Number of features wanted: all, or the first `max_samples`."""
@@ -161,6 +165,11 @@ class KnownKeys:
         if not self._known[frames].all():
             return None
         return feature_key(self.spec, [self._digests[frame].tobytes() for frame in frames])
+
+    def unknown_frames(self, features: Iterable[int]) -> list[int]:
+        """Those frames of the features whose files are there and have not been read in their present state."""
+        frames = {frame for feature in features for frame in self.plan.frames_of(feature).tolist()}
+        return [frame for frame in sorted(frames) if not self._known[frame]]
 
     def _look_up(self) -> None:
         known, digests = self.table.lookup(self._states)

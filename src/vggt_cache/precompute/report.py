@@ -1,7 +1,8 @@
 """What a run tells its user: the guide's lines on stdout, the progress bar on stderr, and the inputs it could not use.
 
 A bad input costs one warning and one line of `failures.jsonl` in the cache directory; the run goes on. That file is a
-log: lines are only appended, by every process with one write each, and an entry that stands there is not repeated.
+log: lines are only appended, by every process with one write each, and an entry that stands there is not repeated. What
+a later run of the same data has mended gets a line whose `reason` is null: the last line of `of` and `path` counts.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -40,7 +42,8 @@ class Reporter:
         """What could not be used: a file, `annotation:line`, or a feature's label."""
         self._remarks: set[str] = set()
         self._folder: SmallFolder | None = None
-        self._listed: set[tuple[str, str]] = set()
+        self._listed: dict[tuple[str, str], str] = {}
+        self._of = ""
 
     def info(self, text: str) -> None:
         if self.rank == 0:
@@ -54,6 +57,13 @@ class Reporter:
         if text not in self._remarks:
             self._remarks.add(text)
             self.warn(f"{text} (the first: {path!r})")
+
+    def warn_of(self, number: int, text: str, rest: str) -> None:
+        """The `number`-th line of its kind, counted from 1. Only the first are shown; `rest`: what of the others."""
+        if number <= _MAX_SHOWN:
+            self.warn(text)
+        elif number == _MAX_SHOWN + 1:
+            self.warn(f"more than {_MAX_SHOWN} such lines: {rest}")
 
     def success(self, text: str) -> None:
         self._line("SUCCESS", text)
@@ -71,23 +81,39 @@ class Reporter:
             total=total, desc=name, unit=unit, mininterval=seconds, maxinterval=30.0, dynamic_ncols=True
         )
 
-    def list_failures(self, cache_dir: str) -> None:
-        """From now on they are written down in this cache directory, not only shown."""
-        self._folder = SmallFolder(cache_dir, may_be_link=True)
-        self._listed = _listed_in(self._folder)
+    def list_failures(self, cache_dir: str, of: str = "") -> None:
+        """From now on they are written down in this cache directory, not only shown. `of`: data and specification."""
+        self._folder, self._of = SmallFolder(cache_dir, may_be_link=True), of
+        self._listed = standing_failures(cache_dir)
+
+    def earlier_failures(self) -> list[str]:
+        """What stands in the list for this data, and has not failed in this run."""
+        return [path for of, path in self._listed if of == self._of and path not in self.failures]
+
+    def mended(self, paths: Iterable[str]) -> None:
+        """They can be used by now: take them from the list."""
+        for path in paths:
+            self._write_down(path, None)
 
     def failed(self, path: str, reason: str) -> None:
         """`path` (a file, or what else `failures` names) cannot be used. The first reason stands."""
         if path in self.failures:
             return
         self.failures.add(path)
-        if len(self.failures) <= _MAX_SHOWN:
-            self.warn(f"{path}: {reason}")
-        elif len(self.failures) == _MAX_SHOWN + 1:
-            rest = f"all of them are listed in {self._folder.of(FAILURES_FILE)}" if self._folder else ""
-            self.warn(f"more than {_MAX_SHOWN} inputs failed; {rest or 'the others are not shown'}")
-        if self._folder and (path, reason) not in self._listed:
-            line = json.dumps({"path": path, "reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+        rest = f"all of them are listed in {self._folder.of(FAILURES_FILE)}" if self._folder else ""
+        self.warn_of(len(self.failures), f"{path}: {reason}", rest or "the others are not shown")
+        if self._listed.get((self._of, path)) != reason:
+            self._write_down(path, reason)
+
+    def _write_down(self, path: str, reason: str | None) -> None:
+        if self._folder:
+            entry = {
+                "path": path,
+                "reason": reason,
+                "of": self._of,
+                "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            }
+            line = json.dumps(entry)
             try:
                 self._folder.append(FAILURES_FILE, line.encode() + b"\n")
             except SmallFileError as error:
@@ -95,16 +121,19 @@ class Reporter:
                 self.warn(f"{error}; failures are only shown here")
 
 
-def _listed_in(folder: SmallFolder) -> set[tuple[str, str]]:
-    listed = set()
+def standing_failures(cache_dir: str) -> dict[tuple[str, str], str]:
+    """What is listed and not mended: by `of` and path the reason."""
+    standing: dict[tuple[str, str], str] = {}
     with suppress(SmallFileError):
+        folder = SmallFolder(cache_dir, may_be_link=True)
         for line in folder.read(FAILURES_FILE, _MAX_BYTES).splitlines():
-            with suppress(
-                ValueError, TypeError, KeyError, RecursionError
-            ):  # a line torn by a crash says nothing
+            with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):  # torn by a crash
                 entry = json.loads(line)
-                listed.add((entry["path"], entry["reason"]))
-    return listed
+                key = str(entry.get("of", "")), str(entry["path"])
+                standing.pop(key, None)
+                if isinstance(entry["reason"], str):
+                    standing[key] = entry["reason"]
+    return standing
 
 
 def count_of(number: int, noun: str) -> str:

@@ -11,7 +11,13 @@ from vggt_cache.errors import CacheNotFoundError, NotACacheError, SpecMismatchEr
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.precompute.digests import DigestTable
 from vggt_cache.precompute.encode import BatchEncoder, is_out_of_memory, out_of_memory
-from vggt_cache.precompute.estimate import check_disk, time_estimate
+from vggt_cache.precompute.estimate import (
+    DiskNeed,
+    absent_sentence,
+    hash_unknown,
+    time_estimate,
+    without_absent,
+)
 from vggt_cache.precompute.pipeline import Run, Stored
 from vggt_cache.precompute.plan import KnownKeys, plan_and_tell
 from vggt_cache.precompute.report import (
@@ -25,6 +31,7 @@ from vggt_cache.precompute.report import (
 from vggt_cache.precompute.settings import (
     PrecomputeSettings,
     QwenLimits,
+    check_cache_dir,
     choose_compute_dtype,
     choose_device,
 )
@@ -52,11 +59,20 @@ class _Command:
         self.settings = settings
         self.reporter = reporter
         shard_bytes()
-        if not settings.dry_run:
-            reporter.list_failures(settings.cache_dir)
+        check_cache_dir(settings.cache_dir)
         self.limits = QwenLimits.read(settings.model_path) if settings.model_path else None
         self.device = choose_device(settings.device)
         self.checkpoint = Checkpoint.open(settings.vggt_model_path, layer=settings.layer)
+        self.spec = FeatureSpec(
+            encoder=self.checkpoint.spec(choose_compute_dtype(settings.compute_dtype, self.device)),
+            preprocessing=settings.preprocessing,
+            context=settings.context,
+            feature_dtype=settings.feature_dtype,
+        )
+        if not settings.dry_run:
+            data = settings.data_root or settings.annotation_path or ""
+            of = f"{os.path.abspath(data)} {self.spec.short_name}"
+            reporter.list_failures(settings.cache_dir, of)
         self.plan = plan_and_tell(
             settings.data_root,
             settings.context,
@@ -64,12 +80,6 @@ class _Command:
             reporter,
             annotation_path=settings.annotation_path,
             data_path=settings.data_path,
-        )
-        self.spec = FeatureSpec(
-            encoder=self.checkpoint.spec(choose_compute_dtype(settings.compute_dtype, self.device)),
-            preprocessing=settings.preprocessing,
-            context=settings.context,
-            feature_dtype=settings.feature_dtype,
         )
         self.known = KnownKeys(self.plan, self.spec, DigestTable(settings.cache_dir))
 
@@ -88,6 +98,7 @@ class _Command:
             self.settings.batch_size,
             lambda size: self.reporter.warn(f"out of memory: going on with --batch_size {size}"),
             feature_dtype=self.spec.feature_dtype,
+            leave_out=True,
         )
 
     def tell_what_it_takes(self) -> int:
@@ -96,21 +107,21 @@ class _Command:
             with FeatureCache.open(self.settings.cache_dir, spec=self.spec) as cache:
                 stored = Stored(self.known, cache, recompute=not self.settings.skip_existing)
                 missing = stored.missing(range(len(self.plan)))
+                possible = self._tell(stored, missing)
         except (CacheNotFoundError, NotACacheError, SpecMismatchError):
-            missing = list(range(len(self.plan)))
-        self._tell(missing)
-        if missing:
-            self.reporter.info(time_estimate(self.plan, self.spec, missing, self.encoder))
+            possible = self._tell(None, list(range(len(self.plan))))
+        if possible:
+            self.reporter.info(time_estimate(self.plan, self.spec, possible, self.encoder))
         self.reporter.info("Dry run: nothing was computed or written")
-        return EXIT_OK
+        return EXIT_INCOMPLETE if self.reporter.failures or self.absent else EXIT_OK
 
     def execute(self, stop: StopRequest) -> int:
         settings = self.settings
         create_store(settings.cache_dir, self.spec)
         with FeatureCache.open(settings.cache_dir, spec=self.spec) as cache:
             stored = Stored(self.known, cache, recompute=not settings.skip_existing)
+            self._tell(stored, stored.missing(range(len(self.plan))))
             missing = stored.missing(range(len(self.plan)))
-            self._tell(missing)
             run = Run(
                 stored=stored,
                 reporter=self.reporter,
@@ -123,6 +134,7 @@ class _Command:
                 run.compute(self.plan.blocks_of(missing), self.encoder)
             if stop.requested:
                 return self._stopped(stop, run)
+            self._tell_mended(stored)
             self._tell_result(run)
             invalid = self._verify(cache) if settings.verify and self.reporter.rank == 0 else 0
             wrong = bool(settings.recompute) and recompute_some(
@@ -132,9 +144,15 @@ class _Command:
             return EXIT_INVALID
         return EXIT_INCOMPLETE if self.reporter.failures else EXIT_OK
 
-    def _tell(self, missing: list[int]) -> None:
-        """What is missing, and whether the disk has room for it."""
+    def _tell(self, stored: Stored | None, missing: list[int]) -> list[int]:
+        """What is missing, and whether the disk has room for it. Returns what of it can be computed."""
         spec, plan, info = self.spec, self.plan, self.reporter.info
+        self.absent, possible = without_absent(plan, missing)
+        need = DiskNeed(plan, spec, self.settings)
+        if stored is not None and len(stored.cache) and (self.settings.dry_run or not need.fits(possible)):
+            # Images that were only touched or copied have features already; only their bytes tell.
+            hash_unknown(self.known, possible, self.reporter, keep=not self.settings.dry_run)
+            missing, possible = stored.missing(missing), stored.missing(possible)
         info(
             f"Context: {spec.context} ({spec.context_rule.seen}); {spec.preprocessing.image_size} pixels wide, "
             f"layer {spec.encoder.layer}, computed in {spec.encoder.compute_dtype}, stored in {spec.feature_dtype}"
@@ -147,9 +165,19 @@ class _Command:
             )
         if len(missing) < len(plan):
             info(f"Already in the cache: {len(plan) - len(missing)}")
+        if plan.history_only:
+            info(
+                f"{count_of(plan.history_only, 'image')} of the data are only history of samples: their features are "
+                "made too, but training reads that of each sample's last image alone"
+            )
         info(f"Unique {self.settings.noun}s to process: {len(missing)}")
-        if missing:
-            check_disk(plan, spec, missing, self.settings, self.reporter)
+        if self.absent:
+            self.reporter.warn(
+                absent_sentence(plan, self.absent, len(missing) - len(possible), self.settings.noun)
+            )
+        if possible:
+            need.check(possible, self.reporter)
+        return possible
 
     def _tell_result(self, run: Run) -> None:
         settings, failures = self.settings, self.reporter.failures
@@ -165,6 +193,22 @@ class _Command:
                 f"{count_of(len(failures), 'input')} could not be used and what depends on them is not in the cache; "
                 f"they are listed in {os.path.join(settings.cache_dir, FAILURES_FILE)}"
             )
+
+    def _tell_mended(self, stored: Stored) -> None:
+        """Take from the list of failures what this data has no longer, or a feature in the store now depends on."""
+        earlier, plan = self.reporter.earlier_failures(), self.plan
+        if not earlier or self.settings.max_samples >= 0:
+            return
+        stored.refresh()
+        missing = set(stored.missing(range(len(plan))))
+        wanted = [(feature in missing, feature) for feature in range(len(plan))]
+        usable = {path for lost, feature in wanted if not lost for path in plan.paths_of(feature)}
+        failing = {path for lost, feature in wanted if lost for path in plan.paths_of(feature)} - usable
+        failing |= {plan.label(feature) for feature in missing}
+        mended = [path for path in earlier if path not in failing]
+        self.reporter.mended(mended)
+        if mended:
+            self.reporter.info(f"{count_of(len(mended), 'earlier failure')} in {FAILURES_FILE} mended since")
 
     def _stopped(self, stop: StopRequest, run: Run) -> int:
         self.reporter.warn(

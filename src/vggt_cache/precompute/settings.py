@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,18 @@ class PrecomputeSettings:
     def noun(self) -> str:
         """What is counted."""
         return CONTEXTS[self.context].noun
+
+
+def check_cache_dir(cache_dir: str) -> None:
+    """Raises SettingsError where there is something that is no directory, and none can be made."""
+    at = os.path.abspath(cache_dir)
+    while not os.path.lexists(at):
+        at = os.path.dirname(at)
+    if not os.path.isdir(at):
+        what = f"a link that leads nowhere (to {os.readlink(at)})" if os.path.islink(at) else "no directory"
+        raise SettingsError(
+            f"--cache_dir {cache_dir} cannot hold a cache, since {at} is {what}: name another place, or remove it"
+        )
 
 
 def choose_device(wanted: str) -> str:

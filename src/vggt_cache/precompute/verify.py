@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from tqdm import tqdm
 
 from vggt_cache.encoder import Encoder
-from vggt_cache.errors import CorruptRecordError, FrameError, StoreError
-from vggt_cache.identity import feature_key, frame_digest
-from vggt_cache.precompute.decode import decode_file, reason_without_path
-from vggt_cache.precompute.digests import DigestTable, read_in_state
+from vggt_cache.errors import CorruptRecordError, OutOfMemoryError, StoreError
+from vggt_cache.identity import feature_key
+from vggt_cache.precompute.decode import decode_file, read_digest
+from vggt_cache.precompute.digests import DigestTable
 from vggt_cache.precompute.encode import BatchEncoder
 from vggt_cache.precompute.plan import Plan
 from vggt_cache.precompute.report import Reporter, count_of
@@ -38,7 +38,7 @@ def verify_data(cache: FeatureCache, plan: Plan, *, threads: int = 8) -> Iterato
         for block in plan.blocks:
             lists = [plan.frames_of(feature).tolist() for feature in block.features]
             unread = list(dict.fromkeys(f for frames in lists for f in frames if f not in digests))
-            seen = list(pool.map(_digest_or_reason, (plan.frames.paths[f] for f in unread)))
+            seen = list(pool.map(read_digest, (plan.frames.paths[f] for f in unread)))
             digests.update((frame, digest) for frame, (digest, _) in zip(unread, seen, strict=True))
             table.correct({state: digest for digest, state in seen if state and isinstance(digest, bytes)})
             reasons = pool.map(lambda frames: _complaint(cache, [digests[frame] for frame in frames]), lists)
@@ -66,7 +66,7 @@ def tell_verdicts(verdicts: Iterable[Verdict], total: int, reporter: Reporter, n
             bar.update()
             if reason:
                 invalid += 1
-                reporter.warn(f"invalid: {label}: {reason}")
+                reporter.warn_of(invalid, f"invalid: {label}: {reason}", "the others are only counted")
     reporter.info(f"Verification: {wanted - invalid}/{wanted} valid, {invalid} invalid")
     return invalid
 
@@ -89,7 +89,13 @@ def recompute_some(cache: FeatureCache, plan: Plan, encoder: Encoder, count: int
         if stored is None:
             continue
         pixels = {position: frame.pixels for position, frame in enumerate(decoded)}
-        ((_, fresh),) = cache.spec.context_rule.encode(batches, [list(pixels)], pixels)
+        try:
+            ((_, fresh),) = cache.spec.context_rule.encode(batches, [list(pixels)], pixels)
+        except OutOfMemoryError:
+            reporter.warn(
+                f"{plan.label(feature)}: it does not fit into memory here, so it is not computed again"
+            )
+            continue
         reference = fresh[0].double().cpu()
         error = float((stored.double().cpu() - reference).norm() / reference.norm().clamp(min=1e-30))
         compared += 1
@@ -102,15 +108,6 @@ def recompute_some(cache: FeatureCache, plan: Plan, encoder: Encoder, count: int
             "features; do not train from it, and report this"
         )
     return worst > LARGEST_RELATIVE_ERROR
-
-
-def _digest_or_reason(path: str) -> tuple[bytes | str, bytes]:
-    """The digest of a file, with the hash of its state, see `read_in_state`; or why it cannot be read."""
-    try:
-        data, state = read_in_state(path)
-        return frame_digest(data), state
-    except FrameError as error:
-        return reason_without_path(error, path), b""
 
 
 def _complaint(cache: FeatureCache, digests: Sequence[bytes | str]) -> str:

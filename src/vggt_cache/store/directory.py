@@ -157,15 +157,19 @@ def create_store(
     return store_dir
 
 
-def _make_directories(path: str, fs: FileSystem) -> None:
+def _make_directories(path: str, fs: FileSystem, *, with_parents: bool = True) -> None:
     parent = os.path.dirname(os.path.abspath(path))
     try:
         fs.make_directory(path)
     except FileExistsError:
         return  # should it be no directory, opening it will say so
     except FileNotFoundError:
+        if (
+            not with_parents
+        ):  # such as below a link that leads nowhere: it is there, and nothing can be made in it
+            raise
         _make_directories(parent, fs)
-        return _make_directories(path, fs)
+        return _make_directories(path, fs, with_parents=False)
     _sync_path(parent, fs)
 
 
