@@ -60,7 +60,7 @@ def golden_encoder(setting: Setting) -> Encoder:
     config = EncoderConfig.from_dict(golden_recipe.SMALL_CONFIG)
     weights = golden_recipe.make_weights(expected_shapes(config))
     weights.pop("patch_embed.mask_token")
-    encoder = Encoder(config, layer=-1)
+    encoder = Encoder(config, layer=range(config.depth), tokens="all")
     encoder.load_state_dict(weights)
     return encoder.to(setting.device)
 
@@ -81,19 +81,15 @@ def from_goldens(setting: Setting, encoder: Encoder) -> float:
     return max(differences)
 
 
-def outputs(encoder: Encoder, images: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """All tokens [n, 2C] after each pair, of each frame of a causal sequence."""
-    pairs: list[torch.Tensor] = []
+def outputs(encoder: Encoder, images: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """All tokens after each pair [pairs, n, 2C], of each frame of a causal sequence."""
     grid = images[0].shape[0] // PATCH_SIZE, images[0].shape[1] // PATCH_SIZE
     history = encoder.new_history(grid, rows=1, frames=len(images))
     for number, image in enumerate(images):
         tokens = encoder.patch_tokens(image[None])
-        encoder.extend(
-            tokens, history, [0], number, want_feature=[True],
-            on_pair=lambda _, tokens: pairs.append(tokens[0].cpu()),
-        )  # fmt: skip
-        yield list(pairs)
-        pairs.clear()
+        features = encoder.extend(tokens, history, [0], number, want_feature=[True])
+        assert features is not None
+        yield features[0].cpu()
 
 
 def from_layer(golden: Mapping[str, Any], key: str, tokens: torch.Tensor) -> float:

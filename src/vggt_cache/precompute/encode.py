@@ -17,7 +17,7 @@ from vggt_cache.store.tensors import TORCH_DTYPES
 
 Pixels = npt.NDArray[np.uint8]
 Encoded = tuple[Sequence[int], torch.Tensor]
-"""Positions in the request, and their features [len, h, w, C] on the encoder's device."""
+"""Positions in the request, and their features [len, ...] (FeatureSpec.shape) on the encoder's device."""
 
 
 class BatchEncoder:
@@ -48,12 +48,36 @@ class BatchEncoder:
         """Features of ordered frame lists, prefixes shared. All frames of a list must have one shape."""
         yield from self._until_done(range(len(lists)), lambda rest: self._list_batches(lists, pixels, rest))
 
+    def joint_lists(self, lists: Sequence[Sequence[int]], pixels: Mapping[int, Pixels]) -> Iterator[Encoded]:
+        """Features of lists whose frames all see each other. Lists of as many frames of one shape share batches."""
+        shapes: dict[tuple[int, ...], list[int]] = {}
+        for position, frames in enumerate(lists):
+            shapes.setdefault((len(frames), *pixels[frames[0]].shape), []).append(position)
+        for (frames_each, *_), positions in shapes.items():
+            yield from self._until_done(
+                positions, lambda rest: self._joint_batches(lists, pixels, rest), least=frames_each
+            )
+
     def _frame_batches(self, pixels: Sequence[Pixels], positions: Sequence[int]) -> Iterator[Encoded]:
         for part in even_parts(positions, self.batch_size):
-            batch = torch.from_numpy(np.stack([pixels[position] for position in part]))
-            if self.device.type == "cuda":
-                batch = batch.pin_memory().to(self.device, non_blocking=True)
+            batch = self._on_device([pixels[position] for position in part])
             yield part, self.encoder.frame_features(batch).to(self._dtype)
+
+    def _joint_batches(
+        self, lists: Sequence[Sequence[int]], pixels: Mapping[int, Pixels], positions: Sequence[int]
+    ) -> Iterator[Encoded]:
+        """`batch_size` counts frames; a frame that several lists of a batch have goes through the tower once."""
+        for part in even_parts(positions, max(1, self.batch_size // len(lists[positions[0]]))):
+            frames = [frame for position in part for frame in lists[position]]
+            places = {frame: place for place, frame in enumerate(dict.fromkeys(frames))}
+            tokens = self.encoder.patch_tokens(self._on_device([pixels[frame] for frame in places]))
+            together = torch.stack([tokens[places[frame]] for frame in frames])
+            joint = self.encoder.joint_features(together.view(len(part), -1, *tokens.shape[1:]))
+            yield part, joint.to(self._dtype)
+
+    def _on_device(self, pixels: Sequence[Pixels]) -> torch.Tensor:
+        batch = torch.from_numpy(np.stack(pixels))
+        return batch.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else batch
 
     def _list_batches(
         self, lists: Sequence[Sequence[int]], pixels: Mapping[int, Pixels], positions: Sequence[int]
@@ -79,9 +103,16 @@ class BatchEncoder:
             yield joined()
 
     def _until_done(
-        self, positions: Sequence[int], batches: Callable[[Sequence[int]], Iterator[Encoded]]
+        self,
+        positions: Sequence[int],
+        batches: Callable[[Sequence[int]], Iterator[Encoded]],
+        *,
+        least: int = 1,
     ) -> Iterator[Encoded]:
-        """Go through `batches`; when the device is full, halve the batch and go on with what is left."""
+        """Go through `batches`; when the device is full, halve the batch and go on with what is left.
+
+        `least`: how many frames go together in any case.
+        """
         left = list(positions)
         while left:
             try:
@@ -93,8 +124,10 @@ class BatchEncoder:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-            if self.batch_size == 1:
-                raise out_of_memory(self.device, "a batch of one frame")
+            if self.batch_size <= least:
+                raise out_of_memory(
+                    self.device, "a batch of one frame" if least == 1 else f"one list of {least} frames"
+                )
             self.batch_size //= 2
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
