@@ -184,4 +184,4 @@ def test_layers_contradict_whatever_way_they_are_written():
         assert several.contradictions(same) == {}, same
     assert SPEC.contradictions({"layer": -2}) == SPEC.contradictions({"layers": "22"}) == {}
     assert several.contradictions({"layer": -2}) == {"layer": "11,22"}
-    assert SPEC.contradictions({"layers": "11,22", "pool": "8x8"}) == {"layer": 22, "pool": "none"}
+    assert SPEC.contradictions({"layers": "11,22", "pool": "8x8"}) == {"layers": 22, "pool": "none"}

@@ -166,6 +166,13 @@ class FeatureSpec:
         return self.layers or (self.encoder.layer,)
 
     @property
+    def kept_text(self) -> str:
+        """In words: `layer 22`, and what else differs from all patches."""
+        layers = ("layers " if self.layers else "layer ") + ", ".join(map(str, self.kept_layers))
+        tokens = "" if self.tokens == "patches" else f", tokens {self.tokens}"
+        return layers + tokens + (f", patches averaged to {pool_text(self.pool)}" if self.pool else "")
+
+    @cached_property
     def axes(self) -> tuple[str | int, ...]:
         """A feature's axes: of each its size where all features have the same, else its name.
 
@@ -208,10 +215,10 @@ class FeatureSpec:
         wanted = {
             name: given[name] for name in given if name in settings and given[name] not in (None, "auto")
         }
+        settings["layers"] = settings["layer"]
         if given.get("layers") is not None:
-            wanted["layer"] = given["layers"]
-        if "layer" in wanted:
-            wanted["layer"] = self._counted_from_0(wanted["layer"])
+            wanted["layers"] = given["layers"]
+        wanted |= {name: self._counted_from_0(wanted[name]) for name in ("layer", "layers") if name in wanted}
         return {name: settings[name] for name, value in wanted.items() if value != settings[name]}
 
     def _counted_from_0(self, layers: object) -> object:
@@ -268,9 +275,14 @@ def check_pool(tokens: str, pool: tuple[int, int] | None) -> None:
         )
 
 
+def fits(pool: tuple[int, int] | None, grid: Sequence[int]) -> bool:
+    """Whether a frame's grid has as many rows and columns as it is to be pooled to."""
+    return pool is None or (grid[0] >= pool[0] and grid[1] >= pool[1])
+
+
 def check_grid(pool: tuple[int, int] | None, grid: Sequence[int]) -> None:
     """Raises FrameError where a frame's grid is smaller than what it is to be pooled to."""
-    if pool is not None and (grid[0] < pool[0] or grid[1] < pool[1]):
+    if not fits(pool, grid):
         raise FrameError(
             f"a frame has {grid[0]} x {grid[1]} patches (rows x columns), fewer than the {pool_text(pool)} to which "
             "they are to be averaged; use a larger --image_size or a smaller --pool"

@@ -10,10 +10,11 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from vggt_cache.errors import SettingsError, SpecMismatchError
 from vggt_cache.frames import decode_frame, read_frame
-from vggt_cache.identity import FeatureSpec
+from vggt_cache.identity import PATCH_SIZE, FeatureSpec
 from vggt_cache.picture import Row, draw_features
 from vggt_cache.precompute.plan import plan_and_tell
 from vggt_cache.precompute.report import EXIT_INVALID, EXIT_OK, Reporter, bytes_text, count_of
@@ -22,6 +23,11 @@ from vggt_cache.store import convert, describe, prune
 from vggt_cache.store.directory import select_store
 from vggt_cache.store.filesystem import OPERATING_SYSTEM
 from vggt_cache.store.inventory import StoreDescription
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from torch import Tensor
 
 
 def show_info(cache_dir: str, *, as_json: bool) -> int:
@@ -60,7 +66,7 @@ def _spec_line(spec: FeatureSpec) -> str:
     encoder, preprocessing = spec.encoder, spec.preprocessing
     return (
         f"context {spec.context}: {encoder.patch_embed} with {encoder.depth} pairs of {encoder.embed_dim} channels, "
-        f"layer {encoder.layer}, {preprocessing.image_size} pixels wide ({preprocessing.resize_mode}), computed in "
+        f"{spec.kept_text}, {preprocessing.image_size} pixels wide ({preprocessing.resize_mode}), computed in "
         f"{encoder.compute_dtype}, stored in {spec.feature_dtype}"
     )
 
@@ -134,7 +140,11 @@ def draw_view(
             stored = None if key in rows else cache.get_by_key(key)
             if stored is not None:
                 pixels = decode_frame(read_frame(paths[-1]), cache.spec.preprocessing)
-                rows[key] = pixels, stored.float().numpy(), os.path.relpath(paths[-1], plan.root)
+                rows[key] = (
+                    pixels,
+                    _patches(cache.spec, stored, pixels),
+                    os.path.relpath(paths[-1], plan.root),
+                )
             if len(rows) == count:
                 break
     if not rows:
@@ -144,6 +154,20 @@ def draw_view(
     draw_features(list(rows.values()), output)
     reporter.info(f"Drew {count_of(len(rows), 'feature')}: {output}")
     return EXIT_OK
+
+
+def _patches(spec: FeatureSpec, stored: Tensor, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Patches [h, w, C] of a feature's last frame and highest layer. Raises SettingsError where it has none."""
+    if spec.tokens == "special":
+        raise SettingsError(
+            "this cache stores special tokens only, which have no place in a frame, so there is nothing to draw: view "
+            "a cache of patches"
+        )
+    tokens = stored[-1] if spec.context_rule.of_all_frames else stored
+    tokens = tokens[-1] if spec.layers else tokens
+    h, w = pixels.shape[0] // PATCH_SIZE, pixels.shape[1] // PATCH_SIZE
+    patches = tokens if tokens.ndim == 3 else tokens[-h * w :].view(h, w, -1)
+    return patches.float().numpy()
 
 
 def _spread(count: int) -> Iterator[int]:

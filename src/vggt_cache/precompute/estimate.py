@@ -11,15 +11,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from vggt_cache.codec import INT8, LOSSLESS, codec_for, shard_codec
+from vggt_cache.codec import INT8, ITEM_BYTES, LOSSLESS, codec_for, shard_codec
 from vggt_cache.errors import DiskSpaceError
-from vggt_cache.identity import FeatureSpec
+from vggt_cache.identity import FeatureSpec, fits
 from vggt_cache.precompute.decode import decode_file
 from vggt_cache.precompute.encode import BatchEncoder, Pixels
 from vggt_cache.precompute.plan import Plan
 from vggt_cache.precompute.report import Reporter, bytes_text, count_of, seconds_text
 from vggt_cache.precompute.settings import PrecomputeSettings
-from vggt_cache.store.record import payload_bytes
 
 _SAMPLED_FRAMES = 8
 _MEASURED_LISTS = 16
@@ -36,14 +35,20 @@ def check_disk(
     were not packed. Raises DiskSpaceError, but not with --force.
     """
     spread = sorted({pending[len(pending) * part // _SAMPLED_FRAMES] for part in range(_SAMPLED_FRAMES)})
-    decoded = (decode_file(plan.paths_of(feature)[-1], spec.preprocessing) for feature in spread)
+    decoded = (
+        (decode_file(plan.paths_of(one)[-1], spec.preprocessing), len(plan.frames_of(one))) for one in spread
+    )
     codec = shard_codec(spec.feature_dtype, settings.codec)
     packed = codec_for(codec) if codec == INT8 else None
 
-    def stored_bytes(h: int, w: int) -> int:
-        return packed.size_limits(h * w, spec.encoder.channels)[1] if packed else payload_bytes(spec, h, w)
+    def stored_bytes(shape: tuple[int, ...]) -> int:
+        plain = math.prod(shape) * ITEM_BYTES[spec.feature_dtype]
+        return packed.size_limits(math.prod(shape[:-1]), shape[-1])[1] if packed else plain
 
-    sizes = [stored_bytes(*frame.grid) for frame in decoded if not frame.error]
+    fit = [
+        (frame.grid, frames) for frame, frames in decoded if not frame.error and fits(spec.pool, frame.grid)
+    ]
+    sizes = [stored_bytes(spec.shape(grid, frames)) for grid, frames in fit]
     feature = float(np.mean(sizes)) if sizes else 0.0
     total, free = feature * len(pending) * _OVERHEAD, free_bytes(settings.cache_dir)
     if settings.dry_run:
@@ -116,5 +121,7 @@ def _measurable(plan: Plan, spec: FeatureSpec, pending: Sequence[int]) -> tuple[
     decoded = {frame: decode_file(plan.frames.paths[frame], spec.preprocessing) for frame in used}
     good = {frame: one for frame, one in decoded.items() if not one.error}
     grid = next((one.grid for one in good.values()), None)
-    pixels = {frame: one.pixels for frame, one in good.items() if one.grid == grid}
+    pixels = {
+        frame: one.pixels for frame, one in good.items() if one.grid == grid and fits(spec.pool, one.grid)
+    }
     return [feature for feature, frames in lists.items() if all(frame in pixels for frame in frames)], pixels

@@ -20,7 +20,7 @@ from vggt_cache.errors import CacheAccessError, CorruptRecordError, SettingsErro
 from vggt_cache.identity import KEY_BYTES, FeatureSpec, feature_key, frame_digest
 from vggt_cache.store.directory import select_store
 from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem
-from vggt_cache.store.record import Record
+from vggt_cache.store.record import Record, shape_of
 from vggt_cache.store.shards import OpenShard, OpenShards, ShardFolder, ShardVanishedError
 from vggt_cache.store.snapshot import NOTHING, Snapshot, SnapshotTaker
 from vggt_cache.store.tensors import bytes_for, bytes_of, check_target, empty_feature
@@ -298,10 +298,11 @@ class FeatureCache:
 
     def _feature_of(self, shard: OpenShard, record: Record, out: torch.Tensor | None) -> torch.Tensor:
         shard.stored_bytes(record)  # a record that cannot be there gets no memory
+        shape = shape_of(self.spec, record.h, record.w, record.frames)
         if out is None:
-            out = empty_feature(self.spec, record.h, record.w)
+            out = empty_feature(self.spec, shape)
         else:
-            check_target(out, self.spec, record.h, record.w)
+            check_target(out, self.spec, shape)
         shard.read(record, bytes_of(out))
         return out
 
@@ -310,7 +311,8 @@ class FeatureCache:
 
         memory = bytes_for(shard.stored_bytes(record), out)
         shard.read_stored(record, bytes_of(memory))
-        return EncodedFeature(record=memory, h=record.h, w=record.w, channels=self.spec.encoder.channels)
+        shape = shape_of(self.spec, record.h, record.w, record.frames)
+        return EncodedFeature(record=memory, shape=shape)
 
     def _index_is_wrong(self, shard: str, record: Record) -> bool:
         """Whether the shard itself tells something else about a record than the index did."""
