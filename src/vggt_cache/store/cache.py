@@ -109,13 +109,14 @@ class FeatureCache:
     # ------------------------------------------------------------ features
 
     def get(self, frames: Iterable[Frame], *, out: torch.Tensor | None = None) -> torch.Tensor | None:
-        """The feature [h, w, C] of an ordered list of frames; None when it is not in the cache.
+        """The feature (FeatureSpec.shape) of an ordered list of frames; None when it is not in the cache.
 
         `frames`: paths of image files, or the files' bytes. In context `frame` the feature is of the last frame, and
-        only its file is read; in `causal`, of the last frame after it has seen the others. The files are read each
-        time, so a frame that was replaced never gets its old feature. `out`: a contiguous CPU tensor of the feature's
-        shape and dtype, which is filled and returned, best torch's own memory (some processors copy slowly into
-        numpy's, which starts 16 bytes behind a page); without it the result is the caller's own.
+        only its file is read; in `causal`, of the last frame after it has seen the others; in `joint`, of all frames,
+        which is its first axis. The files are read each time, so a frame that was replaced never gets its old feature.
+        `out`: a contiguous CPU tensor of the feature's shape and dtype, which is filled and returned, best torch's own
+        memory (some processors copy slowly into numpy's, which starts 16 bytes behind a page); without it the result
+        is the caller's own.
 
         Raises FrameError for an unreadable image file, CorruptRecordError, CacheAccessError, SettingsError.
         """
@@ -127,7 +128,7 @@ class FeatureCache:
         return feature_key(self.spec, [frame_digest(self._bytes_of_frame(frame)) for frame in used])
 
     def get_by_key(self, key: bytes, *, out: torch.Tensor | None = None) -> torch.Tensor | None:
-        """The feature [h, w, C] under a key; None when it is not in the cache. `out` and errors as for `get`."""
+        """The feature under a key; None when it is not in the cache. `out` and errors as for `get`."""
         started_s = time.perf_counter()
         feature = self._first_copy(key, lambda shard, record: self._feature_of(shard, record, out))
         self._count(feature, time.perf_counter() - started_s)
