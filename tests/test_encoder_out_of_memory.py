@@ -56,7 +56,7 @@ def test_other_errors_are_not_taken_for_it(message: str) -> None:
 
 
 class SmallDevice:
-    """Stands in for an encoder whose device has room for so many frames of joint lists; a token is its frame's shade."""
+    """An encoder whose device has room for so many frames of joint lists; a token is its frame's shade."""
 
     device = torch.device("cpu")
 

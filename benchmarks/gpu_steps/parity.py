@@ -66,7 +66,7 @@ def golden_encoder(setting: Setting) -> Encoder:
 
 
 def from_goldens(setting: Setting, encoder: Encoder) -> float:
-    """The largest absolute difference at any stored layer, of single frames and of a causal sequence."""
+    """The largest absolute difference at any stored layer, of single frames, a causal sequence and a joint list."""
     frame, causal = golden_recipe.stored("frame.npz"), golden_recipe.stored("causal.npz")
     cases = sorted({key.rsplit("/", 2)[0] for key in frame if "/L0/" in key})
     differences = []
@@ -78,6 +78,13 @@ def from_goldens(setting: Setting, encoder: Encoder) -> float:
     sequence = [golden_recipe.image(21, 112, 154, number) for number in range(2 if setting.dry else 6)]
     for number, pairs in enumerate(outputs(encoder, sequence)):
         differences += [from_layer(causal, f"f{number}/L{layer}", pairs[layer % 4]) for layer in LAYERS]
+    joint = golden_recipe.stored("joint.npz")
+    pixels = torch.stack([golden_recipe.image(31, 112, 140, number) for number in range(3)])
+    for frame, pairs in enumerate(encoder.joint_features(encoder.patch_tokens(pixels)[None])[0].cpu()):
+        differences += [
+            from_layer(joint, f"s31_3x112x140/f{frame}/L{layer}", tokens)
+            for layer, tokens in enumerate(pairs)
+        ]
     return max(differences)
 
 

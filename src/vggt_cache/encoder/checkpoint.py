@@ -39,8 +39,8 @@ class Checkpoint:
     ) -> None:
         self.location = location
         self.config = config
-        self.layers = tuple(layers)
-        """Outputs to compute, ascending pair indexes counted from 0."""
+        self.layers, self.layer = tuple(layers), layers[-1]
+        """Outputs to compute, ascending pair indexes counted from 0; and the highest."""
         self._places = {name: places[name] for name in sorted(on_meta(config, layers).state_dict())}
         self._digest: str | None = None
 
@@ -75,7 +75,7 @@ class Checkpoint:
         """The encoder's part of a feature's identity."""
         digest, architecture = self.weights_digest(), dataclasses.asdict(self.config)
         return EncoderSpec(
-            weights_digest=digest, **architecture, layer=self.layers[-1], compute_dtype=compute_dtype
+            weights_digest=digest, **architecture, layer=self.layer, compute_dtype=compute_dtype
         )
 
     def load(
