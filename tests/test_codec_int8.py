@@ -140,7 +140,7 @@ def test_a_gpu_encodes_the_same_bits() -> None:
 def test_a_gpu_decodes_the_same_bits() -> None:
     for kind in ("plain", "outlier channels", "massive activations"):
         record = encode_int8(activations(kind))
-        feature = EncodedFeature(record=record.pin_memory(), h=15, w=20, channels=CHANNELS)
+        feature = EncodedFeature(record=record.pin_memory(), shape=(15, 20, CHANNELS))
         assert equal(feature.decode_on("cuda").cpu(), feature.decode())
 
 

@@ -426,11 +426,11 @@ def test_an_index_that_tells_of_a_huge_feature_costs_no_memory(
         row["h"] = row["w"] = MAX_SIDE
         row["checksum"] = record_checksum(BF16, record.key, MAX_SIDE, MAX_SIDE, stored, "lossless")
     index.write_bytes(b"".join(index_bytes(RecordTable([path.name], sort_rows(rows)), BF16.fingerprint)))
-    asked: list[tuple[int, int]] = []
+    asked: list[tuple[int, ...]] = []
 
-    def noted(spec: FeatureSpec, h: int, w: int) -> torch.Tensor:
-        asked.append((h, w))
-        return empty_feature(spec, h, w)
+    def noted(spec: FeatureSpec, shape: tuple[int, ...]) -> torch.Tensor:
+        asked.append(shape[:2])
+        return empty_feature(spec, shape)
 
     monkeypatch.setattr("vggt_cache.store.cache.empty_feature", noted)
     with FeatureCache.open(tmp_path) as cache:

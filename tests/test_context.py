@@ -29,6 +29,8 @@ class SumEncoder:
     def lists(self, lists, pixels):
         yield [float(sum(pixels[frame] for frame in frames)) for frames in lists]
 
+    joint_lists = lists
+
 
 def test_nothing_but_the_contexts_themselves_asks_which_context_it_is():
     named = "|".join(CONTEXTS)
@@ -78,8 +80,8 @@ class TestEachContext:
         pixels = {number: np.full((28, 42, 3), number * 40, np.uint8) for number in range(3)}
         batches = rule.encode(BatchEncoder(encoder, 2, lambda size: None), [[0, 1, 2]], pixels)
         ((_, features),) = batches
-        channels = make_spec(embed_dim=encoder.config.embed_dim).encoder.channels
-        assert features.shape[1:] == torch.Size(rule.shape(2, 3, channels))
+        spec = make_spec(context=rule.name, embed_dim=encoder.config.embed_dim)
+        assert features.shape[1:] == torch.Size(spec.shape((2, 3), frames=3))
 
     def test_messages_name_the_last_frame(self, rule: ContextRule) -> None:
         assert rule.label(["a.png"]) == "a.png"
@@ -89,8 +91,9 @@ class TestEachContext:
         )
 
 
-def test_frame_uses_the_last_frame_and_causal_all_of_them():
+def test_frame_uses_the_last_frame_and_the_others_all_of_them():
     assert {name: list(rule.used([1, 2, 3])) for name, rule in CONTEXTS.items()} == {
         "frame": [3],
         "causal": [1, 2, 3],
+        "joint": [1, 2, 3],
     }

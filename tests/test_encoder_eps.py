@@ -115,19 +115,14 @@ def images() -> Tensor:
 @pytest.fixture(scope="module")
 def found(small_config: EncoderConfig, weights: dict[str, Tensor], images: Tensor) -> Tensor:
     """The encoder's tokens after the last pair, [frames, n, 2C]."""
-    encoder = Encoder(small_config, layer=-1)
+    encoder = Encoder(small_config, layer=-1, tokens="all")
     encoder.load_state_dict({name: weights[name] for name in encoder.state_dict()})
     history = encoder.new_history((7, 7), rows=1, frames=FRAMES)
-    tokens: list[Tensor] = []
-    for place, image in enumerate(images):
-
-        def on_pair(pair: int, output: Tensor) -> None:
-            if pair == 3:
-                tokens.append(output[0])
-
-        patches = encoder.patch_tokens(image[None])
-        encoder.extend(patches, history, [0], place, want_feature=[True], on_pair=on_pair)
-    return torch.stack(tokens)
+    tokens = [
+        encoder.extend(encoder.patch_tokens(image[None]), history, [0], place, want_feature=[True])
+        for place, image in enumerate(images)
+    ]
+    return torch.cat([one for one in tokens if one is not None])
 
 
 def error(found: Tensor, expected: Tensor) -> float:

@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from vggt_cache.errors import SettingsError, SpecMismatchError
+from vggt_cache.errors import FrameError, SettingsError, SpecMismatchError
 from vggt_cache.identity import EncoderSpec, FeatureSpec, Preprocessing, feature_key, frame_digest
 
 ENCODER = EncoderSpec(
@@ -37,7 +37,14 @@ OTHER_ENCODER = {
     "compute_dtype": "float32",
 }
 OTHER_PREPROCESSING = {"image_size": 644, "resize_mode": "pad", "alpha": "drop"}
-OTHER_SPEC = {"context": "frame", "feature_dtype": "float16", "computation_version": 2}
+OTHER_SPEC = {
+    "context": "frame",
+    "feature_dtype": "float16",
+    "layers": (11, 22),
+    "tokens": "special",
+    "pool": (8, 8),
+    "computation_version": 2,
+}
 
 
 def changed_specs() -> list[FeatureSpec]:
@@ -69,9 +76,10 @@ def test_changing_any_field_changes_fingerprint_and_key():
 
 
 def test_the_key_is_what_the_document_says():
-    fingerprint = hashlib.sha256(
-        json.dumps(dataclasses.asdict(SPEC), sort_keys=True, separators=(",", ":")).encode()
-    ).digest()
+    fields = dataclasses.asdict(SPEC)
+    for name in ("layers", "tokens", "pool"):  # as if they did not exist, where they are not chosen
+        del fields[name]
+    fingerprint = hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).digest()
     message = b"vggt-feature-cache key 1\0" + fingerprint + (3).to_bytes(4, "little") + b"".join(FRAMES)
     assert feature_key(SPEC, FRAMES) == hashlib.sha256(message).digest()[:16]
 
@@ -114,7 +122,17 @@ def test_a_specification_survives_its_json(spec):
         "null",
         "{" * 100_000,
         SPEC.to_json()[:-1] + ',"extra":1}',
-        SPEC.to_json().replace('"context":"causal"', '"context":"joint"'),
+        SPEC.to_json().replace('"context":"causal"', '"context":"both"'),
+        SPEC.to_json()[:-1] + ',"tokens":"patches"}',
+        SPEC.to_json()[:-1] + ',"tokens":"some"}',
+        SPEC.to_json()[:-1] + ',"layers":[22]}',
+        SPEC.to_json()[:-1] + ',"layers":[22,11]}',
+        SPEC.to_json()[:-1] + ',"layers":[11,23]}',
+        SPEC.to_json()[:-1] + ',"layers":[true,22]}',
+        SPEC.to_json()[:-1] + ',"layers":5}',
+        SPEC.to_json()[:-1] + ',"pool":[8]}',
+        SPEC.to_json()[:-1] + ',"pool":[8,0]}',
+        SPEC.to_json()[:-1] + ',"pool":"88"}',
         SPEC.to_json().replace('"layer":22', '"layer":99'),
         SPEC.to_json().replace('"layer":22', '"layer":22.0'),
         SPEC.to_json().replace('"embed_dim":1024', '"embed_dim":"1024"'),
@@ -131,3 +149,39 @@ def test_any_other_specification_is_refused(text):
 def test_image_sizes_that_are_no_multiple_of_14_or_absurd_are_refused(image_size):
     with pytest.raises(SettingsError, match="use 518"):
         Preprocessing(image_size=image_size)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "shape"),
+    [
+        ({}, (5, 7, 2048)),
+        ({"context": "joint"}, (3, 5, 7, 2048)),
+        ({"layers": (4, 11, 22)}, (3, 5, 7, 2048)),
+        ({"tokens": "patches+camera"}, (36, 2048)),
+        ({"tokens": "special"}, (5, 2048)),
+        ({"tokens": "all"}, (40, 2048)),
+        ({"pool": (2, 4)}, (2, 4, 2048)),
+        ({"context": "joint", "layers": (11, 22), "tokens": "special"}, (3, 2, 5, 2048)),
+        ({"context": "joint", "layers": (11, 22), "pool": (2, 4)}, (3, 2, 2, 4, 2048)),
+    ],
+)
+def test_the_shape_of_a_feature_follows_from_what_is_chosen(chosen, shape):
+    spec = dataclasses.replace(SPEC, **chosen)
+    assert spec.shape((5, 7), frames=3) == shape
+    assert FeatureSpec.from_json(spec.to_json()) == spec
+
+
+def test_a_grid_is_never_pooled_to_a_larger_one():
+    with pytest.raises(FrameError, match=r"5 x 7 patches .* fewer than the 6x7"):
+        dataclasses.replace(SPEC, pool=(6, 7)).shape((5, 7))
+    with pytest.raises(SettingsError, match="only a grid of patches can be pooled"):
+        dataclasses.replace(SPEC, pool=(2, 2), tokens="all")
+
+
+def test_layers_contradict_whatever_way_they_are_written():
+    several = dataclasses.replace(SPEC, layers=(11, 22))
+    for same in ({"layers": "11,22"}, {"layers": "-2,-13"}, {"layers": None}, {"tokens": "patches"}):
+        assert several.contradictions(same) == {}, same
+    assert SPEC.contradictions({"layer": -2}) == SPEC.contradictions({"layers": "22"}) == {}
+    assert several.contradictions({"layer": -2}) == {"layer": "11,22"}
+    assert SPEC.contradictions({"layers": "11,22", "pool": "8x8"}) == {"layers": 22, "pool": "none"}

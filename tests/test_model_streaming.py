@@ -124,8 +124,8 @@ def test_in_frame_context_every_frame_is_alone(encoder: Encoder, frames: list[Te
     stream = StreamingFeatures(encoder, context="frame")
     for frame in frames[:3]:
         assert torch.equal(stream.push(frame), encoder.frame_features(frame[None])[0])
-    with pytest.raises(SettingsError, match="'joint', which is not one of frame, causal"):
-        StreamingFeatures(encoder, context="joint")
+    with pytest.raises(SettingsError, match="'both', which is not one of frame, causal, joint"):
+        StreamingFeatures(encoder, context="both")
 
 
 def test_frames_of_another_size_are_refused_and_the_episode_can_go_on(

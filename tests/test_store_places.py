@@ -228,7 +228,7 @@ def test_a_cache_of_another_specification_is_refused_with_what_it_holds(tmp_path
 @pytest.mark.parametrize(
     "choice",
     [
-        {"context": "joint"},
+        {"context": "both"},
         {"context": ""},
         {"fingerprint": ""},
         {"fingerprint": "../../etc"},

@@ -60,13 +60,13 @@ def golden_encoder(setting: Setting) -> Encoder:
     config = EncoderConfig.from_dict(golden_recipe.SMALL_CONFIG)
     weights = golden_recipe.make_weights(expected_shapes(config))
     weights.pop("patch_embed.mask_token")
-    encoder = Encoder(config, layer=-1)
+    encoder = Encoder(config, layer=range(config.depth), tokens="all")
     encoder.load_state_dict(weights)
     return encoder.to(setting.device)
 
 
 def from_goldens(setting: Setting, encoder: Encoder) -> float:
-    """The largest absolute difference at any stored layer, of single frames and of a causal sequence."""
+    """The largest absolute difference at any stored layer, of single frames, a causal sequence and a joint list."""
     frame, causal = golden_recipe.stored("frame.npz"), golden_recipe.stored("causal.npz")
     cases = sorted({key.rsplit("/", 2)[0] for key in frame if "/L0/" in key})
     differences = []
@@ -78,22 +78,25 @@ def from_goldens(setting: Setting, encoder: Encoder) -> float:
     sequence = [golden_recipe.image(21, 112, 154, number) for number in range(2 if setting.dry else 6)]
     for number, pairs in enumerate(outputs(encoder, sequence)):
         differences += [from_layer(causal, f"f{number}/L{layer}", pairs[layer % 4]) for layer in LAYERS]
+    joint = golden_recipe.stored("joint.npz")
+    pixels = torch.stack([golden_recipe.image(31, 112, 140, number) for number in range(3)])
+    for frame, pairs in enumerate(encoder.joint_features(encoder.patch_tokens(pixels)[None])[0].cpu()):
+        differences += [
+            from_layer(joint, f"s31_3x112x140/f{frame}/L{layer}", tokens)
+            for layer, tokens in enumerate(pairs)
+        ]
     return max(differences)
 
 
-def outputs(encoder: Encoder, images: list[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
-    """All tokens [n, 2C] after each pair, of each frame of a causal sequence."""
-    pairs: list[torch.Tensor] = []
+def outputs(encoder: Encoder, images: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """All tokens after each pair [pairs, n, 2C], of each frame of a causal sequence."""
     grid = images[0].shape[0] // PATCH_SIZE, images[0].shape[1] // PATCH_SIZE
     history = encoder.new_history(grid, rows=1, frames=len(images))
     for number, image in enumerate(images):
         tokens = encoder.patch_tokens(image[None])
-        encoder.extend(
-            tokens, history, [0], number, want_feature=[True],
-            on_pair=lambda _, tokens: pairs.append(tokens[0].cpu()),
-        )  # fmt: skip
-        yield list(pairs)
-        pairs.clear()
+        features = encoder.extend(tokens, history, [0], number, want_feature=[True])
+        assert features is not None
+        yield features[0].cpu()
 
 
 def from_layer(golden: Mapping[str, Any], key: str, tokens: torch.Tensor) -> float:

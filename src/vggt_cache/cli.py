@@ -7,6 +7,7 @@ loaded by the command that needs them, so that `--help` is quick.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -70,6 +71,7 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options, allow_abbrev=False)
+        self._negative_number_matcher = re.compile(r"-\d[\d.,-]*$")  # `--layers -3,-1`: a value and no flag
 
     def flag(self, name: str, *short: str, help: str, default: Any = None, **options: Any) -> argparse.Action:
         """`--some_name`, which may also be written `--some-name`; `short` is a third spelling."""
@@ -135,7 +137,7 @@ def _add_computing(commands: Any) -> None:
     verify = _command(commands, "verify", _in("inspection", "verify_cache"), text, cache_dir=_CACHE_DIR)
     verify.flag("data_root", help="check that every feature this data needs is present and intact")
     verify.choice_of_spec()
-    only = {"annotation_path", "data_path", *SETTINGS} - {"context"}
+    only = {"annotation_path", "data_path", "layers", *SETTINGS} - {"context"}
     add_flags(verify.flag, PrecomputeSettings, only=only, defaults=False)
     verify.flag("num_workers", type=int, default=8, help="threads that read")
 

@@ -29,6 +29,9 @@ class ListEncoder(Protocol[Batch]):
     def lists(self, lists: Sequence[Sequence[int]], pixels: Mapping[int, Any]) -> Iterator[Batch]:
         """Ordered lists of frames (as they are named in `pixels`), each frame seeing those before it."""
 
+    def joint_lists(self, lists: Sequence[Sequence[int]], pixels: Mapping[int, Any]) -> Iterator[Batch]:
+        """Ordered lists of frames, each frame seeing all of its list."""
+
 
 class ContextRule(ABC):
     """The contract of a context. It holds no state."""
@@ -42,6 +45,8 @@ class ContextRule(ABC):
     """How many features one process claims together, at least."""
     shares_prefixes: bool = False
     """Whether a frame's keys and values, once computed, serve all lists that begin with the same frames."""
+    of_all_frames: bool = False
+    """Whether a feature is of every frame that was seen, with an axis of frames, and not of the last one."""
 
     @abstractmethod
     def used(self, frames: Sequence[T]) -> Sequence[T]:
@@ -56,10 +61,6 @@ class ContextRule(ABC):
         self, encoder: ListEncoder[Batch], lists: Sequence[Sequence[int]], pixels: Mapping[int, Any]
     ) -> Iterator[Batch]:
         """The features of these frame lists. `pixels`: uint8 [H, W, 3] for each frame that is used."""
-
-    def shape(self, h: int, w: int, channels: int) -> tuple[int, ...]:
-        """The shape of one feature whose frames have a grid of h x w patches."""
-        return h, w, channels
 
     def label(self, paths: Sequence[str]) -> str:
         """What the feature of these frames is called in messages."""
@@ -108,7 +109,21 @@ class CausalRule(ContextRule):
         return encoder.lists(lists, pixels)
 
 
-CONTEXTS: Mapping[str, ContextRule] = {rule.name: rule for rule in (FrameRule(), CausalRule())}
+class JointRule(CausalRule):
+    """A feature belongs to a list of frames: all of them, each having seen all. As VGGT was trained."""
+
+    name = "joint"
+    seen = "all frames of each list, each having seen all of them"
+    shares_prefixes = False
+    of_all_frames = True
+
+    def encode(
+        self, encoder: ListEncoder[Batch], lists: Sequence[Sequence[int]], pixels: Mapping[int, Any]
+    ) -> Iterator[Batch]:
+        return encoder.joint_lists(lists, pixels)
+
+
+CONTEXTS: Mapping[str, ContextRule] = {rule.name: rule for rule in (FrameRule(), CausalRule(), JointRule())}
 """By name; the first is what precompute does where nothing is said."""
 
 

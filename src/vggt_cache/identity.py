@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from typing import Any
 
 from vggt_cache.context import CONTEXTS as CONTEXTS
 from vggt_cache.context import ContextRule
-from vggt_cache.errors import SettingsError, SpecMismatchError
+from vggt_cache.errors import FrameError, SettingsError, SpecMismatchError
 
 COMPUTATION_VERSION = 1
 """Raised whenever our own code computes a different value from the same inputs."""
@@ -26,9 +27,15 @@ RESIZE_MODES = ("crop", "pad")
 ALPHA_MODES = ("white", "drop")
 FEATURE_DTYPES = ("bfloat16", "float16", "float32", "int8")
 COMPUTE_DTYPES = ("bfloat16", "float32")
-SETTINGS = ("context", "image_size", "resize_mode", "alpha", "layer", "feature_dtype", "compute_dtype")
+TOKENS = ("patches", "patches+camera", "special", "all")
+SETTINGS = (
+    *("context", "image_size", "resize_mode", "alpha", "layer", "tokens", "pool"),
+    *("feature_dtype", "compute_dtype"),
+)
 """What of a specification flags name, under the flags' names."""
 PATCH_SIZE = 14
+SPECIAL_TOKENS = 5
+"""In front of a frame's patches: the camera token, then four registers."""
 KEY_BYTES = 16
 DIGEST_BYTES = 32
 
@@ -82,7 +89,7 @@ class EncoderSpec:
     patch_size: int
     patch_embed: str
     layer: int
-    """Output that is stored, as a pair index counted from 0 (the default -2 of 24 pairs is 22)."""
+    """Highest output that is stored, as a pair index counted from 0 (the default -2 of 24 pairs is 22)."""
     compute_dtype: str
     """dtype of matrix products and attention; LayerNorm, RoPE and the residual stream are float32."""
 
@@ -115,11 +122,28 @@ class FeatureSpec:
     """The name of what a feature belongs to; `context_rule` is the object."""
     feature_dtype: str = "bfloat16"
     """dtype in which a feature is stored. `int8`: quantised from bfloat16, and given back as bfloat16."""
+    layers: tuple[int, ...] = ()
+    """The outputs that are stored, ascending, where there are several; empty where `encoder.layer` is the only one."""
+    tokens: str = "patches"
+    """Those of each frame: `patches` [h, w]; or as a row, in the encoder's order, `patches+camera` [1 + h * w],
+    `special` [5] (camera and registers), `all` [5 + h * w]."""
+    pool: tuple[int, int] | None = None
+    """The patch grid is averaged to so many rows and columns (adaptive average pooling) before it is stored."""
     computation_version: int = COMPUTATION_VERSION
 
     def __post_init__(self) -> None:
         _one_of("context", self.context, tuple(CONTEXTS))
         _one_of("feature_dtype", self.feature_dtype, FEATURE_DTYPES)
+        _one_of("tokens", self.tokens, TOKENS)
+        ascending = all(type(layer) is int and layer >= 0 for layer in self.layers) and (
+            list(self.layers) == sorted(set(self.layers))
+        )
+        if self.layers and not (ascending and len(self.layers) > 1 and self.layers[-1] == self.encoder.layer):
+            raise SettingsError(
+                f"layers is {self.layers!r}, and two or more outputs are needed in ascending order, the last of them "
+                f"{self.encoder.layer}: the specification is damaged"
+            )
+        check_pool(self.tokens, self.pool)
         if type(self.computation_version) is not int:  # True == 1, and its text and fingerprint are others
             raise SettingsError(
                 f"computation_version is {self.computation_version!r}, which is not a whole number above 0: the "
@@ -137,6 +161,41 @@ class FeatureSpec:
         return f"{self.context}-{self.fingerprint[:16]}"
 
     @property
+    def kept_layers(self) -> tuple[int, ...]:
+        """The outputs that are stored, ascending, also where there is one."""
+        return self.layers or (self.encoder.layer,)
+
+    @property
+    def kept_text(self) -> str:
+        """In words: `layer 22`, and what else differs from all patches."""
+        layers = ("layers " if self.layers else "layer ") + ", ".join(map(str, self.kept_layers))
+        tokens = "" if self.tokens == "patches" else f", tokens {self.tokens}"
+        return layers + tokens + (f", patches averaged to {pool_text(self.pool)}" if self.pool else "")
+
+    @cached_property
+    def axes(self) -> tuple[str | int, ...]:
+        """A feature's axes: of each its size where all features have the same, else its name.
+
+        `frames` where it is of all frames of a list; the number of layers where there are several; `h` and `w` of
+        the patch grid, or `n` tokens in a row; channels.
+        """
+        frames = ("frames",) if self.context_rule.of_all_frames else ()
+        layers = (len(self.layers),) if self.layers else ()
+        tokens = ("h", "w") if self.tokens == "patches" else ("n",)
+        return *frames, *layers, *tokens, self.encoder.channels
+
+    def shape(self, grid: Sequence[int], frames: int = 1) -> tuple[int, ...]:
+        """The shape of the feature of a list of `frames` frames that have a `grid` of (h, w) patches.
+
+        Raises FrameError where the grid has fewer rows or columns than are to be pooled.
+        """
+        check_grid(self.pool, grid)
+        h, w = self.pool or grid
+        rows = {"special": SPECIAL_TOKENS, "patches+camera": 1 + h * w, "all": SPECIAL_TOKENS + h * w}
+        sizes = {"frames": frames, "h": h, "w": w, "n": rows.get(self.tokens, 0)}
+        return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in self.axes)
+
+    @property
     def context_rule(self) -> ContextRule:
         """What the context means: which frames are used, how they are encoded, what comes out."""
         return CONTEXTS[self.context]
@@ -144,6 +203,7 @@ class FeatureSpec:
     @property
     def settings(self) -> dict[str, object]:
         values = {**vars(self), **vars(self.preprocessing), **vars(self.encoder)}
+        values |= {"layer": _one_or_several(self.kept_layers), "pool": pool_text(self.pool)}
         return {name: values[name] for name in SETTINGS}
 
     def contradictions(self, given: Mapping[str, object]) -> dict[str, object]:
@@ -152,21 +212,40 @@ class FeatureSpec:
         None and `auto` leave a setting open, and a negative layer counts from the end. Other names are passed over.
         """
         settings = self.settings
-        wanted = {key: given[key] for key in given if key in settings and given[key] not in (None, "auto")}
-        layer = wanted.get("layer")
-        if isinstance(layer, int) and layer < 0:
-            wanted["layer"] = layer + self.encoder.depth
+        wanted = {
+            name: given[name] for name in given if name in settings and given[name] not in (None, "auto")
+        }
+        settings["layers"] = settings["layer"]
+        if given.get("layers") is not None:
+            wanted["layers"] = given["layers"]
+        wanted |= {name: self._counted_from_0(wanted[name]) for name in ("layer", "layers") if name in wanted}
         return {name: settings[name] for name, value in wanted.items() if value != settings[name]}
 
+    def _counted_from_0(self, layers: object) -> object:
+        """Layers as a flag gives them, such as -2 or `11,-1`, in the form of `settings`."""
+        try:
+            numbers = parse_layers(str(layers))
+        except SettingsError:
+            return layers
+        return _one_or_several(sorted({n + self.encoder.depth if n < 0 else n for n in numbers}))
+
     def to_json(self) -> str:
-        """Canonical JSON: sorted names, no spaces. Equal specifications give equal text."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, separators=(",", ":"))
+        """Canonical JSON: sorted names, no spaces. Equal specifications give equal text.
+
+        What came later stands there only where it is not the default, so that older caches keep their fingerprints.
+        """
+        fields = dataclasses.asdict(self)
+        for name, default in (("layers", ()), ("tokens", "patches"), ("pool", None)):
+            if fields[name] == default:
+                del fields[name]
+        return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, text: str) -> FeatureSpec:
         """The specification written by `to_json`. Raises SpecMismatchError for any unknown or missing name."""
         try:
             fields: dict[str, Any] = json.loads(text)
+            fields |= {name: tuple(fields[name]) for name in ("layers", "pool") if name in fields}
             fields["encoder"] = EncoderSpec(**fields["encoder"])
             fields["preprocessing"] = Preprocessing(**fields["preprocessing"])
             spec = cls(**fields)
@@ -181,6 +260,60 @@ class FeatureSpec:
                 "precompute again into a new directory"
             )
         return spec
+
+
+def check_pool(tokens: str, pool: tuple[int, int] | None) -> None:
+    """Raises SettingsError for a size to which nothing can be pooled."""
+    if pool is None:
+        return
+    if len(pool) != 2 or any(type(side) is not int or side < 1 for side in pool):
+        raise SettingsError(f"pool is {pool!r}, which is not rows x columns of 1 or more: give such as 8x8")
+    if tokens != "patches":
+        raise SettingsError(
+            f"pool is {pool_text(pool)} and tokens is {tokens}: only a grid of patches can be pooled; store patches, "
+            "or leave pool out"
+        )
+
+
+def fits(pool: tuple[int, int] | None, grid: Sequence[int]) -> bool:
+    """Whether a frame's grid has as many rows and columns as it is to be pooled to."""
+    return pool is None or (grid[0] >= pool[0] and grid[1] >= pool[1])
+
+
+def check_grid(pool: tuple[int, int] | None, grid: Sequence[int]) -> None:
+    """Raises FrameError where a frame's grid is smaller than what it is to be pooled to."""
+    if not fits(pool, grid):
+        raise FrameError(
+            f"a frame has {grid[0]} x {grid[1]} patches (rows x columns), fewer than the {pool_text(pool)} to which "
+            "they are to be averaged; use a larger --image_size or a smaller --pool"
+        )
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Of `--layers 11,17,-1`. Raises SettingsError."""
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError as error:
+        raise SettingsError(
+            f"--layers {text!r} is no list of layers: give whole numbers with commas, such as 11,17,-1"
+        ) from error
+
+
+def _one_or_several(layers: Sequence[int]) -> int | str:
+    return layers[0] if len(layers) == 1 else ",".join(map(str, layers))
+
+
+def parse_pool(text: str) -> tuple[int, int]:
+    """Of `--pool 8x8`: rows and columns. Raises SettingsError."""
+    match = re.fullmatch(r"([1-9][0-9]{0,3})x([1-9][0-9]{0,3})", text)
+    if match is None:
+        raise SettingsError(f"--pool {text!r} is not rows x columns: give such as 8x8")
+    return int(match[1]), int(match[2])
+
+
+def pool_text(pool: Sequence[int] | None) -> str:
+    """As the flag is written: `8x8`, and `none` where nothing is pooled."""
+    return "x".join(map(str, pool)) if pool is not None else "none"
 
 
 def frame_digest(data: bytes) -> bytes:

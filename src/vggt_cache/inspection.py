@@ -10,10 +10,11 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from vggt_cache.errors import FrameError, NotACacheError, SettingsError, SpecMismatchError
 from vggt_cache.frames import decode_frame, read_frame
-from vggt_cache.identity import FeatureSpec
+from vggt_cache.identity import PATCH_SIZE, FeatureSpec
 from vggt_cache.picture import Row, draw_features, picture_format
 from vggt_cache.precompute.plan import plan_and_tell
 from vggt_cache.precompute.report import (
@@ -30,6 +31,11 @@ from vggt_cache.store import convert, describe, prune
 from vggt_cache.store.directory import select_store
 from vggt_cache.store.filesystem import OPERATING_SYSTEM
 from vggt_cache.store.inventory import CacheDescription, StoreDescription
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from torch import Tensor
 
 
 def show_info(cache_dir: str, *, as_json: bool) -> int:
@@ -82,7 +88,7 @@ def _spec_line(spec: FeatureSpec) -> str:
     encoder, preprocessing = spec.encoder, spec.preprocessing
     return (
         f"context {spec.context}: {encoder.patch_embed} with {encoder.depth} pairs of {encoder.embed_dim} channels, "
-        f"layer {encoder.layer}, {preprocessing.image_size} pixels wide ({preprocessing.resize_mode}), computed in "
+        f"{spec.kept_text}, {preprocessing.image_size} pixels wide ({preprocessing.resize_mode}), computed in "
         f"{encoder.compute_dtype}, stored in {spec.feature_dtype}"
     )
 
@@ -159,7 +165,7 @@ def draw_view(
                 if stored is not None:
                     seen = [decode_frame(read_frame(path), cache.spec.preprocessing) for path in paths]
                     caption = plan.context.label([os.path.relpath(path, plan.root) for path in paths])
-                    rows[key] = Row(seen[-1], stored.float().numpy(), caption, seen[:-1])
+                    rows[key] = Row(seen[-1], _patches(cache.spec, stored, seen[-1]), caption, seen[:-1])
             except FrameError:
                 continue  # what is missing or damaged has no feature; others have
             if len(rows) == count:
@@ -171,6 +177,20 @@ def draw_view(
     draw_features(list(rows.values()), output)
     reporter.info(f"Drew {count_of(len(rows), 'feature')}: {output}")
     return EXIT_OK
+
+
+def _patches(spec: FeatureSpec, stored: Tensor, pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """Patches [h, w, C] of a feature's last frame and highest layer. Raises SettingsError where it has none."""
+    if spec.tokens == "special":
+        raise SettingsError(
+            "this cache stores special tokens only, which have no place in a frame, so there is nothing to draw: view "
+            "a cache of patches"
+        )
+    tokens = stored[-1] if spec.context_rule.of_all_frames else stored
+    tokens = tokens[-1] if spec.layers else tokens
+    h, w = pixels.shape[0] // PATCH_SIZE, pixels.shape[1] // PATCH_SIZE
+    patches = tokens if tokens.ndim == 3 else tokens[-h * w :].view(h, w, -1)
+    return patches.float().numpy()
 
 
 def _spread(count: int) -> Iterator[int]:

@@ -45,6 +45,8 @@ FLAGS = [
 class LoadedCheckpoint:
     """Stands in for `Checkpoint`: the small encoder with the golden weights, in memory once."""
 
+    layers = (0,)
+
     def __init__(self) -> None:
         config = EncoderConfig.from_dict(golden_recipe.SMALL_CONFIG)
         self._encoder = Encoder(config, layer=0)
@@ -52,13 +54,13 @@ class LoadedCheckpoint:
         self._encoder.load_state_dict(golden_recipe.make_weights(shapes))
         self._spec = replace(make_spec().encoder, embed_dim=config.embed_dim, depth=config.depth)
 
-    def open(self, location: str, *, layer: int) -> LoadedCheckpoint:
+    def open(self, location: str, *, layer: Sequence[int]) -> LoadedCheckpoint:
         return self
 
     def spec(self, compute_dtype: str) -> EncoderSpec:
         return self._spec
 
-    def load(self, *, device: str, compute_dtype: str) -> Encoder:
+    def load(self, *, device: str, compute_dtype: str, tokens: str, pool: None) -> Encoder:
         return self._encoder
 
 

@@ -23,18 +23,19 @@ class ToyCheckpoint:
     """Stands in for `Checkpoint` and for the `Encoder` that it loads. Sums of small whole numbers: exact."""
 
     device = torch.device("cpu")
+    layers = (0,)
 
     def __init__(self, *, pause_s: float = 0.0) -> None:
         """`pause_s`: how long a frame takes."""
         self._pause_s = pause_s
 
-    def open(self, location: str, *, layer: int) -> ToyCheckpoint:
+    def open(self, location: str, *, layer: Sequence[int]) -> ToyCheckpoint:
         return self
 
     def spec(self, compute_dtype: str) -> EncoderSpec:
         return make_spec(embed_dim=2).encoder
 
-    def load(self, *, device: str, compute_dtype: str) -> ToyCheckpoint:
+    def load(self, *, device: str, compute_dtype: str, tokens: str, pool: None) -> ToyCheckpoint:
         return self
 
     def frame_features(self, pixels: Tensor) -> Tensor:

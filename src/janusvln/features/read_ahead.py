@@ -100,7 +100,7 @@ class ReadAhead:
 
     def _buffer(self, h: int, w: int) -> Tensor:
         spec = self.cache.spec
-        shape, dtype = spec.context_rule.shape(h, w, spec.encoder.channels), TORCH_DTYPES[spec.feature_dtype]
+        shape, dtype = spec.shape((h, w)), TORCH_DTYPES[spec.feature_dtype]
         if self._is_int8:
             shape, dtype = (Int8().size_limits(h * w, spec.encoder.channels)[0],), torch.uint8
         free = self._free[shape]

@@ -76,6 +76,7 @@ def open_cache(
         if not fill:
             raise
     agreeing = [spec for spec in specs if not wanted.contradictions(spec)]
+    agreeing = [spec for spec in agreeing if not unfit(spec)] or agreeing
     if len(agreeing) > 1:
         raise AmbiguousCacheError(
             f"{cache_dir} holds {len(agreeing)} caches that could be meant: "
@@ -85,6 +86,8 @@ def open_cache(
         agreeing = [live_spec(wanted, location, device)]
         create_store(cache_dir, agreeing[0])
     if agreeing:
+        if unfit(agreeing[0]):
+            raise SettingsError(unfit(agreeing[0]))
         return FeatureCache.open(cache_dir, spec=agreeing[0])
     if not specs:
         raise NotACacheError(
@@ -110,11 +113,24 @@ def live_spec(wanted: WantedFeatures, location: str | None, device: str) -> Feat
     given = {name: getattr(wanted, name) for name in AS_PUBLISHED}
     named = AS_PUBLISHED | {name: value for name, value in given.items() if value is not None}
     checkpoint = Checkpoint.open(location, layer=named["layer"])
-    return FeatureSpec(
+    spec = FeatureSpec(
         encoder=checkpoint.spec(choose_compute_dtype(named["compute_dtype"], device)),
         preprocessing=Preprocessing(**{name: named[name] for name in ("image_size", "resize_mode", "alpha")}),
         context=named["context"],
         feature_dtype=named["feature_dtype"],
+    )
+    if unfit(spec):
+        raise SettingsError(unfit(spec))
+    return spec
+
+
+def unfit(spec: FeatureSpec) -> str:
+    """Why JanusVLN cannot be trained on such features, in a sentence; empty where it can."""
+    if spec.axes == ("h", "w", spec.encoder.channels) and spec.pool is None:
+        return ""
+    return (
+        f"these features are of context {spec.context}, {spec.kept_text}, and JanusVLN takes all patches of the last "
+        "frame and of one layer: precompute with --context causal (or frame), one --layer and --tokens patches"
     )
 
 

@@ -33,6 +33,11 @@ class StreamingFeatures:
                 f"context is {context!r}, which is not one of {', '.join(CONTEXTS)}: choose the one that the model was "
                 "trained with (feature_spec in its config.json)"
             )
+        if CONTEXTS[context].of_all_frames:
+            raise SettingsError(
+                f"context is {context!r}, in which a frame also sees later ones: a running episode has features "
+                "of causal, or of frame; choose the one that the model was trained with"
+            )
         self._encoder = encoder
         self._rule = CONTEXTS[context]
         self.reset()

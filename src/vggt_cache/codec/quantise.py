@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,32 +29,27 @@ class EncodedFeature:
 
     record: Tensor
     """uint8, one dimension, contiguous, on any device."""
-    h: int
-    w: int
-    channels: int
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.h, self.w, self.channels
+    shape: tuple[int, ...]
+    """Of the feature, channels last."""
 
     def decode(self, *, out: Tensor | None = None) -> Tensor:
-        """The feature, bfloat16 [h, w, C], on the CPU; into `out`, which is contiguous, where it is given."""
+        """The feature, bfloat16, on the CPU; into `out`, which is contiguous, where it is given."""
         feature = torch.empty(self.shape, dtype=torch.bfloat16, device="cpu") if out is None else out
         if feature.shape != self.shape or feature.dtype != torch.bfloat16 or not feature.is_contiguous():
             raise SettingsError(
                 f"out has shape {list(feature.shape)} and {feature.dtype}, and the feature needs a contiguous "
                 f"{list(self.shape)} of torch.bfloat16: give such a tensor, or none"
             )
-        decode_rows(self.record.cpu(), feature.view(-1, self.channels))
+        decode_rows(self.record.cpu(), feature.view(-1, self.shape[-1]))
         return feature
 
     def decode_on(self, device: torch.device | str) -> Tensor:
-        """The feature, bfloat16 [h, w, C], on `device`; half of its bytes travel there.
+        """The feature, bfloat16, on `device`; half of its bytes travel there.
 
         From a pinned `record` the copy does not wait; keep that memory as it is until the device has it.
         """
         record = self.record.to(device, non_blocking=True)
-        return decode_int8(record, self.h * self.w, self.channels).view(self.shape)
+        return decode_int8(record, math.prod(self.shape[:-1]), self.shape[-1]).view(self.shape)
 
 
 def encode_int8(values: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ class Block(nn.Module):
 
 
 class PatchTower(nn.Module):
-    """DINOv2 with registers (arXiv:2309.16588): images uint8 [b, H, W, 3] to patch tokens float32 [b, h, w, C]."""
+    """DINOv2 with registers (arXiv:2309.16588): images [b, H, W, 3] to patch tokens float32 [b, h, w, C]."""
 
     def __init__(self, config: EncoderConfig, *, dtype: torch.dtype) -> None:
         super().__init__()
@@ -165,7 +165,8 @@ class PatchTower(nn.Module):
         b, height, width, _ = pixels.shape
         h, w, size = height // self.patch_size, width // self.patch_size, self.patch_size
         mean, std = _normalisation(pixels.device)
-        tiles = ((pixels.float() / 255 - mean) / std).reshape(b, h, size, w, size, 3)
+        shades = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+        tiles = ((shades - mean) / std).reshape(b, h, size, w, size, 3)
         # A patch's values in the order of the convolution's weight: channel, row, column.
         values = tiles.permute(0, 1, 3, 5, 2, 4).reshape(b, h * w, -1)
         proj = cast("nn.Conv2d", self.patch_embed["proj"])

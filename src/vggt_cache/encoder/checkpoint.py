@@ -13,9 +13,10 @@ import json
 import math
 import re
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,19 +34,21 @@ _LISTED = 10
 class Checkpoint:
     """Checked against its architecture, nothing loaded yet. Make one with `open`."""
 
-    def __init__(self, location: str, config: EncoderConfig, layer: int, places: Mapping[str, Entry]) -> None:
+    def __init__(
+        self, location: str, config: EncoderConfig, layers: Sequence[int], places: Mapping[str, Entry]
+    ) -> None:
         self.location = location
         self.config = config
-        self.layer = layer
-        """Output to compute, as a pair index counted from 0."""
-        self._places = {name: places[name] for name in sorted(on_meta(config, layer).state_dict())}
+        self.layers, self.layer = tuple(layers), layers[-1]
+        """Outputs to compute, ascending pair indexes counted from 0; and the highest."""
+        self._places = {name: places[name] for name in sorted(on_meta(config, layers).state_dict())}
         self._digest: str | None = None
 
     @classmethod
-    def open(cls, location: str, *, layer: int = -2) -> Checkpoint:
+    def open(cls, location: str, *, layer: int | Sequence[int] = -2) -> Checkpoint:
         """The checkpoint at `location`: a directory, or a hub id such as `facebook/VGGT-1B` (downloaded).
 
-        `layer`: output to compute; negative values count from the end. Reads headers only. Raises
+        `layer`: output to compute, or several; negative values count from the end. Reads headers only. Raises
         CheckpointError when the checkpoint is absent, only there as a pickle, damaged, or not exactly
         the aggregator that its configuration describes; SettingsError when it has no such layer.
         """
@@ -55,10 +58,10 @@ class Checkpoint:
             raise CheckpointError(
                 f"{location} cannot be read ({error.strerror or error}): check the path and its permissions"
             ) from error
-        return cls(location, config, config.absolute_layer(layer), places)
+        return cls(location, config, config.absolute_layers(layer), places)
 
     def weights_digest(self) -> str:
-        """sha256 (hex) over the weights that `layer` needs, in their stored dtypes.
+        """sha256 (hex) over the weights that `layers` need, in their stored dtypes.
 
         Covers names (without prefix), dtypes, shapes and bytes in the order of the names, so that it does not
         depend on sharding, on the prefix, or on weights that no feature depends on. Reads one tensor at a time.
@@ -75,14 +78,22 @@ class Checkpoint:
             weights_digest=digest, **architecture, layer=self.layer, compute_dtype=compute_dtype
         )
 
-    def load(self, *, device: torch.device | str = "cpu", compute_dtype: str = "float32") -> Encoder:
+    def load(
+        self,
+        *,
+        device: torch.device | str = "cpu",
+        compute_dtype: str = "float32",
+        tokens: str = "patches",
+        pool: tuple[int, int] | None = None,
+    ) -> Encoder:
         """The encoder on `device`: matrices in `compute_dtype`, everything else in float32.
 
+        `tokens`, `pool`: what of the outputs it gives, see FeatureSpec.
         Raises CheckpointError when a weight is NaN or infinite, or when the weights are no longer those of
         `weights_digest`; SettingsError for a device that is not there.
         """
         target = _available(device)
-        encoder = on_meta(self.config, self.layer, compute_dtype)
+        encoder = on_meta(self.config, self.layers, compute_dtype, tokens=tokens, pool=pool)
         dtypes = {name: weight.dtype for name, weight in encoder.state_dict().items()}
         weights: dict[str, Tensor] = {}
         for name, weight in self._tensors():
@@ -133,9 +144,11 @@ def expected_shapes(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
     return {**shapes, "patch_embed.mask_token": (1, config.embed_dim)}
 
 
-def on_meta(config: EncoderConfig, layer: int, compute_dtype: str = "float32") -> Encoder:
+def on_meta(
+    config: EncoderConfig, layer: int | Sequence[int], compute_dtype: str = "float32", **output: Any
+) -> Encoder:
     with torch.device("meta"):
-        return Encoder(config, layer=layer, compute_dtype=compute_dtype)
+        return Encoder(config, layer=layer, compute_dtype=compute_dtype, **output)
 
 
 def _available(device: torch.device | str) -> torch.device:

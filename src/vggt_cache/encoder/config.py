@@ -8,7 +8,7 @@ default to VGGT-1B. Other keys may be those that the official code takes as argu
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -104,6 +104,13 @@ class EncoderConfig:
                 f"(or {-self.depth} to -1, from the end): choose one of these"
             )
         return layer % self.depth
+
+    def absolute_layers(self, layers: int | Iterable[int]) -> tuple[int, ...]:
+        """One layer or several as pair indexes, ascending, each once. Raises SettingsError."""
+        several = [layers] if isinstance(layers, int) else list(layers)
+        if not several:
+            raise SettingsError("layers names no output of the encoder: give one or several, such as -2")
+        return tuple(sorted({self.absolute_layer(layer) for layer in several}))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object]) -> EncoderConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -17,7 +18,7 @@ from vggt_cache.store.tensors import TORCH_DTYPES
 
 Pixels = npt.NDArray[np.uint8]
 Encoded = tuple[Sequence[int], torch.Tensor]
-"""Positions in the request, and their features [len, h, w, C] on the encoder's device."""
+"""Positions in the request, and their features [len, ...] (FeatureSpec.shape) on the encoder's device."""
 
 
 class BatchEncoder:
@@ -65,20 +66,46 @@ class BatchEncoder:
         """Features of ordered frame lists, prefixes shared. All frames of a list must have one shape."""
         self._begin(pixels.values())
         longest_first = sorted(range(len(lists)), key=lambda position: -len(lists[position]))
-
-        def only_frame(position: int) -> Pixels | None:
-            return pixels[lists[position][0]] if len(lists[position]) == 1 else None
-
         yield from self._until_done(
-            longest_first, lambda rest: self._list_batches(lists, pixels, sorted(rest)), only_frame
+            longest_first,
+            lambda rest: self._list_batches(lists, pixels, sorted(rest)),
+            partial(_only_frame, lists, pixels),
         )
+
+    def joint_lists(self, lists: Sequence[Sequence[int]], pixels: Mapping[int, Pixels]) -> Iterator[Encoded]:
+        """Features of lists whose frames all see each other. Lists of as many frames of one shape share batches."""
+        self._begin(pixels.values())
+        shapes: dict[tuple[int, ...], list[int]] = {}
+        for position, frames in enumerate(lists):
+            shapes.setdefault((len(frames), *pixels[frames[0]].shape), []).append(position)
+        for (frames_each, *_), positions in shapes.items():
+            yield from self._until_done(
+                positions,
+                lambda rest: self._joint_batches(lists, pixels, rest),
+                partial(_only_frame, lists, pixels),
+                least=frames_each,
+            )
 
     def _frame_batches(self, pixels: Sequence[Pixels], positions: Sequence[int]) -> Iterator[Encoded]:
         for part in even_parts(positions, self.batch_size):
-            batch = torch.from_numpy(np.stack([pixels[position] for position in part]))
-            if self.device.type == "cuda":
-                batch = batch.pin_memory().to(self.device, non_blocking=True)
+            batch = self._on_device([pixels[position] for position in part])
             yield part, self.encoder.frame_features(batch).to(self._dtype)
+
+    def _joint_batches(
+        self, lists: Sequence[Sequence[int]], pixels: Mapping[int, Pixels], positions: Sequence[int]
+    ) -> Iterator[Encoded]:
+        """`batch_size` counts frames; a frame that several lists of a batch have goes through the tower once."""
+        for part in even_parts(positions, max(1, self.batch_size // len(lists[positions[0]]))):
+            frames = [frame for position in part for frame in lists[position]]
+            places = {frame: place for place, frame in enumerate(dict.fromkeys(frames))}
+            tokens = self.encoder.patch_tokens(self._on_device([pixels[frame] for frame in places]))
+            together = torch.stack([tokens[places[frame]] for frame in frames])
+            joint = self.encoder.joint_features(together.view(len(part), -1, *tokens.shape[1:]))
+            yield part, joint.to(self._dtype)
+
+    def _on_device(self, pixels: Sequence[Pixels]) -> torch.Tensor:
+        batch = torch.from_numpy(np.stack(pixels))
+        return batch.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else batch
 
     def _list_batches(
         self, lists: Sequence[Sequence[int]], pixels: Mapping[int, Pixels], positions: Sequence[int]
@@ -118,11 +145,13 @@ class BatchEncoder:
         positions: Sequence[int],
         batches: Callable[[Sequence[int]], Iterator[Encoded]],
         only_frame: Callable[[int], Pixels | None],
+        *,
+        least: int = 1,
     ) -> Iterator[Encoded]:
         """Go through `batches`; when the device is full, halve the batch and go on with what is left.
 
-        Where even one at a time is too much, the first of `positions` that is left costs itself alone. `only_frame`: of
-        a position that is a single frame.
+        Where even the smallest batch is too much, the first of `positions` that is left costs itself alone. `least`:
+        how many frames go together in any case. `only_frame`: of a position that is a single frame.
         """
         left, reduced_before = list(positions), list(self._reduced_from)
         whole = self.batch_size
@@ -138,11 +167,13 @@ class BatchEncoder:
                     raise
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            if self.batch_size > 1:
+            if self.batch_size > least:
                 self._halve()
                 continue
             if not self._leave_out or not self._has_room_beside(only_frame(left[0])):
-                raise out_of_memory(self.device, "a batch of one frame")
+                raise out_of_memory(
+                    self.device, "a batch of one frame" if least == 1 else f"one list of {least} frames"
+                )
             self.too_large.append(left.pop(0))
             self.batch_size, self._reduced_from = whole, reduced_before  # it was not the batch
 
@@ -167,6 +198,10 @@ class BatchEncoder:
                 return False
             raise
         return True
+
+
+def _only_frame(lists: Sequence[Sequence[int]], pixels: Mapping[int, Pixels], position: int) -> Pixels | None:
+    return pixels[lists[position][0]] if len(lists[position]) == 1 else None
 
 
 _OUT_OF_MEMORY = re.compile(

@@ -13,16 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from vggt_cache.codec import INT8, LOSSLESS, codec_for, shard_codec
+from vggt_cache.codec import INT8, ITEM_BYTES, LOSSLESS, codec_for, shard_codec
 from vggt_cache.errors import DiskSpaceError
-from vggt_cache.identity import FeatureSpec
+from vggt_cache.identity import FeatureSpec, fits
 from vggt_cache.precompute.decode import decode_file, read_digest
 from vggt_cache.precompute.encode import BatchEncoder, Pixels
 from vggt_cache.precompute.plan import KnownKeys, Plan
 from vggt_cache.precompute.report import Reporter, bytes_text, count_of, seconds_text
 from vggt_cache.precompute.settings import PrecomputeSettings
 from vggt_cache.samples.paths import parts_of
-from vggt_cache.store.record import payload_bytes
 
 _SAMPLED_FRAMES = 8
 _MEASURED_LISTS = 16
@@ -88,8 +87,15 @@ class DiskNeed:
     def feature_bytes(self, pending: Sequence[int]) -> float:
         """Of one feature on average; what `lossless` saves depends on the values and is not counted."""
         spread = sorted({pending[len(pending) * part // _SAMPLED_FRAMES] for part in range(_SAMPLED_FRAMES)})
-        decoded = (decode_file(self.plan.paths_of(one)[-1], self.spec.preprocessing) for one in spread)
-        sizes = [self._stored_bytes(*frame.grid) for frame in decoded if not frame.error]
+        decoded = [
+            (decode_file(self.plan.paths_of(one)[-1], self.spec.preprocessing), len(self.plan.frames_of(one)))
+            for one in spread
+        ]
+        sizes = [
+            self._stored_bytes(self.spec.shape(frame.grid, frames))
+            for frame, frames in decoded
+            if not frame.error and fits(self.spec.pool, frame.grid)
+        ]
         return float(np.mean(sizes)) if sizes else 0.0
 
     def fits(self, pending: Sequence[int]) -> bool:
@@ -113,12 +119,11 @@ class DiskNeed:
                 "anyway with --force"
             )
 
-    def _stored_bytes(self, h: int, w: int) -> int:
+    def _stored_bytes(self, shape: tuple[int, ...]) -> int:
         codec = shard_codec(self.spec.feature_dtype, self.settings.codec)
-        packed = codec_for(codec) if codec == INT8 else None
-        if packed:
-            return packed.size_limits(h * w, self.spec.encoder.channels)[1]
-        return payload_bytes(self.spec, h, w)
+        if codec == INT8:
+            return codec_for(codec).size_limits(math.prod(shape[:-1]), shape[-1])[1]
+        return math.prod(shape) * ITEM_BYTES[self.spec.feature_dtype]
 
 
 def free_bytes(directory: str) -> int:
@@ -177,5 +182,7 @@ def _measurable(plan: Plan, spec: FeatureSpec, pending: Sequence[int]) -> tuple[
     decoded = {frame: decode_file(plan.frames.paths[frame], spec.preprocessing) for frame in used}
     good = {frame: one for frame, one in decoded.items() if not one.error}
     grid = next((one.grid for one in good.values()), None)
-    pixels = {frame: one.pixels for frame, one in good.items() if one.grid == grid}
+    pixels = {
+        frame: one.pixels for frame, one in good.items() if one.grid == grid and fits(spec.pool, one.grid)
+    }
     return [feature for feature, frames in lists.items() if all(frame in pixels for frame in frames)], pixels

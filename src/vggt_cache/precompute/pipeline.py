@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vggt_cache.codec import NONE
+from vggt_cache.errors import FrameError
 from vggt_cache.identity import feature_key
 from vggt_cache.precompute.claims import Claims
 from vggt_cache.precompute.decode import DecodedFrame, DecodePool
@@ -200,15 +201,11 @@ class Run:
         used = [decoded.get(frame) for frame in self.plan.frames_of(feature).tolist()]
         frames = [one for one in used if one is not None]
         grids = {one.grid for one in frames}
-        if len(frames) < len(used) or len(grids) > 1:
+        reason = self._unfit(grids) if len(frames) == len(used) else ""
+        if len(frames) < len(used) or reason:
             label = self.plan.label(feature)
-            if len(frames) == len(used):
-                sizes = ", ".join(f"{h}x{w}" for h, w in sorted(grids))
-                self.reporter.failed(
-                    label,
-                    f"its frames have different patch grids ({sizes}), for which features of a list are not "
-                    "defined; give all frames of a list one size",
-                )
+            if reason:
+                self.reporter.failed(label, reason)
             self.lost.append(label)
             self._shorten(1)
             return None
@@ -222,6 +219,20 @@ class Run:
             return None
         self.stored.own.add(key)
         return key
+
+    def _unfit(self, grids: set[tuple[int, int]]) -> str:
+        """Why there is no feature of frames with these patch grids; empty where there is one."""
+        if len(grids) > 1:
+            sizes = ", ".join(f"{h}x{w}" for h, w in sorted(grids))
+            return (
+                f"its frames have different patch grids ({sizes}), for which features of a list are not defined; "
+                "give all frames of a list one size"
+            )
+        try:
+            self.spec.shape(next(iter(grids)))
+        except FrameError as error:
+            return str(error)
+        return ""
 
     def _found_elsewhere(self, features: int) -> None:
         self.elsewhere += features

@@ -62,12 +62,15 @@ class _Command:
         check_cache_dir(settings.cache_dir)
         self.limits = QwenLimits.read(settings.model_path) if settings.model_path else None
         self.device = choose_device(settings.device)
-        self.checkpoint = Checkpoint.open(settings.vggt_model_path, layer=settings.layer)
+        self.checkpoint = Checkpoint.open(settings.vggt_model_path, layer=settings.wanted_layers)
         self.spec = FeatureSpec(
             encoder=self.checkpoint.spec(choose_compute_dtype(settings.compute_dtype, self.device)),
             preprocessing=settings.preprocessing,
             context=settings.context,
             feature_dtype=settings.feature_dtype,
+            layers=self.checkpoint.layers if len(self.checkpoint.layers) > 1 else (),
+            tokens=settings.tokens,
+            pool=settings.pool_size,
         )
         if not settings.dry_run:
             data = settings.data_root or settings.annotation_path or ""
@@ -87,7 +90,12 @@ class _Command:
     def encoder(self) -> BatchEncoder:
         """Loaded when it is first needed: a run that finds all in the cache loads none."""
         try:
-            encoder = self.checkpoint.load(device=self.device, compute_dtype=self.spec.encoder.compute_dtype)
+            encoder = self.checkpoint.load(
+                device=self.device,
+                compute_dtype=self.spec.encoder.compute_dtype,
+                tokens=self.spec.tokens,
+                pool=self.spec.pool,
+            )
         except RuntimeError as error:
             if is_out_of_memory(error):
                 raise out_of_memory(self.device, "the encoder's weights alone") from error
@@ -155,7 +163,7 @@ class _Command:
             missing, possible = stored.missing(missing), stored.missing(possible)
         info(
             f"Context: {spec.context} ({spec.context_rule.seen}); {spec.preprocessing.image_size} pixels wide, "
-            f"layer {spec.encoder.layer}, computed in {spec.encoder.compute_dtype}, stored in {spec.feature_dtype}"
+            f"{spec.kept_text}, computed in {spec.encoder.compute_dtype}, stored in {spec.feature_dtype}"
         )
         if spec.context_rule.shares_prefixes:
             unshared, shared = plan.passes(range(len(plan)))

@@ -19,7 +19,11 @@ from vggt_cache.identity import (
     FEATURE_DTYPES,
     PATCH_SIZE,
     RESIZE_MODES,
+    TOKENS,
     Preprocessing,
+    check_pool,
+    parse_layers,
+    parse_pool,
 )
 from vggt_cache.small_files import read_text
 
@@ -51,6 +55,15 @@ class PrecomputeSettings:
     resize_mode: str = flag("crop", help="VGGT's two ways to treat the height", choices=RESIZE_MODES)
     alpha: str = flag("white", help="RGBA images: blend over white, or drop alpha", choices=ALPHA_MODES)
     layer: int = flag(-2, help="which pair's output is stored; negative counts from the end")
+    layers: str | None = flag(
+        None, help="the same for several, side by side in a feature, such as 11,17,-1", metavar="N,N"
+    )
+    tokens: str = flag(
+        TOKENS[0], help="which tokens of each frame are stored; special: camera and registers", choices=TOKENS
+    )
+    pool: str | None = flag(
+        None, help="average the patches to so many rows and columns, such as 8x8", metavar="HxW"
+    )
     feature_dtype: str = flag(
         "bfloat16", help="dtype on disk; int8: quantised from bfloat16", choices=FEATURE_DTYPES
     )
@@ -63,7 +76,7 @@ class PrecomputeSettings:
     device: str = flag("auto", help="cpu, cuda or cuda:N; auto takes a GPU where there is one")
     batch_size: int = flag(8, help="frames encoded together; halved when memory runs out")
     num_workers: int = flag(4, help="processes that decode images; 0: in this one")
-    max_samples: int = flag(-1, help="only the first N images (causal: features); -1: all")
+    max_samples: int = flag(-1, help="only the first N images (causal, joint: features); -1: all")
     skip_existing: bool = flag(True, help="do not compute what is stored already")
     verify: bool = flag(False, help="check afterwards that every feature is present and intact")
     recompute: int = flag(0, metavar="K", help="compute K random features again and compare")
@@ -84,7 +97,22 @@ class PrecomputeSettings:
         ):
             if is_wrong:
                 raise SettingsError(f"--{name} {getattr(self, name)} {why}")
-        _ = self.preprocessing
+        if self.layers is not None and self.layer != PrecomputeSettings.layer:
+            raise SettingsError(
+                f"--layer {self.layer} and --layers {self.layers} are both given: give one of them"
+            )
+        check_pool(self.tokens, self.pool_size)
+        _ = self.preprocessing, self.wanted_layers
+
+    @property
+    def wanted_layers(self) -> tuple[int, ...]:
+        """As given: negative ones count from the end."""
+        return (self.layer,) if self.layers is None else parse_layers(self.layers)
+
+    @property
+    def pool_size(self) -> tuple[int, int] | None:
+        """Rows and columns."""
+        return None if self.pool is None else parse_pool(self.pool)
 
     @property
     def preprocessing(self) -> Preprocessing:

@@ -26,7 +26,6 @@ from vggt_cache.environment import size_of
 from vggt_cache.errors import OutOfMemoryError, SettingsError
 from vggt_cache.precompute.encode import is_out_of_memory
 from vggt_cache.store import ShardWriter
-from vggt_cache.store.tensors import bytes_of
 
 DEFAULT_SHARD_BYTES = 256 * 1024 * 1024
 SHARD_SECONDS = 60.0
@@ -68,9 +67,10 @@ class FeatureWriter:
         self._writing = Worker("feature-writer", waiting=_WAITING_BATCHES, when_idle=look_at_age)
 
     def put(self, keys: Sequence[bytes], labels: Sequence[str], features: torch.Tensor) -> None:
-        """Store features [len(keys), h, w, C], in the dtype of storage (of int8: bfloat16), from any device.
+        """Store features [len(keys), ...] (FeatureSpec.shape) from any device.
 
-        `labels` name them in messages. Those that are not finite are reported and left out.
+        They are in the dtype of storage (of int8: bfloat16). `labels` name them in messages. Those that are not finite
+        are reported and left out.
         """
         try:
             batch = Outgoing(keys, labels, features, self.feature_dtype)
@@ -134,7 +134,7 @@ class FeatureWriter:
             if self._shard is None:
                 self._shard, self._shard_opened_s = self.new_shard(), time.monotonic()
             if self.feature_dtype == INT8:
-                self._shard.append_stored(key, *batch.grid, bytes_of(values))
+                self._shard.append_record(key, batch.shape, values)
             else:
                 self._shard.append(key, values)
             self.on_written(1)
@@ -224,17 +224,17 @@ class Outgoing:
     def __init__(
         self, keys: Sequence[bytes], labels: Sequence[str], features: torch.Tensor, feature_dtype: str
     ) -> None:
-        """Of features [n, h, w, C] in the dtype of storage (of int8: bfloat16), on any device.
+        """Of features [n, ...] (FeatureSpec.shape) in the dtype of storage (of int8: bfloat16), on any device.
 
         To be made where they are computed: what is done to them is queued behind that, and nothing waits for it.
         """
         self.keys, self.labels = keys, labels
-        self.grid = features.shape[1], features.shape[2]
+        self.shape = features.shape[1:]
         self.dtype = features.dtype
         """Of the features, also where they are packed already."""
         packed = feature_dtype == INT8
         self.stored, self.finite = _packed(features) if packed else (features, all_finite(features))
-        """[n, h, w, C] in the dtype of storage; of int8 the records, uint8 [n, bytes]. bool [n]: all values are"""
+        """[n, ...] in the dtype of storage; of int8 the records, uint8 [n, bytes]. bool [n]: all values are"""
         self._ready: torch.cuda.Event | None = None
         if features.device.type == "cuda":
             # The stream of the features' own device: the current device may be another one.
@@ -268,5 +268,5 @@ def _packed(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if features.dtype != torch.bfloat16:
         raise SettingsError(f"features of {features.dtype} are not packed in int8: give torch.bfloat16")
     # One at a time: float32 copies are large.
-    records, finite = zip(*(quantised(feature.flatten(0, 1)) for feature in features), strict=True)
+    records, finite = zip(*(quantised(feature.flatten(0, -2)) for feature in features), strict=True)
     return torch.stack(records), torch.stack(finite)

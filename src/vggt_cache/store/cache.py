@@ -20,7 +20,7 @@ from vggt_cache.errors import CacheAccessError, CorruptRecordError, SettingsErro
 from vggt_cache.identity import KEY_BYTES, FeatureSpec, feature_key, frame_digest
 from vggt_cache.store.directory import select_store
 from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem
-from vggt_cache.store.record import Record
+from vggt_cache.store.record import Record, shape_of
 from vggt_cache.store.shards import OpenShard, OpenShards, ShardFolder, ShardVanishedError
 from vggt_cache.store.snapshot import NOTHING, Snapshot, SnapshotTaker
 from vggt_cache.store.tensors import bytes_for, bytes_of, check_target, empty_feature
@@ -109,13 +109,14 @@ class FeatureCache:
     # ------------------------------------------------------------ features
 
     def get(self, frames: Iterable[Frame], *, out: torch.Tensor | None = None) -> torch.Tensor | None:
-        """The feature [h, w, C] of an ordered list of frames; None when it is not in the cache.
+        """The feature (FeatureSpec.shape) of an ordered list of frames; None when it is not in the cache.
 
         `frames`: paths of image files, or the files' bytes. In context `frame` the feature is of the last frame, and
-        only its file is read; in `causal`, of the last frame after it has seen the others. The files are read each
-        time, so a frame that was replaced never gets its old feature. `out`: a contiguous CPU tensor of the feature's
-        shape and dtype, which is filled and returned, best torch's own memory (some processors copy slowly into
-        numpy's, which starts 16 bytes behind a page); without it the result is the caller's own.
+        only its file is read; in `causal`, of the last frame after it has seen the others; in `joint`, of all frames,
+        which is its first axis. The files are read each time, so a frame that was replaced never gets its old feature.
+        `out`: a contiguous CPU tensor of the feature's shape and dtype, which is filled and returned, best torch's own
+        memory (some processors copy slowly into numpy's, which starts 16 bytes behind a page); without it the result
+        is the caller's own.
 
         Raises FrameError for an unreadable image file, CorruptRecordError, CacheAccessError, SettingsError.
         """
@@ -127,7 +128,7 @@ class FeatureCache:
         return feature_key(self.spec, [frame_digest(self._bytes_of_frame(frame)) for frame in used])
 
     def get_by_key(self, key: bytes, *, out: torch.Tensor | None = None) -> torch.Tensor | None:
-        """The feature [h, w, C] under a key; None when it is not in the cache. `out` and errors as for `get`."""
+        """The feature under a key; None when it is not in the cache. `out` and errors as for `get`."""
         started_s = time.perf_counter()
         feature = self._first_copy(key, lambda shard, record: self._feature_of(shard, record, out))
         self._count(feature, time.perf_counter() - started_s)
@@ -298,10 +299,11 @@ class FeatureCache:
 
     def _feature_of(self, shard: OpenShard, record: Record, out: torch.Tensor | None) -> torch.Tensor:
         shard.stored_bytes(record)  # a record that cannot be there gets no memory
+        shape = shape_of(self.spec, record.h, record.w, record.frames)
         if out is None:
-            out = empty_feature(self.spec, record.h, record.w)
+            out = empty_feature(self.spec, shape)
         else:
-            check_target(out, self.spec, record.h, record.w)
+            check_target(out, self.spec, shape)
         shard.read(record, bytes_of(out))
         return out
 
@@ -310,7 +312,8 @@ class FeatureCache:
 
         memory = bytes_for(shard.stored_bytes(record), out)
         shard.read_stored(record, bytes_of(memory))
-        return EncodedFeature(record=memory, h=record.h, w=record.w, channels=self.spec.encoder.channels)
+        shape = shape_of(self.spec, record.h, record.w, record.frames)
+        return EncodedFeature(record=memory, shape=shape)
 
     def _index_is_wrong(self, shard: str, record: Record) -> bool:
         """Whether the shard itself tells something else about a record than the index did."""

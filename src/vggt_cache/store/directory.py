@@ -39,7 +39,7 @@ from vggt_cache.store.shards import SHARDS_FOLDER, open_regular, read_header_byt
 
 SPEC_FILE = "spec.json"
 MAX_SPEC_BYTES = 64 * 1024
-STORE_NAME = re.compile(r"(?:frame|causal)-[0-9a-f]{16}")
+STORE_NAME = re.compile(rf"(?:{'|'.join(CONTEXTS)})-[0-9a-f]{{16}}")
 _SHARDS_TRIED_FOR_SPEC = 8
 
 
@@ -255,6 +255,6 @@ def describe_spec(spec: FeatureSpec) -> str:
     """One specification in a few words, for messages and tables."""
     return (
         f"{spec.short_name} (context {spec.context}, image size {spec.preprocessing.image_size} "
-        f"{spec.preprocessing.resize_mode}, layer {spec.encoder.layer}, computed in {spec.encoder.compute_dtype}, "
+        f"{spec.preprocessing.resize_mode}, {spec.kept_text}, computed in {spec.encoder.compute_dtype}, "
         f"stored in {spec.feature_dtype}, weights {spec.encoder.weights_digest[:8]})"
     )

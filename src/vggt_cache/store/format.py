@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from vggt_cache.codec import DTYPE_NAMES, NONE
 from vggt_cache.identity import FeatureSpec
-from vggt_cache.store.record import Record, stored_length
+from vggt_cache.store.record import Record, shape_of, stored_length
 
 FORMAT_NAME = "vggt-feature-cache"
 FORMAT_VERSION = "1"
@@ -30,7 +30,7 @@ CODED_DTYPE = "U8"
 SHARD_NAME = re.compile(r"[0-9a-f]{12}-[0-9a-f]{16}\.safetensors")
 
 _ENTRY_BYTES = 204
-"""The most that one record takes in a header: its entry with the largest numbers, and its checksum."""
+"""The most that one record of shape [h, w, C] takes in a header: its entry with the largest numbers, and checksum."""
 
 
 # ---------------------------------------------------------------- writing
@@ -39,7 +39,8 @@ _ENTRY_BYTES = 204
 def reserved_header_bytes(spec: FeatureSpec, max_records: int, codec: str = NONE) -> int:
     """Where data begin in a shard of up to `max_records` records: length field and header, aligned."""
     fixed = LENGTH_BYTES + len(_metadata_text(spec, [], codec)) + 64
-    return -(-(fixed + max_records * _ENTRY_BYTES) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+    entry = _ENTRY_BYTES + 6 * max(0, len(spec.axes) - 3)
+    return -(-(fixed + max_records * entry) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
 
 
 def build_header(spec: FeatureSpec, records: Sequence[Record], data_start: int, codec: str = NONE) -> bytes:
@@ -56,7 +57,8 @@ def build_header(spec: FeatureSpec, records: Sequence[Record], data_start: int, 
 def _entry_text(spec: FeatureSpec, record: Record, start: int, codec: str) -> str:
     end = start + stored_length(spec, record)
     if codec == NONE:
-        dtype, shape = DTYPE_NAMES[spec.feature_dtype], f"{record.h},{record.w},{spec.encoder.channels}"
+        sides = shape_of(spec, record.h, record.w, record.frames)
+        dtype, shape = DTYPE_NAMES[spec.feature_dtype], ",".join(map(str, sides))
     else:
         dtype, shape = CODED_DTYPE, f"{record.stored_bytes}"
     return f'"{record.key.hex()}":{{"dtype":"{dtype}","shape":[{shape}],"data_offsets":[{start},{end}]}}'
@@ -72,6 +74,7 @@ def _metadata_text(spec: FeatureSpec, records: Sequence[Record], codec: str) -> 
         "spec": spec.to_json(),
     }
     for record in records:
-        grid = f" {record.h} {record.w}" if coded else ""
-        metadata[record.key.hex()] = record.checksum.hex() + grid
+        sides = zip(spec.axes, shape_of(spec, record.h, record.w, record.frames), strict=True)
+        own = [f" {side}" for axis, side in sides if isinstance(axis, str)]
+        metadata[record.key.hex()] = record.checksum.hex() + ("".join(own) if coded else "")
     return json.dumps(metadata, separators=(",", ":"))

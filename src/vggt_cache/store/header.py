@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 import numpy as np
 import numpy.typing as npt
 
-from vggt_cache.codec import DTYPE_NAMES, NONE, codec_for, coded_form
+from vggt_cache.codec import DTYPE_NAMES, ITEM_BYTES, NONE, codec_for, coded_form
 from vggt_cache.errors import ShardFormatError, SpecMismatchError
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.store.format import (
@@ -35,7 +35,15 @@ from vggt_cache.store.format import (
     MAX_SIDE,
     MAX_STORED_BYTES,
 )
-from vggt_cache.store.record import ROW_DTYPE, Record, Rows, payload_bytes, stored_length, unpack_rows
+from vggt_cache.store.record import (
+    ROW_DTYPE,
+    Record,
+    Rows,
+    cells_of,
+    payload_bytes,
+    stored_length,
+    unpack_rows,
+)
 
 
 class ForeignShardError(ShardFormatError):
@@ -188,7 +196,7 @@ def parse_spec(text: str) -> FeatureSpec:
 Integers = npt.NDArray[np.int64]
 _ENTRY_FIELDS = itemgetter("dtype", "shape", "data_offsets")
 _DIGEST = re.compile(r"([0-9a-f]{32})")
-_DIGEST_AND_GRID = re.compile(r"([0-9a-f]{32}) ([1-9][0-9]{0,4}) ([1-9][0-9]{0,4})")
+_SIDE = " ([1-9][0-9]{0,4})"
 
 
 def _table(
@@ -197,7 +205,7 @@ def _table(
     """Rows and byte spans [records, 2] in order; offsets count from where data begin. Raises ValueError."""
     sides, spans, stored, digests = _fields(entries, checksums, spec, codec)
     if codec != NONE:
-        least, most = codec_for(codec).size_limits(sides[:, 0] * sides[:, 1], spec.encoder.channels)
+        least, most = codec_for(codec).size_limits(_cells(sides, spec), spec.encoder.channels)
         if not ((stored >= least) & (stored <= np.minimum(most, MAX_STORED_BYTES))).all():
             raise ValueError(f"a record has more or fewer bytes than codec {codec} makes of its shape")
     if not ((spans >= 0) & (spans <= MAX_DATA_BYTES)).all():
@@ -209,7 +217,7 @@ def _table(
     rows["high"], rows["low"] = keys[:, 0], keys[:, 1]
     rows["checksum"] = np.frombuffer(bytes.fromhex("".join(digests)), "V16")
     rows["offset"], rows["stored"] = spans[:, 0], 0 if codec == NONE else stored
-    rows["h"], rows["w"] = sides[:, 0], sides[:, 1]
+    rows["h"], rows["w"], rows["frames"] = sides.T
     order = np.argsort(spans[:, 0], kind="stable")
     return rows[order], spans[order]
 
@@ -217,26 +225,45 @@ def _table(
 def _fields(
     entries: Mapping[str, Any], checksums: Mapping[str, Any], spec: FeatureSpec, codec: str
 ) -> tuple[Integers, Integers, Integers, list[str]]:
-    """Sides [records, 2], byte spans [records, 2], stored bytes [records], and checksums. Raises ValueError.
+    """h, w and frames [records, 3], byte spans [records, 2], stored bytes [records], and checksums. Raises ValueError.
 
-    A record as it is says its shape. A packed one is bytes to safetensors, and has h and w beside its checksum.
+    A record as it is says its shape. A packed one is bytes to safetensors, and has its own sides, such as h and w,
+    beside its checksum.
     """
-    packed, channels = codec != NONE, spec.encoder.channels
+    packed, axes = codec != NONE, spec.axes
+    own = [axis for axis in axes if isinstance(axis, str)]
     if not packed and spec.feature_dtype not in DTYPE_NAMES:
         raise ValueError(f"its records are not packed, and {spec.feature_dtype} is kept in packed ones only")
-    dtype, dimensions = (CODED_DTYPE, 1) if packed else (DTYPE_NAMES[spec.feature_dtype], 3)
+    dtype, dimensions = (CODED_DTYPE, 1) if packed else (DTYPE_NAMES[spec.feature_dtype], len(axes))
     shapes, spans = _entries(list(entries.values()), dtype, dimensions)
-    found = [_match(_DIGEST_AND_GRID if packed else _DIGEST, checksums[name]) for name in entries]
+    found = [_match(checksums[name], own if packed else []) for name in entries]
     if packed:
-        sides = np.array([(int(match[2]), int(match[3])) for match in found], np.int64).reshape(-1, 2)
+        texts = [match.groups()[1:] for match in found]
+        values = dict(zip(own, np.array(texts, np.int64).reshape(-1, len(own)).T, strict=True))
     else:
-        sides = shapes[:, :2]
-        if (shapes[:, 2] != channels).any():
-            raise ValueError(f"a record's shape is not [h, w, {channels}]")
-    if not ((sides >= 1) & (sides <= MAX_SIDE)).all():
+        values = {axis: shapes[:, place] for place, axis in enumerate(axes) if isinstance(axis, str)}
+        fixed = [place for place, axis in enumerate(axes) if isinstance(axis, int)]
+        if (shapes[:, fixed] != [axes[place] for place in fixed]).any():
+            raise ValueError(f"a record's shape is not [{', '.join(map(str, axes))}]")
+    if not all(((side >= 1) & (side <= MAX_SIDE)).all() for side in values.values()):
         raise ValueError(f"a record has a side of more than {MAX_SIDE} patches, or of none")
-    stored = shapes[:, 0] if packed else sides[:, 0] * sides[:, 1] * payload_bytes(spec, 1, 1)
+    one, none = np.ones(len(entries), np.int64), np.zeros(len(entries), np.int64)
+    last = values["w"] if "w" in values else values["n"]
+    sides = np.stack([values.get("h", one), last, values.get("frames", none)], axis=1)
+    stored = (
+        shapes[:, 0]
+        if packed
+        else _cells(sides, spec) * ITEM_BYTES[spec.feature_dtype] * spec.encoder.channels
+    )
     return sides, spans, stored, [match[1] for match in found]
+
+
+def _cells(sides: Integers, spec: FeatureSpec) -> Integers:
+    """How many tokens of C channels each record has. Raises ValueError where so many cannot be."""
+    cells = sides[:, 0] * sides[:, 1] * np.maximum(sides[:, 2], 1)
+    if (cells > MAX_DATA_BYTES // payload_bytes(spec, 1, 1, 1)).any():
+        raise ValueError(f"a record's shape has more than the {MAX_DATA_BYTES} bytes that a shard can have")
+    return cells * cells_of(spec, 1, 1, 1)
 
 
 def _entries(entries: list[Any], dtype: str, dimensions: int) -> tuple[Integers, Integers]:
@@ -266,10 +293,10 @@ def _integers(lists: list[Any], length: int) -> Integers:
         raise ValueError("a record has an integer of more than 64 bits") from error
 
 
-def _match(pattern: re.Pattern[str], text: Any) -> re.Match[str]:
-    match = pattern.fullmatch(text) if type(text) is str else None
+def _match(text: Any, own: Sequence[str]) -> re.Match[str]:
+    match = re.fullmatch(_DIGEST.pattern + _SIDE * len(own), text) if type(text) is str else None
     if match is None:
-        wanted = "32 hexadecimal digits" + (", h and w" if pattern is _DIGEST_AND_GRID else "")
+        wanted = "32 hexadecimal digits" + (f", {' and '.join(own)}" if own else "")
         raise ValueError(f"{short(text)} stands where {wanted} are needed")
     return match
 
@@ -288,7 +315,7 @@ def short(value: object) -> str:
 _REMAINS = re.compile(
     rb'"([0-9a-f]{32})":('
     rb'\{"dtype":"[A-Z0-9]{2,4}","shape":\[[0-9,]{1,32}\],"data_offsets":\[[0-9]{1,16},[0-9]{1,16}\]\}'
-    rb'|"[0-9a-f]{32}(?: [1-9][0-9]{0,4} [1-9][0-9]{0,4})?")'
+    rb'|"[0-9a-f]{32}(?: [1-9][0-9]{0,4}){0,3}")'
 )
 """What the writer writes of one record: its entry, or its checksum."""
 

@@ -147,7 +147,8 @@ def _describe_store(cache_dir: str, spec: FeatureSpec, fs: FileSystem) -> StoreD
 
 def _record_bytes(rows: Rows, spec: FeatureSpec) -> tuple[int, int]:
     """Bytes of all features as they are given out, and as they lie in the files."""
-    raw = rows["h"].astype(np.int64) * rows["w"] * payload_bytes(spec, 1, 1)
+    cells = rows["h"].astype(np.int64) * rows["w"] * np.maximum(rows["frames"], 1)
+    raw = cells * payload_bytes(spec, 1, 1, 1)
     stored = rows["stored"].astype(np.int64)
     return int(raw.sum()), int(np.where(stored > 0, stored, raw).sum())
 

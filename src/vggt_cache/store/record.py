@@ -6,6 +6,7 @@ bucket of keys begin, so a key is found among a few rows.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
@@ -26,40 +27,72 @@ class Record(NamedTuple):
     offset: int
     """From the start of the file, in bytes."""
     h: int
+    """Rows of the patch grid; 1 where tokens stand in a row."""
     w: int
+    """Columns, or tokens."""
     checksum: bytes
     stored_bytes: int = 0
-    """Bytes in the file if a codec packed it; 0: not packed, so h, w and the specification say how many."""
+    """Bytes in the file if a codec packed it; 0: not packed, so its shape says how many."""
+    frames: int = 0
+    """0 where the feature is of one frame, and has no axis of frames."""
 
 
 # ---------------------------------------------------------------- bytes and checksum
 
 
-def payload_bytes(spec: FeatureSpec, h: int, w: int) -> int:
-    """Bytes of a feature [h, w, C] as it is given out."""
-    return h * w * spec.encoder.channels * ITEM_BYTES[spec.feature_dtype]
+def shape_of(spec: FeatureSpec, h: int, w: int, frames: int = 0) -> tuple[int, ...]:
+    """The shape of a feature, of which a record has h, w and frames."""
+    sides = {"frames": frames, "h": h, "w": w, "n": w}
+    return tuple(axis if isinstance(axis, int) else sides[axis] for axis in spec.axes)
+
+
+def sides_of(spec: FeatureSpec, shape: Sequence[int]) -> tuple[int, int, int]:
+    """h, w and frames of a feature, of which one has the shape. Raises ValueError for a shape of other features."""
+    sides = {"frames": 0, "h": 1}
+    if len(shape) == len(spec.axes):
+        sides |= {axis: side for axis, side in zip(spec.axes, shape, strict=True) if isinstance(axis, str)}
+        h, w, frames = sides["h"], sides.get("w", sides.get("n", 0)), sides["frames"]
+        if shape_of(spec, h, w, frames) == tuple(shape):
+            return h, w, frames
+    raise ValueError(f"{list(shape)} is not [{', '.join(map(str, spec.axes))}]")
+
+
+def cells_of(spec: FeatureSpec, h: int, w: int, frames: int = 0) -> int:
+    """How many tokens of C channels a feature has, of all its frames and layers."""
+    return math.prod(shape_of(spec, h, w, frames)[:-1])
+
+
+def payload_bytes(spec: FeatureSpec, h: int, w: int, frames: int = 0) -> int:
+    """Bytes of a feature as it is given out."""
+    return cells_of(spec, h, w, frames) * spec.encoder.channels * ITEM_BYTES[spec.feature_dtype]
 
 
 def stored_length(spec: FeatureSpec, record: Record) -> int:
     """Bytes of a record in its file."""
-    return record.stored_bytes or payload_bytes(spec, record.h, record.w)
+    return record.stored_bytes or payload_bytes(spec, record.h, record.w, record.frames)
 
 
 def record_checksum(
-    spec: FeatureSpec, key: bytes, h: int, w: int, stored: bytes | memoryview, codec: str = NONE
+    spec: FeatureSpec,
+    key: bytes,
+    h: int,
+    w: int,
+    stored: bytes | memoryview,
+    codec: str = NONE,
+    frames: int = 0,
 ) -> bytes:
-    """xxh3-128 (16 bytes, canonical order) over the bytes in the file, key, dtype name, and h, w, C as u32 LE.
+    """xxh3-128 (16 bytes, canonical order) over the bytes in the file, key, dtype name, and each side of the shape.
 
-    For a packed record, the codec's name stands in place of the dtype's.
+    Sides are u32 LE. For a packed record, the codec's name stands in place of the dtype's.
     """
-    return finish_checksum(xxhash.xxh3_128(stored), spec, key, h, w, codec)
+    return finish_checksum(xxhash.xxh3_128(stored), spec, key, h, w, codec, frames)
 
 
 def finish_checksum(
-    hasher: xxhash.xxh3_128, spec: FeatureSpec, key: bytes, h: int, w: int, codec: str = NONE
+    hasher: xxhash.xxh3_128, spec: FeatureSpec, key: bytes, h: int, w: int, codec: str = NONE, frames: int = 0
 ) -> bytes:
     """The record's checksum from a hasher that has seen the bytes in the file."""
-    shape = b"".join(side.to_bytes(4, "little") for side in (h, w, spec.encoder.channels))
+    shape = b"".join(side.to_bytes(4, "little") for side in shape_of(spec, h, w, frames))
     name = DTYPE_NAMES[spec.feature_dtype] if codec == NONE else codec
     hasher.update(key + name.encode() + shape)
     return hasher.digest()
@@ -73,13 +106,14 @@ ROW_DTYPE = np.dtype(
         ("low", ">u8"),
         ("checksum", "V16"),
         ("offset", "<u8"),
-        ("h", "<u4"),
+        ("h", "<u2"),
+        ("frames", "<u2"),
         ("w", "<u4"),
         ("shard", "<u4"),  # number of the shard in a list of names that is kept beside the rows, in order
         ("stored", "<u4"),  # stored_bytes
     ]
 )
-ROW = struct.Struct("<16s16sQIIII")
+ROW = struct.Struct("<16s16sQHHIII")
 ROW_BYTES = ROW.size
 Rows = npt.NDArray[np.void]
 _WHOLE = np.dtype((np.void, ROW_BYTES))
@@ -88,7 +122,7 @@ _LAST_SHARD = np.uint32(2**32 - 1)
 
 def make_rows(records: Sequence[Record]) -> Rows:
     """The rows of one shard's records; `shard` is 0."""
-    packed = (ROW.pack(r.key, r.checksum, r.offset, r.h, r.w, 0, r.stored_bytes) for r in records)
+    packed = (ROW.pack(r.key, r.checksum, r.offset, r.h, r.frames, r.w, 0, r.stored_bytes) for r in records)
     rows: Rows = np.frombuffer(b"".join(packed), ROW_DTYPE).copy()
     return rows
 
@@ -101,8 +135,8 @@ def join_rows(parts: Sequence[Rows]) -> Rows:
 
 def unpack_rows(rows: Rows) -> Iterator[tuple[int, Record]]:
     """Shard number and record of each row."""
-    for key, checksum, offset, h, w, shard, stored in ROW.iter_unpack(rows.tobytes()):
-        yield shard, Record(key, offset, h, w, checksum, stored)
+    for key, checksum, offset, h, frames, w, shard, stored in ROW.iter_unpack(rows.tobytes()):
+        yield shard, Record(key, offset, h, w, checksum, stored, frames)
 
 
 def sort_rows(rows: Rows) -> Rows:
@@ -184,8 +218,8 @@ class RecordTable:
             at = rows.find(key, at + 1)
         found = []
         while at >= 0 and rows[at : at + len(key)] == key:
-            _, checksum, offset, h, w, shard, stored = ROW.unpack_from(rows, at)
-            found.append((self.shards[shard], Record(key, offset, h, w, checksum, stored)))
+            _, checksum, offset, h, frames, w, shard, stored = ROW.unpack_from(rows, at)
+            found.append((self.shards[shard], Record(key, offset, h, w, checksum, stored, frames)))
             at += ROW_BYTES
         return found
 

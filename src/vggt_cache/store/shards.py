@@ -37,7 +37,7 @@ from vggt_cache.store.header import (
     parse_header,
     rescue_records,
 )
-from vggt_cache.store.record import Record, Rows, finish_checksum, join_rows, make_rows
+from vggt_cache.store.record import Record, Rows, cells_of, finish_checksum, join_rows, make_rows
 
 T = TypeVar("T")
 
@@ -87,7 +87,7 @@ class OpenShard:
     def stored_bytes(self, record: Record) -> int:
         """Bytes of the record in the file. Raises CorruptRecordError for what cannot be: an index may be wrong."""
         codec = self._folder.codec_of(record)
-        least, most = codec.size_limits(record.h * record.w, self._folder.spec.encoder.channels)
+        least, most = codec.size_limits(self._cells(record), self._folder.spec.encoder.channels)
         length = record.stored_bytes or (least if codec.name == NONE else 0)
         if not least <= length <= most:
             self._corrupt(record, f"has a length that codec {codec.name} does not make of its shape")
@@ -110,7 +110,7 @@ class OpenShard:
         self._fill(feature[:1], record.offset)
         self._fill(feature[(len(feature) - 1) // 64 * 64 :][:1], record.offset)
         try:
-            codec.decode(stored, feature, record.h * record.w, self._folder.spec.encoder.channels)
+            codec.decode(stored, feature, self._cells(record), self._folder.spec.encoder.channels)
         except ValueError as error:
             self._corrupt(record, f"cannot be unpacked ({error})", error)
 
@@ -127,10 +127,14 @@ class OpenShard:
                 self._corrupt(record, "ends early: the file was truncated while it was read")
             hasher.update(piece)
         codec = self._folder.codec_of(record).name
-        checksum = finish_checksum(hasher, self._folder.spec, record.key, record.h, record.w, codec)
+        sides = record.h, record.w
+        checksum = finish_checksum(hasher, self._folder.spec, record.key, *sides, codec, record.frames)
         if checksum != record.checksum:
             self._corrupt(record, "does not match its checksum")
         return memory
+
+    def _cells(self, record: Record) -> int:
+        return cells_of(self._folder.spec, record.h, record.w, record.frames)
 
     def _fill(self, memory: memoryview, offset: int) -> int:
         try:

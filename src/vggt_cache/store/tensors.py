@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from vggt_cache.errors import SettingsError
 from vggt_cache.identity import FeatureSpec
+from vggt_cache.store.record import sides_of
 
 TORCH_DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -15,9 +18,9 @@ TORCH_DTYPES = {
 }
 
 
-def empty_feature(spec: FeatureSpec, h: int, w: int) -> torch.Tensor:
-    """Uninitialised memory for a feature [h, w, C] on the CPU, whatever torch's default device is."""
-    return torch.empty((h, w, spec.encoder.channels), dtype=TORCH_DTYPES[spec.feature_dtype], device="cpu")
+def empty_feature(spec: FeatureSpec, shape: Sequence[int]) -> torch.Tensor:
+    """Uninitialised memory for a feature of this shape on the CPU, whatever torch's default device is."""
+    return torch.empty(tuple(shape), dtype=TORCH_DTYPES[spec.feature_dtype], device="cpu")
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -25,20 +28,23 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
 
 
-def readable_bytes(feature: torch.Tensor, spec: FeatureSpec) -> tuple[int, int, memoryview]:
-    """h, w and the bytes, row-major, of a feature to be stored. Raises SettingsError for another form."""
-    dtype, channels = TORCH_DTYPES[spec.feature_dtype], spec.encoder.channels
-    if feature.ndim != 3 or feature.shape[2] != channels or feature.dtype != dtype or not feature.is_cpu:
-        raise SettingsError(
-            f"a tensor of shape {list(feature.shape)} and {feature.dtype} on {feature.device} is no feature of this "
-            f"store: it keeps [h, w, {channels}] of {dtype}, taken from the CPU"
-        )
-    return feature.shape[0], feature.shape[1], bytes_of(feature.contiguous())
+def readable_bytes(feature: torch.Tensor, spec: FeatureSpec) -> tuple[tuple[int, int, int], memoryview]:
+    """h, w and frames, and the bytes, row-major, of a feature to be stored. Raises SettingsError for another form."""
+    dtype = TORCH_DTYPES[spec.feature_dtype]
+    try:
+        if feature.dtype == dtype and feature.is_cpu:
+            return sides_of(spec, feature.shape), bytes_of(feature.contiguous())
+    except ValueError:
+        pass
+    raise SettingsError(
+        f"a tensor of shape {list(feature.shape)} and {feature.dtype} on {feature.device} is no feature of this "
+        f"store: it keeps [{', '.join(map(str, spec.axes))}] of {dtype}, taken from the CPU"
+    )
 
 
-def check_target(out: torch.Tensor, spec: FeatureSpec, h: int, w: int) -> None:
-    """Whether a feature of h x w patches can be read into `out`. Raises SettingsError."""
-    shape, dtype = (h, w, spec.encoder.channels), TORCH_DTYPES[spec.feature_dtype]
+def check_target(out: torch.Tensor, spec: FeatureSpec, shape: tuple[int, ...]) -> None:
+    """Whether a feature of this shape can be read into `out`. Raises SettingsError."""
+    dtype = TORCH_DTYPES[spec.feature_dtype]
     if tuple(out.shape) != shape or out.dtype != dtype or not out.is_cpu or not out.is_contiguous():
         raise SettingsError(
             f"out has shape {list(out.shape)} and {out.dtype} on {out.device}, and the feature needs a contiguous "

@@ -27,7 +27,7 @@ from vggt_cache.store.filesystem import (
     sync_directory,
 )
 from vggt_cache.store.inventory import TEMP_MIN_AGE_S, Inventory, dead_temp_files, take_inventory
-from vggt_cache.store.record import Record, begins_key, payload_bytes, stored_length, unpack_rows
+from vggt_cache.store.record import Record, begins_key, cells_of, payload_bytes, stored_length, unpack_rows
 from vggt_cache.store.shards import ReusedMemory, ShardFolder, ShardVanishedError
 from vggt_cache.store.snapshot import SnapshotTaker
 from vggt_cache.store.writer import ShardWriter
@@ -120,24 +120,25 @@ class _StoreKeeper:
 
     def _copy(self, writer: ShardWriter, shard: str, record: Record, codec: str) -> Record:
         """Write one record, and see that what is in the file unpacks to the same bytes."""
-        payload = payload_bytes(self.spec, record.h, record.w)
+        payload = payload_bytes(self.spec, record.h, record.w, record.frames)
         # There is one codec for each dtype, so that a packed record needs no other packing.
         as_it_is = (record.stored_bytes > 0) == (shard_codec(self.spec.feature_dtype, codec) != NONE)
         with self.shards.opened(shard) as opened:
             if as_it_is:
                 value = opened.stored(record)
-                writer.append_stored(record.key, record.h, record.w, value)
+                writer.append_stored(record.key, record.h, record.w, value, record.frames)
             else:
                 value = self._value.of(payload)
                 opened.read(record, value)
-                writer.append_payload(record.key, record.h, record.w, value)
+                writer.append_payload(record.key, record.h, record.w, value, record.frames)
         copy, stored = writer.read_back(record.key)
         proof = memoryview(stored)
         if not as_it_is:
             proof = self._proof.of(payload)
             decoder = codec_for(codec, self.spec.feature_dtype)
             try:
-                decoder.decode(memoryview(stored), proof, copy.h * copy.w, self.spec.encoder.channels)
+                cells = cells_of(self.spec, copy.h, copy.w, copy.frames)
+                decoder.decode(memoryview(stored), proof, cells, self.spec.encoder.channels)
             except ValueError:
                 proof = memoryview(b"")
         if proof != value:

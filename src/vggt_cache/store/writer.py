@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from vggt_cache.codec import NONE, codec_for, shard_codec
@@ -20,7 +20,7 @@ from vggt_cache.store.format import (
     build_header,
     reserved_header_bytes,
 )
-from vggt_cache.store.record import Record, payload_bytes, record_checksum, stored_length
+from vggt_cache.store.record import Record, cells_of, payload_bytes, record_checksum, sides_of, stored_length
 from vggt_cache.store.shards import SHARDS_FOLDER
 
 if TYPE_CHECKING:
@@ -90,32 +90,40 @@ class ShardWriter:
         return len(self._records) >= self._max_records
 
     def append(self, key: bytes, feature: torch.Tensor) -> None:
-        """Write one feature [h, w, C], on the CPU, in the specification's dtype, under its 16-byte key.
+        """Write one feature (FeatureSpec.shape), on the CPU, in the specification's dtype, under its 16-byte key.
 
         Raises SettingsError for anything else or a key that this shard has already, and CommitError, which
         ends the shard, where the system does not take the bytes.
         """
         from vggt_cache.store.tensors import readable_bytes
 
-        h, w, payload = readable_bytes(feature, self._spec)
-        self.append_payload(key, h, w, payload)
+        (h, w, frames), payload = readable_bytes(feature, self._spec)
+        self.append_payload(key, h, w, payload, frames)
 
-    def append_payload(self, key: bytes, h: int, w: int, payload: memoryview) -> None:
+    def append_record(self, key: bytes, shape: Sequence[int], record: torch.Tensor) -> None:
+        """The same for a feature of this shape that the specification's codec has packed, uint8 [bytes]."""
+        from vggt_cache.store.tensors import bytes_of
+
+        h, w, frames = sides_of(self._spec, shape)
+        self.append_stored(key, h, w, bytes_of(record), frames)
+
+    def append_payload(self, key: bytes, h: int, w: int, payload: memoryview, frames: int = 0) -> None:
         """The same from the feature's bytes, row-major and little-endian."""
-        self._check_record(key, h, w)
-        if payload.nbytes != payload_bytes(self._spec, h, w):
+        self._check_record(key, h, w, frames)
+        if payload.nbytes != payload_bytes(self._spec, h, w, frames):
             raise _no_feature(payload, h, w)
-        self.append_stored(key, h, w, self._codec.encode(payload, h * w, self._spec.encoder.channels))
+        cells = cells_of(self._spec, h, w, frames)
+        self.append_stored(key, h, w, self._codec.encode(payload, cells, self._spec.encoder.channels), frames)
 
-    def append_stored(self, key: bytes, h: int, w: int, stored: memoryview) -> None:
+    def append_stored(self, key: bytes, h: int, w: int, stored: memoryview, frames: int = 0) -> None:
         """The same from the bytes as they lie in a shard of the same codec."""
-        self._check_record(key, h, w)
+        self._check_record(key, h, w, frames)
         packed = self._codec_name != NONE
-        least, most = self._codec.size_limits(h * w, self._spec.encoder.channels)
+        least, most = self._codec.size_limits(cells_of(self._spec, h, w, frames), self._spec.encoder.channels)
         if not least <= stored.nbytes <= (min(most, MAX_STORED_BYTES) if packed else most):
             raise _no_feature(stored, h, w)
-        checksum = record_checksum(self._spec, key, h, w, stored, self._codec_name)
-        record = Record(key, self._end, h, w, checksum, stored.nbytes if packed else 0)
+        checksum = record_checksum(self._spec, key, h, w, stored, self._codec_name, frames)
+        record = Record(key, self._end, h, w, checksum, stored.nbytes if packed else 0, frames)
         self._attempt(lambda file: file.write(stored, record.offset))
         self._records[key] = record
         self._end += stored.nbytes
@@ -175,7 +183,7 @@ class ShardWriter:
         file.publish_new(name)
         return name
 
-    def _check_record(self, key: bytes, h: int, w: int) -> None:
+    def _check_record(self, key: bytes, h: int, w: int, frames: int) -> None:
         self._require_open()
         if not isinstance(key, bytes) or len(key) != KEY_BYTES:
             raise SettingsError(f"{key!r} is no key: a key has {KEY_BYTES} bytes")
@@ -185,7 +193,7 @@ class ShardWriter:
             raise SettingsError(
                 f"this shard has {len(self._records)} records, which is all it can hold: commit it"
             )
-        if not (1 <= h <= MAX_SIDE and 1 <= w <= MAX_SIDE):
+        if not (1 <= h <= MAX_SIDE and 1 <= w <= MAX_SIDE and frames <= MAX_SIDE):
             raise SettingsError(
                 f"a feature of {h} x {w} patches cannot be: sides are 1 to {MAX_SIDE} patches"
             )
