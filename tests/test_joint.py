@@ -258,7 +258,7 @@ def test_view_dry_run_verify_and_training_know_what_is_stored(
     assert main(["view", *where, "-o", str(tmp_path / "view.png")]) == 0
     assert (tmp_path / "view.png").stat().st_size > 0
     assert main(["verify", str(cache_dir), "--layers", "-3,-1", "--tokens", "all"]) == 0
-    assert main(["verify", str(cache_dir), "--layers", "1,2"]) == 1
+    assert main(["verify", str(cache_dir), "--layers", "1,2"]) == 2
     assert "--layers 1,2 was given, but the cache was made with 1,3" in capsys.readouterr().err
     with pytest.raises(SettingsError, match="JanusVLN takes all patches of the last frame and of one layer"):
         open_cache(str(cache_dir), WantedFeatures(), fill=False, location=None, device="cpu")
