@@ -221,7 +221,7 @@ def store_speeds(feature: torch.Tensor, calls: int) -> dict[str, float]:
                 for place in range(RING):
                     writer.append(bytes([place]) * 16, feature)
                 writer.commit()
-            with FeatureCache.open(Path(folder) / name) as cache:
+            with FeatureCache.open(Path(folder) / name, context="frame") as cache:
                 figures[f"get_{name}"] = gb_per_s(reader(cache, feature), feature.nbytes, calls)
     return figures
 

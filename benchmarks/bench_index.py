@@ -189,7 +189,7 @@ def seconds_each(ask: Callable[[bytes], object], keys: Sequence[bytes]) -> float
 def measure_store(folder: Path, count: int) -> dict[str, float]:
     before_bytes = private_bytes()
     began_s = time.perf_counter()
-    cache = FeatureCache.open(folder / "cache")
+    cache = FeatureCache.open(folder / "cache", context="frame")
     open_s = time.perf_counter() - began_s
     opened_bytes = private_bytes() - before_bytes
     sample, real = keys_in(folder / SAMPLE), keys_in(folder / REAL)
@@ -246,7 +246,7 @@ def measure_rebuild(folder: Path) -> dict[str, float]:
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of the imports
     before_bytes = resident_bytes("VmRSS")
     began_s = time.perf_counter()
-    cache = FeatureCache.open(folder / "cache")
+    cache = FeatureCache.open(folder / "cache", context="frame")
     opened_s = time.perf_counter()
     if not cache.save_index():
         raise RuntimeError("the index could not be saved")

@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 
 import record
-from janusvln.features.read_ahead import ReadAhead
+from vggt_cache.delivery import ReadAhead
 from vggt_cache.identity import EncoderSpec, FeatureSpec, Preprocessing
 from vggt_cache.store import FeatureCache, ShardWriter, create_store
 from vggt_cache.store.shards import PIECE_BYTES
@@ -89,7 +89,7 @@ class Bench:
         self.raw = folder / "raw"
         self.entries = folder / "entries"
         self._write(folder)
-        self.cache = FeatureCache.open(folder / "cache")
+        self.cache = FeatureCache.open(folder / "cache", context="frame")
         self.reader = ReadAhead(self.cache, torch.device("cpu"), threads=arguments.threads)
         self.buffers = [
             torch.empty(self.shape, dtype=torch.bfloat16) for _ in range(2 * arguments.batch_size)
@@ -164,9 +164,9 @@ class Bench:
         reader = self.reader
         size = self.arguments.batch_size
         batches = [self.order[at : at + size] for at in range(0, len(self.order), size)]
-        ahead = [reader.start(self.keys[number], self.grid) for number in batches[0]]
+        ahead = [reader.start(self.keys[number]) for number in batches[0]]
         for following in [*batches[1:], []]:
-            reads, ahead = ahead, [reader.start(self.keys[number], self.grid) for number in following]
+            reads, ahead = ahead, [reader.start(self.keys[number]) for number in following]
             reader.settle(reads)
             for read in reads:
                 assert reader.wait(read) is not None

@@ -91,7 +91,7 @@ class Bench:
 
     def _check_computed_once(self, cache_dir: Path, images: Sequence[int]) -> None:
         wanted = self.arguments.frames
-        with FeatureCache.open(cache_dir, use_index=False) as cache:
+        with FeatureCache.open(cache_dir, context="frame", use_index=False) as cache:
             if not len(cache) == sum(images) == wanted:
                 raise SystemExit(
                     f"{wanted} features are wanted, {len(cache)} are stored, and the processes say that they computed "

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import xxhash
 
-from janusvln.features.read_ahead import THREADS, ReadAhead
 from slow_disk import bytes_from_disks, drop_pages, join, read_ahead_bytes
 from slow_mount import Wire
+from vggt_cache.delivery import THREADS, ReadAhead
 from vggt_cache.store import FeatureCache
 from vggt_cache.store.shards import PIECE_BYTES
 
@@ -69,7 +69,7 @@ class ColdReads:
 
     def __init__(self, device: Device, plan: Plan) -> None:
         self.device, self.plan = device, plan
-        self.cache = FeatureCache.open(device.folder / "cache")
+        self.cache = FeatureCache.open(device.folder / "cache", context="frame")
         self.record_bytes = 2 * plan.grid[0] * plan.grid[1] * self.cache.spec.encoder.channels
         self.stored = len(self.cache)
         self.raw = os.open(device.folder / "raw", os.O_RDONLY)
@@ -162,7 +162,7 @@ class ColdReads:
         batches = [wanted[at : at + size] for at in range(0, len(wanted), size)]
 
         def announced(numbers: Sequence[int]) -> list[Any]:
-            return [reader.start(number.to_bytes(16, "big"), self.plan.grid) for number in numbers]
+            return [reader.start(number.to_bytes(16, "big")) for number in numbers]
 
         upcoming = announced(batches[0])
         for following in [*batches[1:], []]:

@@ -20,11 +20,11 @@ from janusvln.data import DataOptions, NavigationDataset, PaddedCollator, Sample
 from janusvln.data.images import FeatureRequest
 from janusvln.demo.tiny_qwen import TOKEN_IDS, tiny_config, write_tiny_qwen
 from janusvln.features.computed import CacheFiller, LiveEncoder
-from janusvln.features.read_ahead import ReadAhead
 from janusvln.features.source import FeatureSource
 from janusvln.model.config import JanusVLNConfig, as_janusvln_config
 from janusvln.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenerationForJanusVLN
 from profile_parts import synchronize
+from vggt_cache.delivery import ReadAhead
 from vggt_cache.demo.dataset import write_dataset
 from vggt_cache.encoder import Encoder
 from vggt_cache.identity import EncoderSpec, FeatureSpec, Preprocessing
@@ -75,7 +75,7 @@ class Stepper:
         self.batches = [self.batch_of(self.items[at : at + size]) for at in range(0, len(self.items), size)]
         self.live = self.new_live()
         self._fill(folder / "cache")
-        self.cache = FeatureCache.open(folder / "cache")
+        self.cache = FeatureCache.open(folder / "cache", context="causal")
         reader = ReadAhead(self.cache, self.device)
         self.source = FeatureSource(reader=reader, encoder=self.live, miss="error")
         self.model = self._model()

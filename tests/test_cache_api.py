@@ -143,17 +143,15 @@ def test_frames_may_be_given_by_anything_that_yields_them(tmp_path: Path, frames
 @pytest.mark.parametrize(
     "wrong",
     [
-        np.zeros((2, 28, 28, 3), np.uint8),
-        [np.zeros((28, 28, 3), np.uint8)],
-        [Image.new("RGB", (2, 2))],
+        np.zeros((2, 28, 28, 4), np.uint8),
         [None],
         [3],
     ],
-    ids=["array", "pixels", "PIL", "None", "int"],
+    ids=["array", "None", "int"],
 )
 def test_what_is_no_frame_is_refused_in_one_sentence(tmp_path: Path, wrong: Any) -> None:
     write_shard(tmp_path, [1])
-    message = r"a frame is of type .*path of an image file is needed"
+    message = r"a frame is .*(path of an image file is needed|pixels are \[3, H, W\])"
     with FeatureCache.open(tmp_path) as cache, pytest.raises(SettingsError, match=message):
         cache.get(wrong)
 

@@ -25,6 +25,7 @@ PAIRS = {
     "docs/performance.md": "docs/performance.zh.md",
     "docs/differences.md": "docs/differences.zh.md",
     "docs/evaluation.md": "docs/evaluation.zh.md",
+    "docs/own_trainer.md": "docs/own_trainer.zh.md",
 }
 READMES, GUIDES = (pair for pair in list(PAIRS.items())[:2])
 DOCUMENTS = sorted(

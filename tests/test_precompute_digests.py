@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from vggt_cache.precompute import digests as digests_module
-from vggt_cache.precompute.digests import DigestTable, read_in_state, settled, state_hash, state_hash_array
+from vggt_cache.precompute.digests import DigestTable, read_in_state, settled, state_hash
+from vggt_cache.store.rows import hash_array
 
 STAT = (1000, 10**18 + 5, 10**18 + 7, 42)
 
@@ -19,7 +20,7 @@ def _row(number: int) -> tuple[bytes, bytes]:
 
 
 def _known(table: DigestTable, rows: list[tuple[bytes, bytes]]) -> list[bool]:
-    known, digests = table.lookup(state_hash_array(state for state, _ in rows))
+    known, digests = table.lookup(hash_array(state for state, _ in rows))
     for is_known, found, (_, digest) in zip(known, digests, rows, strict=True):
         assert not is_known or found.tobytes() == digest
     return known.tolist()
@@ -47,7 +48,7 @@ def test_of_rows_of_one_state_the_newest_counts_in_a_file_and_across_files(tmp_p
     def seen() -> list[bytes]:
         tables = reader, DigestTable(str(tmp_path))
         reader.reload()
-        return [known.lookup(state_hash_array([state]))[1].tobytes() for known in tables]
+        return [known.lookup(hash_array([state]))[1].tobytes() for known in tables]
 
     for digest in (old, new, old):
         table.append([(state, digest)])
@@ -72,7 +73,7 @@ def test_a_correction_is_newer_than_all_even_where_another_clock_is_ahead_or_the
     for _ in range(2):
         table.correct({state: new, _row(5)[0]: _row(5)[1]})
         table.reload()
-        assert table.lookup(state_hash_array([state]))[1].tobytes() == new
+        assert table.lookup(hash_array([state]))[1].tobytes() == new
         assert len(_files(table)) == 3, "what is known already is not written again"
     assert (tmp_path / "digests" / _files(table)[-1]).stat().st_size == 24 + 48
 
@@ -104,7 +105,7 @@ def test_any_change_of_a_file_makes_its_row_unknown(tmp_path, change):
     table.reload()
     changed = list(STAT)
     changed[change] += 1
-    known, _ = table.lookup(state_hash_array([state_hash("frame1.png", tuple(changed))]))
+    known, _ = table.lookup(hash_array([state_hash("frame1.png", tuple(changed))]))
     assert not known.any()
 
 

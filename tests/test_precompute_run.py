@@ -14,11 +14,13 @@ import pytest
 import torch
 
 from small_data import SIZE, history, write_annotations, write_dataset, write_episode, write_image
-from vggt_cache import FeatureCache
+from vggt_cache import FeatureCache, PixelCache
 from vggt_cache.cli import main
 from vggt_cache.encoder import Checkpoint
 from vggt_cache.frames import decode_frame, read_frame
+from vggt_cache.identity import feature_key, frame_digest
 from vggt_cache.precompute.estimate import time_sentence
+from vggt_cache.store import list_stores
 
 
 @pytest.fixture
@@ -654,3 +656,45 @@ def test_an_encoder_that_is_not_there_is_said(tmp_path, data, capsys):
     assert "--vggt_model_path is missing" in capsys.readouterr().err
     assert main([*arguments, "--vggt_model_path", str(tmp_path / "nowhere")]) == 2
     assert not (tmp_path / "cache").exists()
+
+
+# ---------------------------------------------------------------- identity by pixels
+
+
+@pytest.mark.parametrize("context", ["frame", "causal"])
+def test_what_was_made_from_files_is_found_by_a_trainer_that_has_their_pixels(run, data, cache_dir, context):
+    assert run("--context", context)[0] == 0
+    with FeatureCache.open(cache_dir, context=context) as cache:
+        for path in sorted(data.rglob("*.png"))[:1]:
+            pixels = decode_frame(read_frame(path), cache.spec.preprocessing)
+            image = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+            assert torch.equal(cache.get([image], strict=True), cache.get([path], strict=True))
+            assert cache.get([image.flip(2)]) is None
+
+
+def test_what_a_trainer_stored_by_pixels_is_not_computed_again_from_files(run, data, cache_dir):
+    assert run()[0] == 0
+    (by_files,) = list_stores(cache_dir)
+    stored = records(cache_dir)
+    pixels = {}
+    for path in data.rglob("*.png"):
+        key = feature_key(by_files, [frame_digest(path.read_bytes())])
+        if key in stored:
+            pixels[key] = decode_frame(path.read_bytes(), by_files.preprocessing)
+    assert len(pixels) == 12
+    shutil.rmtree(cache_dir)
+    cache = PixelCache(cache_dir, by_files, fill=True)
+    for key, levels in pixels.items():
+        cache.put(cache.keys([torch.from_numpy(levels).permute(2, 0, 1)[None]]), stored[key][None])
+    cache.close()
+
+    code, out, _ = run("--verify")
+    assert code == 0
+    assert "[SUCCESS] Processed 0 images" in out
+    assert "[INFO] Verification: 12/12 valid, 0 invalid" in out
+    code, out, _ = run()  # the pairs are noted now: nothing is decoded
+    assert "[INFO] Unique images to process: 0" in out
+    assert "[INFO] Already in the cache: 12" in out
+    with FeatureCache.open(cache_dir, spec=by_files) as files:
+        assert len(files) == 0
+        assert all(torch.equal(files.get_by_key(key), feature) for key, feature in stored.items())

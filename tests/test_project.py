@@ -115,10 +115,11 @@ def test_imports_point_one_way() -> None:
         "errors": set(),
         "context": set(),
         "identity": {"context", "errors"},
+        "pixels": {"errors", "identity", "frames"},
         "samples": LOW,
         "codec": LOW,
         "encoder": LOW,
-        "store": LOW | {"codec"},
+        "store": LOW | {"codec", "pixels"},
         "doctor": LOW | {"store", "precompute"},  # it lets both do their work on the mount
     }
     for path in (ROOT / "src" / "vggt_cache").rglob("*.py"):

@@ -41,6 +41,8 @@ PLACES = {
     "failures.jsonl": {INCOMPLETE},
     "digests": {INCOMPLETE},
     "digests/000000000000-0000000000000000.rows": {INCOMPLETE},
+    "same": {INCOMPLETE},
+    "same/000000000000-0000000000000000.rows": {INCOMPLETE},
     "STORE/claims": {INVALID, INCOMPLETE},
     "STORE/claims/BLOCK.0": {INCOMPLETE},
     "STORE/spec.json": {INVALID, INCOMPLETE},

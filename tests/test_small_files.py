@@ -24,6 +24,8 @@ from vggt_cache.precompute.report import Reporter
 from vggt_cache.precompute.settings import QwenLimits
 from vggt_cache.samples import find_sources, iter_samples, read_episode_text
 from vggt_cache.small_files import SmallFolder, read_bytes, read_text
+from vggt_cache.store.rows import RowTable
+from vggt_cache.store.siblings import SameTable
 
 LIMIT = 1000
 
@@ -211,17 +213,20 @@ def test_a_list_of_failures_is_not_written_through(
 
 
 @pytest.mark.parametrize("kind", NOT_FILES)
-def test_digests_in_another_place_are_neither_read_nor_written(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("rows", [DigestTable, SameTable])
+def test_digests_in_another_place_are_neither_read_nor_written(
+    tmp_path: Path, kind: str, rows: type[RowTable]
+) -> None:
     cache, elsewhere = tmp_path / "cache", tmp_path / "elsewhere"
     cache.mkdir()
     elsewhere.mkdir()
-    (cache / "digests").symlink_to(elsewhere)
-    table = DigestTable(str(cache))
+    (cache / rows.folder).symlink_to(elsewhere)
+    table = rows(str(cache))
     table.append([(b"s" * 16, b"d" * 32)])
     assert list(elsewhere.iterdir()) == []
-    (cache / "digests").unlink()
+    (cache / rows.folder).unlink()
     table.append([(b"s" * 16, b"d" * 32)])
-    NOT_FILES[kind](cache / "digests" / f"{0:012x}-{0:016x}.rows")
+    NOT_FILES[kind](cache / rows.folder / f"{0:012x}-{0:016x}.rows")
     table.reload()
     assert len(table) == 1
 

@@ -18,15 +18,17 @@ import torch
 from codec_kit import INT8, NUMBERS, given_back, write_packed
 from janusvln.data.images import FeatureRequest
 from janusvln.features.computed import CacheFiller, LiveEncoder
-from janusvln.features.read_ahead import ReadAhead
 from store_kit import SPEC, failing, make_feature, make_key, shard_path, write_shard
 from train_kit import CPU, make_request, make_source, small_spec, write_images
+from vggt_cache.delivery import ReadAhead
 from vggt_cache.encoder import Encoder
 from vggt_cache.errors import CacheAccessError, CheckpointError, CorruptRecordError, DataError, SettingsError
-from vggt_cache.precompute.digests import DigestTable, state_hash_array
+from vggt_cache.identity import pixel_key
+from vggt_cache.precompute.digests import DigestTable
 from vggt_cache.precompute.run import precompute
 from vggt_cache.precompute.settings import PrecomputeSettings
-from vggt_cache.store import FeatureCache, FileSystem, ShardWriter
+from vggt_cache.store import FeatureCache, FileSystem, ShardWriter, create_store
+from vggt_cache.store.rows import hash_array
 
 CONTEXTS = ("frame", "causal")
 
@@ -71,6 +73,29 @@ class TestHits:
         assert torch.equal(features[1], make_feature(5))
         assert (source.counts.hits, source.counts.misses) == (2, 0)
 
+    def test_what_others_stored_for_the_same_pixels_is_a_hit(self, tmp_path: Path) -> None:
+        given = SPEC.of_given_pixels
+        request = stored_request(1)
+        with ShardWriter(create_store(tmp_path, given), given) as writer:
+            writer.append(pixel_key(SPEC, request.pixel_digests), make_feature(7))
+            writer.commit()
+        create_store(tmp_path, SPEC)
+        source = make_source(SPEC, FeatureCache.open(tmp_path, spec=SPEC), None, miss="error")
+        assert torch.equal(source.take([request])[0], make_feature(7))
+        other = dataclasses.replace(request, frames=request.frames + 1)
+        with pytest.raises(DataError):
+            source.take([other])
+
+    def test_what_is_filled_is_found_by_its_pixels(self, tmp_path: Path) -> None:
+        request = stored_request(1)
+        filler = CacheFiller(str(tmp_path), SPEC)
+        filler.put([request], [make_feature(7)])
+        filler.close()
+        with FeatureCache.open(tmp_path, context="frame") as cache:
+            (pixels,) = request.frames_used
+            assert torch.equal(cache.get([pixels], strict=True), make_feature(7))
+            assert cache.get([pixels + 1]) is None
+
     def test_batches_announced_ahead_keep_their_features_apart(self, cache: FeatureCache) -> None:
         source = make_source(SPEC, cache, None)
         batches = [requests_for([number, (number + 1) % 8]) for number in range(8)]
@@ -89,12 +114,14 @@ class TestHits:
         with FeatureCache.open(tmp_path) as cache:
             reader = ReadAhead(cache, torch.device("cpu"))
             h, w, channels = given_back(1, INT8).shape
-            reads = {number: reader.start(make_key(number), (h, w)) for number in NUMBERS}
+            reads = {number: reader.start(make_key(number)) for number in NUMBERS}
             for number, read in reads.items():
-                assert read.buffer.dtype == torch.uint8
-                assert read.buffer.nbytes == 2 * channels + (4 + channels) * h * w
+                buffer = read.result.result().buffer
+                assert buffer is not None
+                assert buffer.dtype == torch.uint8
+                assert buffer.nbytes == 2 * channels + (4 + channels) * h * w
                 assert torch.equal(reader.wait(read), given_back(number, INT8))
-            absent = reader.start(make_key(9), (h, w))
+            absent = reader.start(make_key(9))
             assert reader.wait(absent) is None
             reader.close()
 
@@ -235,7 +262,7 @@ class TestMisses:
         filler.close()
         table = DigestTable(str(tmp_path))
         assert len(table) == 1
-        assert table.lookup(state_hash_array([state]))[1].tobytes() == digest
+        assert table.lookup(hash_array([state]))[1].tobytes() == digest
 
     @pytest.mark.parametrize(
         ("context", "lengths", "expected"),
@@ -313,13 +340,13 @@ class TestDamage:
     def test_a_mount_that_stumbles_is_tried_again_a_bounded_number_of_times(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failures: int, succeeds: bool
     ) -> None:
-        monkeypatch.setattr("janusvln.features.read_ahead.RETRY_PAUSES_S", (0.0, 0.0))
+        monkeypatch.setattr("vggt_cache.delivery.RETRY_PAUSES_S", (0.0, 0.0))
         write_shard(tmp_path, [1])
         disk = StumblingDisk()
         cache = FeatureCache.open(tmp_path, fs=disk)
         disk.failures = failures
         reader = ReadAhead(cache, CPU)
-        read = reader.start(make_key(1), (2, 3))
+        read = reader.start(make_key(1))
         if succeeds:
             feature = reader.wait(read)
             assert feature is not None

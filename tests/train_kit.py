@@ -13,9 +13,9 @@ import torch
 from janusvln.data.images import FeatureRequest
 from janusvln.demo.tiny_qwen import write_tiny_qwen
 from janusvln.features.computed import LiveEncoder
-from janusvln.features.read_ahead import ReadAhead
 from janusvln.features.source import FeatureSource
 from small_data import history, write_episode, write_image
+from vggt_cache.delivery import ReadAhead
 from vggt_cache.encoder.checkpoint import Checkpoint
 from vggt_cache.frames import decode_frame
 from vggt_cache.identity import FeatureSpec, Preprocessing, feature_key, frame_digest

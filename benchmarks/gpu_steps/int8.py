@@ -12,8 +12,8 @@ import torch
 from bench_encoder import seconds
 from gpu_steps.notes import Notes
 from gpu_steps.setting import Setting, relative_difference
-from janusvln.features.read_ahead import ReadAhead
 from vggt_cache.codec.quantise import decode_int8, encode_int8
+from vggt_cache.delivery import ReadAhead
 from vggt_cache.identity import EncoderSpec, FeatureSpec, Preprocessing, feature_key
 from vggt_cache.store import FeatureCache, ShardWriter, create_store
 
@@ -55,9 +55,9 @@ def read_ahead_difference(setting: Setting, feature: torch.Tensor) -> float:
     writer = ShardWriter(create_store(setting.work / "int8", spec), spec)
     writer.append(key, feature)
     writer.commit()
-    with FeatureCache.open(setting.work / "int8") as cache:
+    with FeatureCache.open(setting.work / "int8", context="frame") as cache:
         reader = ReadAhead(cache, setting.device)
-        found = reader.wait(reader.start(key, (feature.shape[0], feature.shape[1])))
+        found = reader.wait(reader.start(key))
         reference = cache.get_by_key(key)
         reader.close()
     assert found is not None

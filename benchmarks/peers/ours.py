@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from janusvln.features.read_ahead import ReadAhead
 from peers.base import Committed, Layout, Peer, feature
+from vggt_cache.delivery import ReadAhead
 from vggt_cache.identity import EncoderSpec, FeatureSpec, Preprocessing
 from vggt_cache.store import FeatureCache, ShardWriter, create_store
 from vggt_cache.store.writer import DEFAULT_MAX_RECORDS
@@ -46,11 +46,11 @@ class Ours(Peer):
                     writer.append(key_of(number), feature(number, self.layout.shape))
                 writer.commit()
             committed(numbers)
-        with FeatureCache.open(self.folder) as cache:
+        with FeatureCache.open(self.folder, context="frame") as cache:
             cache.save_index()
 
     def open(self) -> None:
-        self._cache = FeatureCache.open(self.folder)
+        self._cache = FeatureCache.open(self.folder, context="frame")
 
     def read(self, number: int) -> torch.Tensor | None:
         return self._cache.get_by_key(key_of(number))
@@ -70,16 +70,17 @@ class ReadBatches:
 
     def __init__(self, peer: Ours, batch_size: int, threads: int) -> None:
         self._keys = [key_of(number) for number in range(peer.layout.count)]
-        self._grid = peer.layout.shape[:2]
         self._batch_size = batch_size
-        self._reader = ReadAhead(FeatureCache.open(peer.folder), torch.device("cpu"), threads=threads)
+        self._reader = ReadAhead(
+            FeatureCache.open(peer.folder, context="frame"), torch.device("cpu"), threads=threads
+        )
 
     def __iter__(self) -> Iterator[Sequence[torch.Tensor]]:
         order = random.sample(self._keys, len(self._keys))
         batches = [order[at : at + self._batch_size] for at in range(0, len(order), self._batch_size)]
-        ahead = [self._reader.start(key, self._grid) for key in batches[0]]
+        ahead = [self._reader.start(key) for key in batches[0]]
         for following in [*batches[1:], []]:
-            reads, ahead = ahead, [self._reader.start(key, self._grid) for key in following]
+            reads, ahead = ahead, [self._reader.start(key) for key in following]
             features = [self._reader.wait(read) for read in reads]
             yield [found for found in features if found is not None]
             for read in reads:

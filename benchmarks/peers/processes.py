@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-PRELOAD = ["torch", "torch.utils.data", "numpy", "vggt_cache.store", "janusvln.features.read_ahead"]
+PRELOAD = ["torch", "torch.utils.data", "numpy", "vggt_cache.store", "vggt_cache.delivery"]
 """Loaded once, by the server that the rows are forked from; no peer is among them."""
 PATIENCE_S = 10.0
 

@@ -10,18 +10,31 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vggt_cache.delivery import Delivery
     from vggt_cache.errors import VggtCacheError
     from vggt_cache.identity import EncoderSpec, FeatureSpec, Preprocessing
+    from vggt_cache.pixel_cache import PixelCache
     from vggt_cache.store.cache import FeatureCache
 
 __version__ = "0.1.0"
 
-__all__ = ["EncoderSpec", "FeatureCache", "FeatureSpec", "Preprocessing", "VggtCacheError", "__version__"]
+__all__ = [
+    "Delivery",
+    "EncoderSpec",
+    "FeatureCache",
+    "FeatureSpec",
+    "PixelCache",
+    "Preprocessing",
+    "VggtCacheError",
+    "__version__",
+]
 
 _HOME = {
+    "Delivery": "vggt_cache.delivery",
     "EncoderSpec": "vggt_cache.identity",
     "FeatureCache": "vggt_cache.store.cache",
     "FeatureSpec": "vggt_cache.identity",
+    "PixelCache": "vggt_cache.pixel_cache",
     "Preprocessing": "vggt_cache.identity",
     "VggtCacheError": "vggt_cache.errors",
 }

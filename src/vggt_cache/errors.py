@@ -106,6 +106,10 @@ class CacheAccessError(StoreError):
     exit_code = 2
 
 
+class MissingFeatureError(StoreError):
+    """A feature is asked for that is not in the cache, and may not be left out."""
+
+
 class ShardFormatError(StoreError):
     """A shard's header is not what the format allows: truncated, hostile, or of another version."""
 

@@ -16,6 +16,7 @@ import io
 import os
 import re
 import stat
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +31,7 @@ from PIL import (
 )
 
 from vggt_cache.errors import FrameError
-from vggt_cache.identity import PATCH_SIZE, Preprocessing
+from vggt_cache.identity import GIVEN_PIXELS, PATCH_SIZE, Preprocessing
 from vggt_cache.mistaken_frames import hint_for, kind_of
 
 MAX_FILE_BYTES = 64 * 2**20
@@ -110,8 +111,19 @@ def decode_frame(data: bytes, preprocessing: Preprocessing) -> npt.NDArray[np.ui
 
     Equal to the reference loader's output times 255. Raises FrameError with a reason that names no path.
     """
+    return _decoded(lambda: _open(data), preprocessing)
+
+
+def image_pixels(image: Image.Image, preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
+    """The same of an image in memory, as if it had been read from a file. Pixels that are given stay as they are."""
+    if preprocessing == GIVEN_PIXELS:
+        return np.array(image.convert("RGB"))
+    return _decoded(image.copy, preprocessing)
+
+
+def _decoded(opened: Callable[[], Image.Image], preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
     try:
-        image = _open(data)
+        image = opened()
         width, height = _resized(*image.size, preprocessing)
         resized = _to_rgb(image, preprocessing).resize((width, height), Image.Resampling.BICUBIC)
     except (FrameError, MemoryError):

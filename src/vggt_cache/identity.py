@@ -11,18 +11,24 @@ import dataclasses
 import hashlib
 import json
 import re
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vggt_cache.context import CONTEXTS as CONTEXTS
 from vggt_cache.context import ContextRule
 from vggt_cache.errors import FrameError, SettingsError, SpecMismatchError
 
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
 COMPUTATION_VERSION = 1
 """Raised whenever our own code computes a different value from the same inputs."""
 
+GIVEN = "given"
 RESIZE_MODES = ("crop", "pad")
 ALPHA_MODES = ("white", "drop")
 FEATURE_DTYPES = ("bfloat16", "float16", "float32", "int8")
@@ -61,6 +67,8 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         size = self.image_size
+        if (size, self.resize_mode, self.alpha, self.resampling) == (0, GIVEN, GIVEN, GIVEN):
+            return
         if not isinstance(size, int) or size < PATCH_SIZE or size % PATCH_SIZE:
             raise SettingsError(
                 f"image_size is {size!r}, which is not a positive multiple of {PATCH_SIZE}: "
@@ -73,6 +81,10 @@ class Preprocessing:
         _one_of("resize_mode", self.resize_mode, RESIZE_MODES)
         _one_of("alpha", self.alpha, ALPHA_MODES)
         _one_of("resampling", self.resampling, ("bicubic",))
+
+
+GIVEN_PIXELS = Preprocessing(image_size=0, resize_mode=GIVEN, alpha=GIVEN, resampling=GIVEN)
+"""Of features that a trainer handed over as the pixels that the encoder sees."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +171,11 @@ class FeatureSpec:
     def short_name(self) -> str:
         """Name of the specification's folder in a cache directory, such as `causal-0123456789abcdef`."""
         return f"{self.context}-{self.fingerprint[:16]}"
+
+    @cached_property
+    def of_given_pixels(self) -> FeatureSpec:
+        """The same for frames that are given as pixels, whose keys are made of `pixel_digest`s."""
+        return dataclasses.replace(self, preprocessing=GIVEN_PIXELS)
 
     @property
     def kept_layers(self) -> tuple[int, ...]:
@@ -319,6 +336,25 @@ def pool_text(pool: Sequence[int] | None) -> str:
 def frame_digest(data: bytes) -> bytes:
     """sha256 of an image file's bytes, 32 bytes. What is hashed is what is decoded: the same buffer."""
     return hashlib.sha256(data).digest()
+
+
+def pixel_digest(pixels: npt.NDArray[np.uint8] | npt.NDArray[np.float32]) -> bytes:
+    """sha256 of a frame as the encoder sees it, 32 bytes.
+
+    `pixels` [H, W, 3]: uint8, or float32 in [0, 1] where they are not all k / 255 (see `pixels.as_levels`).
+    """
+    tag = {"uint8": b"u8", "float32": b"f32"}[pixels.dtype.name]
+    height, width, _ = pixels.shape
+    hasher = hashlib.sha256(
+        b"vggt-feature-cache pixels 1\0" + tag + b"\0" + struct.pack("<II", height, width)
+    )
+    hasher.update(pixels.astype(pixels.dtype.newbyteorder("<"), order="C", copy=False).data)
+    return hasher.digest()
+
+
+def pixel_key(spec: FeatureSpec, digests: Sequence[bytes]) -> bytes:
+    """The key of a feature by its frames' `pixel_digest`s, whatever preprocessing made them."""
+    return feature_key(spec.of_given_pixels, digests)
 
 
 def feature_key(spec: FeatureSpec, digests: Sequence[bytes]) -> bytes:

@@ -115,9 +115,8 @@ def verify_cache(
 
     reporter, threads = Reporter(), max(1, num_workers)
     data = data_root or annotation_path or data_path
-    with FeatureCache.open(
-        cache_dir, context=context, fingerprint=fingerprint, use_index=bool(data)
-    ) as cache:
+    spec = select_store(cache_dir, spec=None, fingerprint=fingerprint, context=context)
+    with FeatureCache.open(cache_dir, spec=spec, use_index=bool(data)) as cache:
         for name, made_with in cache.spec.contradictions(asked).items():
             raise SpecMismatchError(
                 f"--{name} {asked[name]} was given, but the cache was made with {made_with}: leave the flag out to "
@@ -154,7 +153,8 @@ def draw_view(
         raise SettingsError(f"--count {count} draws nothing: give 1 or more")
     picture_format(output)
     reporter = Reporter()
-    with FeatureCache.open(cache_dir, context=context, fingerprint=fingerprint) as cache:
+    spec = select_store(cache_dir, spec=None, fingerprint=fingerprint, context=context)
+    with FeatureCache.open(cache_dir, spec=spec) as cache:
         plan = plan_and_tell(data_root, cache.spec.context, -1, reporter)
         rows: dict[bytes, Row] = {}
         for feature in _spread(len(plan)):

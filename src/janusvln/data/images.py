@@ -9,6 +9,7 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,14 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from janusvln.data.dialogue import UnfitSampleError
 from vggt_cache.errors import FrameError, SettingsError
 from vggt_cache.frames import decode_frame
-from vggt_cache.identity import PATCH_SIZE, FeatureSpec, Preprocessing, feature_key, frame_digest
+from vggt_cache.identity import (
+    PATCH_SIZE,
+    FeatureSpec,
+    Preprocessing,
+    feature_key,
+    frame_digest,
+    pixel_digest,
+)
 from vggt_cache.precompute.digests import read_in_state
 from vggt_cache.precompute.settings import QwenLimits
 from vggt_cache.samples import Sample, locate_frame
@@ -76,6 +84,11 @@ class FeatureRequest:
     def frames_used(self) -> Tensor:
         """Those that the feature depends on."""
         return self.frames[-len(self.digests) :]
+
+    @cached_property
+    def pixel_digests(self) -> tuple[bytes, ...]:
+        """Of `frames_used`: they lead to a feature that was stored for the same pixels from elsewhere."""
+        return tuple(pixel_digest(frame.numpy()) for frame in self.frames_used)
 
     def pin_memory(self) -> FeatureRequest:
         """For the DataLoader's thread that pins what the workers send."""

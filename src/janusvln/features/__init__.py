@@ -1,6 +1,5 @@
 """Where features come from: the cache, the encoder, or nowhere (refused).
 
-read_ahead   knows keys, tensors and the cache: reader threads, pinned buffers, the copy to the device
 computed     the encoder that runs live, and the cache that it fills
 source       both, for the samples of a batch
 resolve      which features a run uses

@@ -17,11 +17,12 @@ from vggt_cache.codec.quantise import decode_int8, quantised
 from vggt_cache.encoder import Encoder
 from vggt_cache.encoder.checkpoint import Checkpoint
 from vggt_cache.errors import CheckpointError, OutOfMemoryError, SettingsError, StoreError
-from vggt_cache.identity import FeatureSpec
+from vggt_cache.identity import FeatureSpec, pixel_key
 from vggt_cache.precompute.digests import DigestTable
 from vggt_cache.precompute.encode import BatchEncoder, Pixels
 from vggt_cache.precompute.write import FeatureWriter, shard_bytes
 from vggt_cache.store import ShardWriter, create_store
+from vggt_cache.store.siblings import SameTable
 
 MOST_TOGETHER = 12
 """Frames encoded together: lists of nine, the published length, in one go. Halved when the device is out of memory."""
@@ -126,6 +127,9 @@ class CacheFiller:
         self._warn = warn
         self._digests = DigestTable(cache_dir)
         self._rows: dict[bytes, bytes] = {}
+        self._spec = spec
+        self._same_table = SameTable(cache_dir)
+        self._same: list[tuple[bytes, bytes, FeatureSpec]] = []
         self._known: set[bytes] = set()
         self._not_finite = 0
         self._gave_up = False
@@ -183,11 +187,14 @@ class CacheFiller:
         # Which images these were, so that planning and coverage need not open them again.
         rows = zip(request.state_hashes, request.digests, strict=True)
         self._rows.update((state, digest) for state, digest in rows if state)
+        self._same.append((pixel_key(self._spec, request.pixel_digests), request.key, self._spec))
 
     def _commit(self, finish: Callable[[], None]) -> None:
         finish()
         rows, self._rows = self._rows, {}
         self._digests.append(rows.items())
+        same, self._same = self._same, []
+        self._same_table.note(same)
 
     def _on_bad_feature(self, label: str, reason: str) -> None:
         self._not_finite += 1

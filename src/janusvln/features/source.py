@@ -16,9 +16,11 @@ import torch
 
 from janusvln.data.images import FeatureRequest
 from janusvln.features.computed import CacheFiller, LiveEncoder
-from janusvln.features.read_ahead import PendingRead, ReadAhead
 from vggt_cache.context import label_of_last
+from vggt_cache.delivery import PendingRead, ReadAhead
 from vggt_cache.errors import DataError, StoreError
+from vggt_cache.identity import pixel_key
+from vggt_cache.store import FeatureCache
 
 MISS_POLICIES = ("encode", "fill", "error")
 
@@ -133,8 +135,15 @@ class FeatureSource:
     def _start(self, requests: Sequence[FeatureRequest]) -> Reads:
         if self._reader is None:
             return {}
-        cache, start = self._reader.cache, self._reader.start
-        return {at: start(one.key, one.grid) for at, one in enumerate(requests) if one.key in cache}
+        keys = [self._stored_key(one, self._reader.cache) for one in requests]
+        return {at: self._reader.start(key) for at, key in enumerate(keys) if key is not None}
+
+    def _stored_key(self, request: FeatureRequest, cache: FeatureCache) -> bytes | None:
+        """The key under which the cache has the feature, of its files or of their pixels; None where it has not."""
+        if request.key in cache:
+            return request.key
+        by_pixels = pixel_key(cache.spec, request.pixel_digests)
+        return by_pixels if by_pixels in cache else None
 
     def _arrived(self, requests: Sequence[FeatureRequest], reads: Reads) -> dict[int, torch.Tensor]:
         features: dict[int, torch.Tensor] = {}

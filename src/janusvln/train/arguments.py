@@ -15,9 +15,9 @@ import transformers
 from transformers import HfArgumentParser
 
 from janusvln.data.dataset import DataOptions, flag
-from janusvln.features.read_ahead import THREADS
 from janusvln.features.resolve import AS_PUBLISHED, WantedFeatures
 from janusvln.features.source import MISS_POLICIES
+from vggt_cache.delivery import THREADS
 from vggt_cache.errors import SettingsError
 from vggt_cache.flags import about_flag
 from vggt_cache.precompute.settings import PrecomputeSettings

@@ -12,7 +12,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
 from janusvln.data import NavigationDataset, PackedCollator, PaddedCollator, SampleIndex, sources_of
 from janusvln.features.computed import CacheFiller, LiveEncoder
-from janusvln.features.read_ahead import ReadAhead
 from janusvln.features.resolve import (
     Coverage,
     check_resumed_with,
@@ -36,6 +35,7 @@ from janusvln.train.checkpoints import (
 )
 from janusvln.train.ranks import Ranks, agree_on_snapshot
 from janusvln.train.trainer import EpochCallback, FeatureTrainer, freeze
+from vggt_cache.delivery import ReadAhead
 from vggt_cache.errors import DataError, SettingsError
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.samples import Problem, Sources

@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from vggt_cache.errors import FrameError
 from vggt_cache.frames import decode_frame, remark_on
-from vggt_cache.identity import PATCH_SIZE, Preprocessing, frame_digest
+from vggt_cache.identity import PATCH_SIZE, Preprocessing, frame_digest, pixel_digest
 from vggt_cache.precompute.digests import read_in_state
 
 
@@ -35,6 +35,8 @@ class DecodedFrame:
     digest: bytes = b""
     pixels: npt.NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 0, 3), np.uint8))
     """[H, W, 3]"""
+    pixel_digest: bytes = b""
+    """Of `pixels`, see `identity.pixel_digest`."""
     state_hash: bytes = b""
     """Of the file as it was read, see `read_in_state`; may be empty."""
     error: str = ""
@@ -57,7 +59,13 @@ def decode_file(path: str, preprocessing: Preprocessing) -> DecodedFrame:
         return DecodedFrame(error=reason_without_path(error, path))
     except MemoryError:
         return DecodedFrame(error="there is not enough memory to decode it")
-    return DecodedFrame(digest=frame_digest(data), pixels=pixels, state_hash=state, remark=remark_on(data))
+    return DecodedFrame(
+        digest=frame_digest(data),
+        pixels=pixels,
+        pixel_digest=pixel_digest(pixels),
+        state_hash=state,
+        remark=remark_on(data),
+    )
 
 
 def read_digest(path: str) -> tuple[bytes | str, bytes]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vggt_cache.codec import NONE
 from vggt_cache.errors import FrameError
-from vggt_cache.identity import feature_key
+from vggt_cache.identity import FeatureSpec, feature_key, pixel_key
 from vggt_cache.precompute.claims import Claims
 from vggt_cache.precompute.decode import DecodedFrame, DecodePool
 from vggt_cache.precompute.encode import BatchEncoder
@@ -26,6 +26,7 @@ from vggt_cache.precompute.settings import QwenLimits
 from vggt_cache.precompute.stop import StopRequest
 from vggt_cache.precompute.write import FeatureWriter, shard_bytes
 from vggt_cache.store import FeatureCache, ShardWriter
+from vggt_cache.store.siblings import SameTable
 
 BLOCKS_AHEAD = 3
 SHARDS_BETWEEN_INDEXES = 64
@@ -39,7 +40,9 @@ class Stored:
 
     def __init__(self, known: KnownKeys, cache: FeatureCache, *, recompute: bool) -> None:
         self.known, self.cache = known, cache
+        self._recompute = recompute
         self._ignored = frozenset(cache.shard_names() if recompute else ())
+        self.same = SameTable(cache.cache_dir)
         self.own: set[bytes] = set()
         """Keys of what this process has handed to its writer."""
         self._indexed_shards = len(cache.shard_names())
@@ -50,7 +53,14 @@ class Stored:
 
     def __contains__(self, key: bytes) -> bool:
         shard = self.cache.shard_of(key)
-        return key in self.own or (shard is not None and shard not in self._ignored)
+        if shard is None:
+            return key in self.own or (not self._recompute and key in self.cache)
+        return key in self.own or shard not in self._ignored
+
+    def by_pixels(self, key: bytes) -> tuple[bytes, FeatureSpec] | None:
+        """Where the feature is, if another store has it by the key of its frames' pixels: the key there, and whose."""
+        found = None if self._recompute else self.cache.siblings.find(key, self.cache)
+        return None if found is None else (found[1], found[0].spec)
 
     def refresh(self) -> None:
         """Take in what other processes have found and committed."""
@@ -157,7 +167,10 @@ class Run:
         decoded = self._decode(decoding)
         if self.stop.requested:
             return
-        work = [(key, one) for one in block.features if (key := self._new_key(one, decoded)) is not None]
+        same: list[tuple[bytes, bytes, FeatureSpec]] = []
+        work = [
+            (key, one) for one in block.features if (key := self._new_key(one, decoded, same)) is not None
+        ]
         lists = [self.plan.frames_of(feature).tolist() for _, feature in work]
         self._waits_for = "the encoder"
         pixels = {frame: one.pixels for frame, one in decoded.items()}
@@ -172,7 +185,7 @@ class Run:
         for at in self._encoder.too_large:
             self._lose_too_large(*work[at], len(lists[at]))
         rows = [(one.state_hash, one.digest) for one in decoded.values() if one.state_hash]
-        self._writer.when_committed(lambda: self._done(block.block_id, rows))
+        self._writer.when_committed(lambda: self._done(block.block_id, rows, same))
 
     def _decode(self, decoding: Decoding) -> dict[int, DecodedFrame]:
         """The block's frames, without those that cannot be used."""
@@ -193,10 +206,13 @@ class Run:
             self.known.learn(frame, one.digest)
         return decoded
 
-    def _new_key(self, feature: int, decoded: dict[int, DecodedFrame]) -> bytes | None:
+    def _new_key(
+        self, feature: int, decoded: dict[int, DecodedFrame], same: list[tuple[bytes, bytes, FeatureSpec]]
+    ) -> bytes | None:
         """The feature's key, from the very bytes that were decoded.
 
-        None where it cannot be computed, and where the store has it already.
+        None where it cannot be computed, and where the cache has it already, be it by the key of the pixels. `same`
+        gets the pair of the two keys.
         """
         used = [decoded.get(frame) for frame in self.plan.frames_of(feature).tolist()]
         frames = [one for one in used if one is not None]
@@ -214,7 +230,10 @@ class Run:
                 self.reporter.warn(complaint)
         self._grids |= grids
         key = feature_key(self.spec, [one.digest for one in frames])
-        if key in self.stored:
+        by_pixels = pixel_key(self.spec, [one.pixel_digest for one in frames])
+        elsewhere = None if key in self.stored else self.stored.by_pixels(by_pixels)
+        same.append((by_pixels, key, self.spec) if elsewhere is None else (key, *elsewhere))
+        if elsewhere is not None or key in self.stored:
             self._found_elsewhere(1)
             return None
         self.stored.own.add(key)
@@ -259,9 +278,15 @@ class Run:
         )
         self._shorten(1)
 
-    def _done(self, block_id: str, rows: list[tuple[bytes, bytes]]) -> None:
-        """A block is on disk: note the digests first, then give the claim back, so that others find all done."""
+    def _done(
+        self,
+        block_id: str,
+        rows: list[tuple[bytes, bytes]],
+        same: list[tuple[bytes, bytes, FeatureSpec]],
+    ) -> None:
+        """A block is on disk: note what was found out first, then give the claim back, so that others find all done."""
         self.known.table.append(rows)
+        self.stored.same.note(same)
         self._claims.release(block_id)
 
     def _tell_silence(self, seconds: float) -> None:

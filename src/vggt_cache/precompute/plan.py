@@ -19,10 +19,11 @@ import numpy.typing as npt
 from vggt_cache.context import CONTEXTS
 from vggt_cache.errors import DataError
 from vggt_cache.identity import DIGEST_BYTES, FeatureSpec, feature_key
-from vggt_cache.precompute.digests import DigestTable, state_hash, state_hash_array
+from vggt_cache.precompute.digests import DigestTable, state_hash
 from vggt_cache.precompute.report import Reporter, count_of
 from vggt_cache.samples import FrameTable, Sample, iter_samples, sources_of
 from vggt_cache.samples.order import OrderWatch
+from vggt_cache.store.rows import hash_array
 
 Indexes = npt.NDArray[np.int64]
 
@@ -140,9 +141,7 @@ class KnownKeys:
         self.spec = spec
         self.table = table
         states = ((path, plan.frames.state(frame)) for frame, path in enumerate(plan.frames.paths))
-        self._states = state_hash_array(
-            state_hash(path, state) if state else bytes(16) for path, state in states
-        )
+        self._states = hash_array(state_hash(path, state) if state else bytes(16) for path, state in states)
         """For each frame, the hash of its file's present state [frames, 2]; zeros where it is missing."""
         self._known = np.zeros(len(self._states), np.bool_)
         self._read_here = np.zeros(len(self._states), np.bool_)

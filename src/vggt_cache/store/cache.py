@@ -16,12 +16,20 @@ import torch
 import xxhash
 
 from vggt_cache.codec import INT8
-from vggt_cache.errors import CacheAccessError, CorruptRecordError, SettingsError, ShardFormatError
-from vggt_cache.identity import KEY_BYTES, FeatureSpec, feature_key, frame_digest
+from vggt_cache.context import label_of_last
+from vggt_cache.errors import (
+    CacheAccessError,
+    CorruptRecordError,
+    MissingFeatureError,
+    SettingsError,
+    ShardFormatError,
+)
+from vggt_cache.identity import KEY_BYTES, FeatureSpec, feature_key, frame_digest, pixel_digest, pixel_key
 from vggt_cache.store.directory import select_store
 from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem
 from vggt_cache.store.record import Record, shape_of
 from vggt_cache.store.shards import OpenShard, OpenShards, ShardFolder, ShardVanishedError
+from vggt_cache.store.siblings import Siblings
 from vggt_cache.store.snapshot import NOTHING, Snapshot, SnapshotTaker
 from vggt_cache.store.tensors import bytes_for, bytes_of, check_target, empty_feature
 
@@ -29,8 +37,9 @@ if TYPE_CHECKING:
     from vggt_cache.codec.quantise import EncodedFeature
 
 T = TypeVar("T")
-Frame = str | os.PathLike[str] | bytes | bytearray | memoryview
-"""The path of an image file, or the bytes of one."""
+_FILE = (str, os.PathLike, bytes, bytearray, memoryview)
+Frame = Any
+"""The path of an image file, or the bytes of one; a PIL image; or pixels as the encoder sees them, see `pixels_of`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +74,7 @@ class FeatureCache:
         self.spec, self.cache_dir = spec, cache_dir
         self._root = root
         self._counts = asdict(CacheStats())
+        self.siblings = Siblings(self, fs)
         self._make_locks()
         store_dir = os.path.join(cache_dir, spec.short_name)
         self._shards = ShardFolder(store_dir, spec, fs=fs)
@@ -91,8 +101,9 @@ class FeatureCache:
     ) -> FeatureCache:
         """Open a cache directory for reading. Creates and changes nothing.
 
-        `spec`, `fingerprint` (its first digits are enough) and `context` say which cache is meant, where
-        several share the directory. `root`: where relative frame paths start (default: the current directory).
+        `spec`, `fingerprint` (its first digits are enough) and `context` say which cache is meant. Name the context: it
+        decides what a feature is, another cache may join the directory, and without any of the three there is a
+        warning. `root`: where relative frame paths start (default: the current directory).
         `use_index=False` reads the header of every shard instead of the index, as `verify` does.
 
         Raises CacheNotFoundError, NotACacheError, AmbiguousCacheError, SpecMismatchError, CacheAccessError, or
@@ -100,6 +111,12 @@ class FeatureCache:
         `damaged_shards`.
         """
         path = os.path.abspath(cache_dir)
+        if spec is None and fingerprint is None and context is None:
+            warnings.warn(
+                f"the cache {path} is opened without saying which context is meant, and features of one context are "
+                "other numbers than those of another: give context=, as it was given to precompute",
+                stacklevel=2,
+            )
         chosen = select_store(path, spec=spec, fingerprint=fingerprint, context=context, fs=fs)
         where = None if root is None else os.path.abspath(root)
         cache = cls(path, chosen, root=where, fs=fs, use_index=use_index)
@@ -108,24 +125,45 @@ class FeatureCache:
 
     # ------------------------------------------------------------ features
 
-    def get(self, frames: Iterable[Frame], *, out: torch.Tensor | None = None) -> torch.Tensor | None:
-        """The feature (FeatureSpec.shape) of an ordered list of frames; None when it is not in the cache.
+    def get(
+        self, frames: Iterable[Frame], *, out: torch.Tensor | None = None, strict: bool = False
+    ) -> torch.Tensor | None:
+        """The feature (FeatureSpec.shape) of an ordered list of frames.
 
-        `frames`: paths of image files, or the files' bytes. In context `frame` the feature is of the last frame, and
-        only its file is read; in `causal`, of the last frame after it has seen the others; in `joint`, of all frames,
-        which is its first axis. The files are read each time, so a frame that was replaced never gets its old feature.
-        `out`: a contiguous CPU tensor of the feature's shape and dtype, which is filled and returned, best torch's own
-        memory (some processors copy slowly into numpy's, which starts 16 bytes behind a page); without it the result
-        is the caller's own.
+        When it is not in the cache: None, or with `strict` an error.
 
-        Raises FrameError for an unreadable image file, CorruptRecordError, CacheAccessError, SettingsError.
+        `frames`: paths of image files, or the files' bytes; PIL images, which are preprocessed as files are; or pixels
+        as the encoder sees them, tensors or arrays [3, H, W] or [H, W, 3], uint8 or floats in [0, 1]. What was computed
+        from files is found by their pixels, and the other way round, in all stores of the directory. In context
+        `frame` the feature is of the last frame, and only that is read; in `causal`, of the last frame after it has
+        seen the others; in `joint`, of all frames, which is its first axis. The files are read each time, so a frame
+        that was replaced never gets its old feature. `out`: a contiguous CPU tensor of the feature's shape and dtype,
+        which is filled and returned, best torch's own memory (some processors copy slowly into numpy's, which starts 16
+        bytes behind a page); without it the result is the caller's own.
+
+        Raises FrameError for an unreadable image file, CorruptRecordError, CacheAccessError, SettingsError, and with
+        `strict` MissingFeatureError.
         """
-        return self.get_by_key(self.key_of(frames), out=out)
+        listed = _listed(frames)
+        feature = self.get_by_key(self.key_of(listed), out=out)
+        if strict and feature is None:
+            raise MissingFeatureError(
+                f"the feature of {_named(listed)} is not in {self.cache_dir} ({self.spec.short_name}): precompute it, "
+                "or open the cache with another context if that is what was meant"
+            )
+        return feature
 
     def key_of(self, frames: Iterable[Frame]) -> bytes:
         """The 16-byte key of the feature of these frames. Raises FrameError, SettingsError."""
         used = self.spec.context_rule.used(_listed(frames))
-        return feature_key(self.spec, [frame_digest(self._bytes_of_frame(frame)) for frame in used])
+        taken = [self._bytes_of_frame(frame) if isinstance(frame, _FILE) else frame for frame in used]
+        if all(isinstance(frame, bytes) for frame in taken):
+            return feature_key(self.spec, [frame_digest(frame) for frame in taken])
+        from vggt_cache.pixels import pixels_of
+
+        return pixel_key(
+            self.spec, [pixel_digest(pixels_of(frame, self.spec.preprocessing)) for frame in taken]
+        )
 
     def get_by_key(self, key: bytes, *, out: torch.Tensor | None = None) -> torch.Tensor | None:
         """The feature under a key; None when it is not in the cache. `out` and errors as for `get`."""
@@ -160,7 +198,11 @@ class FeatureCache:
         return self._now().table.key_count
 
     def __contains__(self, key: object) -> bool:
-        return isinstance(key, bytes) and len(key) == KEY_BYTES and bool(self._now().table.find(key))
+        return isinstance(key, bytes) and len(key) == KEY_BYTES and self.record_of(key) is not None
+
+    def has_own(self, key: bytes) -> bool:
+        """Whether the feature is in this very store, under this key."""
+        return bool(self._now().table.find(_checked(key)))
 
     def keys(self) -> Iterator[bytes]:
         """Every key once, in order, from the snapshot at the time of the call. Takes little memory."""
@@ -170,11 +212,18 @@ class FeatureCache:
         return self.keys()
 
     def copies_of(self, key: bytes) -> list[tuple[str, Record]]:
-        """Shard and record of every copy of a key, the one that is served first."""
+        """Shard and record of every copy of a key in this very store, the one that is served first."""
         return self._now().table.find(_checked(key))
 
+    def record_of(self, key: bytes) -> Record | None:
+        """The record that is served under a key, such as for its grid (`h`, `w`); None when it is not in the cache."""
+        found = self.copies_of(key)
+        if not found and (elsewhere := self.siblings.find(key, self)) is not None:
+            found = elsewhere[0].copies_of(elsewhere[1])
+        return found[0][1] if found else None
+
     def shard_of(self, key: bytes) -> str | None:
-        """Name of the shard from which this key is read; None when it is not in the cache."""
+        """Name of the shard of this very store from which this key is read; None when it is not in there."""
         found = self.copies_of(key)
         return found[0][0] if found else None
 
@@ -225,6 +274,7 @@ class FeatureCache:
             after = self._taker.take(self._snapshot)
             if after.names != self._snapshot.names:
                 self._snapshot = after
+        self.siblings.refresh()
         self._warn_of_damage(known)
 
     def save_index(self) -> bool:
@@ -238,6 +288,7 @@ class FeatureCache:
     def close(self) -> None:
         """Close all files; reads that are under way still end well. Any later use raises CacheAccessError."""
         self._shards.close()
+        self.siblings.close()
 
     def __enter__(self) -> FeatureCache:
         return self
@@ -263,11 +314,12 @@ class FeatureCache:
         self._lock = threading.Lock()
         """Held while the snapshot is replaced, or its index saved."""
         self._stats_lock = threading.Lock()
+        self.siblings.lock = threading.Lock()
 
     @property
     def locks(self) -> tuple[threading.Lock, ...]:
         """All locks that a thread may hold while another one forks."""
-        return self._lock, self._stats_lock, self._shards.pool.lock
+        return self._lock, self._stats_lock, self.siblings.lock, self._shards.pool.lock
 
     # ------------------------------------------------------------ steps
 
@@ -276,9 +328,15 @@ class FeatureCache:
         return self._snapshot
 
     def _first_copy(self, key: bytes, read: Callable[[OpenShard, Record], T]) -> T | None:
-        """What `read` makes of the copy that is served, or of an older one if the shard of that one has vanished."""
+        """What `read` makes of the copy that is served, or of an older one if the shard of that one has vanished.
+
+        Where this store has none, what it makes of the same feature in another store of the directory.
+        """
         vanished, snapshot = "", self._now()
-        for name, record in snapshot.table.find(_checked(key)):
+        copies = snapshot.table.find(_checked(key))
+        if not copies and (elsewhere := self.siblings.find(key, self)) is not None:
+            return elsewhere[0]._first_copy(elsewhere[1], read)
+        for name, record in copies:
             try:
                 with self._shards.opened(name) as shard:
                     return read(shard, record)
@@ -324,14 +382,9 @@ class FeatureCache:
         except (ShardFormatError, CacheAccessError):
             return False
 
-    def _bytes_of_frame(self, frame: Frame) -> bytes:
+    def _bytes_of_frame(self, frame: str | os.PathLike[str] | bytes | bytearray | memoryview) -> bytes:
         if isinstance(frame, (bytes, bytearray, memoryview)):
             return bytes(frame)
-        if not isinstance(frame, (str, os.PathLike)):
-            raise SettingsError(
-                f"a frame is of type {type(frame).__name__}, and the path of an image file is needed, or the bytes of "
-                "one as they lie in the file (not its pixels)"
-            )
         from vggt_cache.frames import read_frame
 
         return read_frame(os.path.join(self._root or "", frame))
@@ -371,6 +424,15 @@ def _listed(frames: Iterable[Frame]) -> list[Frame]:
             f"frames is {str(frames)[:60]!r}, and a list of frames is needed, such as ['000.png', '003.png']"
         )
     return listed
+
+
+def _named(frames: Sequence[Frame]) -> str:
+    """A frame list in few words: paths by name, all else by what it is."""
+    last = frames[-1]
+    name = (
+        os.fspath(last) if isinstance(last, (str, os.PathLike)) else f"a frame given as {type(last).__name__}"
+    )
+    return label_of_last([*[""] * (len(frames) - 1), str(name)])
 
 
 # ---------------------------------------------------------------- after a fork

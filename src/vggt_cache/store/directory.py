@@ -22,7 +22,7 @@ from vggt_cache.errors import (
     SpecMismatchError,
     StoreError,
 )
-from vggt_cache.identity import CONTEXTS, FeatureSpec
+from vggt_cache.identity import CONTEXTS, GIVEN_PIXELS, FeatureSpec
 from vggt_cache.store.atomic_file import replace_file
 from vggt_cache.store.filesystem import (
     OPERATING_SYSTEM,
@@ -198,7 +198,7 @@ def select_store(
     spec: FeatureSpec | None,
     fingerprint: str | None,
     context: str | None,
-    fs: FileSystem,
+    fs: FileSystem = OPERATING_SYSTEM,
 ) -> FeatureSpec:
     """The one store in `cache_dir` that agrees with all that is given.
 
@@ -251,10 +251,15 @@ def _no_one_store(
     )
 
 
+def _pixels_of(spec: FeatureSpec) -> str:
+    made = spec.preprocessing
+    return "pixels as given" if made == GIVEN_PIXELS else f"image size {made.image_size} {made.resize_mode}"
+
+
 def describe_spec(spec: FeatureSpec) -> str:
     """One specification in a few words, for messages and tables."""
     return (
-        f"{spec.short_name} (context {spec.context}, image size {spec.preprocessing.image_size} "
-        f"{spec.preprocessing.resize_mode}, {spec.kept_text}, computed in {spec.encoder.compute_dtype}, "
+        f"{spec.short_name} (context {spec.context}, {_pixels_of(spec)}, "
+        f"{spec.kept_text}, computed in {spec.encoder.compute_dtype}, "
         f"stored in {spec.feature_dtype}, weights {spec.encoder.weights_digest[:8]})"
     )
