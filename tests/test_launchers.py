@@ -169,10 +169,16 @@ def test_the_log_has_what_the_terminal_has_and_the_exit_code_is_kept(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("number", "ctrl_c"), [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGINT, True)]
+    ("number", "ctrl_c", "code"),
+    [
+        (signal.SIGINT, False, 130),
+        (signal.SIGTERM, False, 143),
+        (signal.SIGUSR1, False, 143),
+        (signal.SIGINT, True, 130),
+    ],
 )
 def test_a_signal_reaches_training_once_and_its_end_is_waited_for(
-    number: signal.Signals, ctrl_c: bool, tmp_path: Path
+    number: signal.Signals, ctrl_c: bool, code: int, tmp_path: Path
 ) -> None:
     launch = Launch(tmp_path, **CPU, HOLD="1")
     deadline = time.monotonic() + 30
@@ -181,8 +187,23 @@ def test_a_signal_reaches_training_once_and_its_end_is_waited_for(
     # A terminal sends Ctrl-C to all processes of the group that it has started; training must not be one of them.
     assert launch.process_group != launch.process.pid
     (os.killpg if ctrl_c else os.kill)(launch.process.pid, number)
-    assert launch.finish() == 128 + number
-    assert (tmp_path / "seen.signals").read_text().split() == [number.name]
+    assert launch.finish() == code
+    told = "SIGINT" if number == signal.SIGINT else "SIGTERM"
+    assert (tmp_path / "seen.signals").read_text().split() == [told]
+
+
+def test_a_signal_goes_to_the_processes_that_train_and_not_to_torchrun(tmp_path: Path) -> None:
+    """All processes get it, as from SLURM: torchrun would end by SIGUSR1, and tee by any."""
+    launch = Launch(tmp_path, **CPU, RANKS="1")
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "seen.rank").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(launch.process_group, signal.SIGUSR1)
+    os.kill(launch.process.pid, signal.SIGUSR1)
+    assert launch.finish() == 143
+    assert not (tmp_path / "seen.signals").exists()
+    assert "rank: SIGTERM" in launch.out
+    assert launch.out.splitlines()[-1].startswith("[INFO] training ended with exit code 143: see ")
 
 
 # ---------------------------------------------------------------- what is refused
