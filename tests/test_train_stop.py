@@ -102,13 +102,17 @@ def test_a_second_ctrl_c_ends_a_run_that_hangs_at_once(kit: Kit, tmp_path: Path)
 
 
 @pytest.mark.promise("Never a hang")
-def test_ranks_do_not_wait_for_one_that_has_died(kit: Kit, tmp_path: Path) -> None:
-    """torchrun tells the others with SIGTERM: no step can be finished any more."""
+def test_a_rank_that_is_told_to_stop_does_not_wait_for_one_that_is_gone(kit: Kit, tmp_path: Path) -> None:
+    """torchrun tells the others with SIGTERM. With nccl they wait in a collective; gloo notices a dead process."""
     run = Command(kit, tmp_path, [*ZERO_3, "--max_steps", 500], processes=2).start()
     assert run.wait_for_steps(1), run.said()[-3000:]
-    run.ranks()[1].kill()
+    gone = run.ranks()[1]
+    gone.suspend()
+    run.send(signal.SIGTERM, rank=0)
+    assert run.wait_for("[INFO] another process of this run has died"), run.said()[-3000:]
+    gone.kill()
     assert run.end() != 0
-    assert "[INFO] another process of this run has died" in run.said()
+    assert "Stopped by" not in run.said()
 
 
 def test_before_the_first_step_a_signal_ends_the_run(kit: Kit, tmp_path: Path) -> None:
