@@ -98,8 +98,11 @@ class Ranks:
         """Whether every rank is still there: the watching threads answer, whatever the main ones wait for."""
         if self._store is None:
             return True
-        self._store.set(_ASKED, "")
-        return self._count_to(self.world_size, _ANSWERED, _ANSWER_S)
+        try:
+            self._store.set(_ASKED, "")
+            return self._count_to(self.world_size, _ANSWERED, _ANSWER_S)
+        except Exception:  # the store has gone with its host, as below
+            return False
 
     def warn(self, sentence: str) -> None:
         """What happened to this rank alone; the run goes on."""

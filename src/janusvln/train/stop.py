@@ -79,12 +79,16 @@ class StopRequest:
     def _ask_the_others(self) -> None:
         """torchrun sends SIGTERM also where another rank has died, with which no step can be finished any more."""
         if self.phase == "steps" and not self.ranks.all_answer() and self.phase == "steps":
-            self._end("another process of this run has died, so no checkpoint can be written")
+            self._end("another process of this run does not answer, so no checkpoint can be written")
 
     def _end(self, text: str) -> None:
         if self.ranks.stopping or self.signal is None:  # an error is being told already
             return
-        os._exit(self.ranks.stop_all(text, EXIT_CODES[self.signal], level="INFO"))
+        exit_code = EXIT_CODES[self.signal]
+        try:
+            exit_code = self.ranks.stop_all(text, exit_code, level="INFO")
+        finally:
+            os._exit(exit_code)  # whatever the main thread waits for
 
 
 class StopCallback(TrainerCallback):
