@@ -17,7 +17,7 @@ DEMO_DIR ?= demo
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-lowest trials lint format bench bench-peers gpu clean distclean
+.PHONY: help demo test test-slow test-lowest trials trials-stop lint format bench bench-peers gpu clean distclean
 
 # Relative paths only: the project may lie in a directory with spaces in its name.
 BIN := .venv/bin
@@ -48,6 +48,9 @@ trials: $(READY) ## the long campaigns against the store, resumed where they end
 	$(BIN)/python tests/trials/run_trials.py --resume --jobs $(TEST_PROCESSES)
 	$(BIN)/python tests/trials/mutants.py
 	$(BIN)/python tests/trials/table.py
+
+trials-stop: $(READY) ## training runs stopped and killed at random moments, beside ones that were not
+	$(BIN)/python tests/trials/stopped_training.py
 
 lint: $(READY) ## ruff and mypy
 	$(BIN)/ruff check .

@@ -192,31 +192,46 @@ train() {
   # These are read by libraries: exported, so that an edited line counts too.
   export VGGT_CACHE_DIR DS_CONFIG OMP_NUM_THREADS PYTHONUNBUFFERED=1
   OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(threads_of_a_process)}
+  # Where torchrun is told to end itself, as by scancel; its own 30 s are too short for a checkpoint.
+  export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
   export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0} # NVLink SHARP takes memory at the start, and fails on some drivers
   run_logged "$log" "$python" -m torch.distributed.run --nnodes "$NNODES" --node_rank "$NODE_RANK" \
     --nproc_per_node "$NPROC_PER_NODE" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
     -m janusvln.train "${flags[@]}"
 }
 
-# Runs a command with a log; a signal goes to the command once, and the exit code is the command's.
+# Runs torchrun with a log; a signal goes to its processes once. The exit code is the command's; if that is not 0 and
+# the run was told to stop, 130 after Ctrl-C, else 143.
 run_logged() {
-  local log=$1 code=0 signalled=1
+  local log=$1 code=0 signalled=1 stopped=""
   shift
   # Own process group: Ctrl-C then reaches this script alone, which passes it on.
   set -m
-  "$@" 2>&1 </dev/null | tee -i -a "$log" &
+  # SLURM sends signals to all processes of a step. torchrun would end at once by SIGUSR1, and without tee nothing
+  # could be printed any more.
+  (trap '' USR1 && exec "$@") 2>&1 </dev/null | (trap '' INT TERM HUP USR1 && exec tee -a "$log") &
   local job=$! command
   command=$(jobs -p %+)
-  trap 'signalled=1; kill -s INT "$command" 2>/dev/null || true' INT
-  trap 'signalled=1; kill -s TERM "$command" 2>/dev/null || true' TERM HUP
+  trap 'tell INT 130' INT
+  trap 'tell TERM 143' TERM HUP USR1
   # A signal ends a wait early; the same wait again then gives the true code.
   while [[ -n $signalled ]]; do
     signalled="" code=0
     wait "$job" || code=$?
   done
   if ((code != 0)); then
+    code=${stopped:-$code}
     echo "[INFO] training ended with exit code $code: see $log"
     grep -a '^\[ERROR\]' "$log" | sort -u | head -n 5 >&2 || true
   fi
   exit "$code"
+}
+
+# To the processes that train: torchrun, told itself, would kill them half a minute later, in the midst of a checkpoint.
+tell() {
+  signalled=1 stopped=$2
+  local ranks=()
+  read -r -a ranks 2>/dev/null <"/proc/$command/task/$command/children" || true
+  if ((${#ranks[@]} == 0)); then ranks=("$command"); fi
+  kill -s "$1" "${ranks[@]}" 2>/dev/null || true
 }

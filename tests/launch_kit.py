@@ -27,6 +27,11 @@ print("step 1\\rstep 2", flush=True)
 print("[ERROR] of rank 1", file=sys.stderr, flush=True) if os.environ.get("CODE") else None
 json.dump([sys.argv[1:], dict(os.environ), os.getpgrp()], open(seen + ".part", "w"))
 os.rename(seen + ".part", seen)
+if os.environ.get("RANKS"):
+    import subprocess
+    rank = "import signal, sys, time\\ndef end(*_): print(chr(10) + \\"rank: SIGTERM\\", flush=True); sys.exit(143)"
+    rank += "\\nsignal.signal(signal.SIGTERM, end)\\nopen(sys.argv[1], \\"w\\")\\nwhile True: time.sleep(0.02)"
+    sys.exit(1 if subprocess.call([sys.executable, "-c", rank, seen + ".rank"], start_new_session=True) else 0)
 while os.environ.get("HOLD"): time.sleep(0.02)
 sys.exit(int(os.environ.get("CODE", 0)))
 ' "$@"

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -169,10 +170,16 @@ def test_the_log_has_what_the_terminal_has_and_the_exit_code_is_kept(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("number", "ctrl_c"), [(signal.SIGINT, False), (signal.SIGTERM, False), (signal.SIGINT, True)]
+    ("number", "ctrl_c", "code"),
+    [
+        (signal.SIGINT, False, 130),
+        (signal.SIGTERM, False, 143),
+        (signal.SIGUSR1, False, 143),
+        (signal.SIGINT, True, 130),
+    ],
 )
 def test_a_signal_reaches_training_once_and_its_end_is_waited_for(
-    number: signal.Signals, ctrl_c: bool, tmp_path: Path
+    number: signal.Signals, ctrl_c: bool, code: int, tmp_path: Path
 ) -> None:
     launch = Launch(tmp_path, **CPU, HOLD="1")
     deadline = time.monotonic() + 30
@@ -181,8 +188,23 @@ def test_a_signal_reaches_training_once_and_its_end_is_waited_for(
     # A terminal sends Ctrl-C to all processes of the group that it has started; training must not be one of them.
     assert launch.process_group != launch.process.pid
     (os.killpg if ctrl_c else os.kill)(launch.process.pid, number)
-    assert launch.finish() == 128 + number
-    assert (tmp_path / "seen.signals").read_text().split() == [number.name]
+    assert launch.finish() == code
+    told = "SIGINT" if number == signal.SIGINT else "SIGTERM"
+    assert (tmp_path / "seen.signals").read_text().split() == [told]
+
+
+def test_a_signal_goes_to_the_processes_that_train_and_not_to_torchrun(tmp_path: Path) -> None:
+    """All processes get it, as from SLURM: torchrun would end by SIGUSR1, and tee by any."""
+    launch = Launch(tmp_path, **CPU, RANKS="1")
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "seen.rank").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(launch.process_group, signal.SIGUSR1)
+    os.kill(launch.process.pid, signal.SIGUSR1)
+    assert launch.finish() == 143
+    assert not (tmp_path / "seen.signals").exists()
+    assert "rank: SIGTERM" in launch.out
+    assert launch.out.splitlines()[-1].startswith("[INFO] training ended with exit code 143: see ")
 
 
 # ---------------------------------------------------------------- what is refused
@@ -330,3 +352,41 @@ def test_configurations_leave_to_the_trainer_what_it_sets(name: str, stage: int)
     assert offloaded == name.endswith("offload")
     # Otherwise DeepSpeed compiles an optimizer of its own on the first start, with a compiler that nodes may not have.
     assert offloaded == (config.get("zero_force_ds_cpu_optimizer") is False)
+
+
+# ---------------------------------------------------------------- SLURM
+
+
+@pytest.mark.parametrize(
+    ("code", "warned", "queued"), [(143, True, True), (0, True, False), (2, False, False)]
+)
+def test_the_job_for_slurm_hands_the_warning_on_and_queues_itself_only_where_training_was_stopped(
+    tmp_path: Path, code: int, warned: bool, queued: bool
+) -> None:
+    """The very script of the document, with stand-ins for srun and scontrol."""
+    document = (Path(__file__).parent.parent / "docs" / "multi_node.md").read_text()
+    job = document.split("## SLURM\n")[1].split("```bash\n")[1].split("```")[0]
+    (tmp_path / "job").write_text(job)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    (tools / "srun").write_text(
+        f"#!/bin/bash\ntrap 'echo told >>told; sleep 0.3; exit {code}' USR1\ntouch started\n"
+        + ("while true; do sleep 0.05; done\n" if warned else f"exit {code}\n")
+    )
+    (tools / "scontrol").write_text(
+        '#!/bin/bash\nif [[ $1 == show ]]; then echo node0; else echo "$*" >>queued; fi\n'
+    )
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+    environment |= {"SLURM_NNODES": "1", "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node0"}
+    process = subprocess.Popen(["bash", "job"], cwd=tmp_path, env=environment)
+    if warned:
+        while not (tmp_path / "started").exists():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=30) == code
+    assert (tmp_path / "told").exists() == warned
+    assert (tmp_path / "queued").exists() == queued
+    if queued:
+        assert (tmp_path / "queued").read_text() == "requeue 77\n"

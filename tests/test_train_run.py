@@ -361,8 +361,11 @@ def test_a_run_goes_on_with_features_that_differ_by_rounding_and_says_so(
 def test_what_is_no_checkpoint_and_one_that_does_not_say_its_features_are_refused(
     kit: Kit, tmp_path: Path, trained: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    sentence = refusal(capfd, kit.flags(tmp_path / "out", "--resume_from_checkpoint", "True"))
-    assert "--resume_from_checkpoint True is no directory of a checkpoint" in sentence
+    sentence = refusal(capfd, kit.flags(tmp_path / "out", "--resume_from_checkpoint", tmp_path))
+    assert f"--resume_from_checkpoint {tmp_path} is no directory of a checkpoint" in sentence
+    assert "holds no complete checkpoint" in refusal(
+        capfd, kit.flags(tmp_path / "out", "--resume_from_checkpoint", "True")
+    )
     checkpoint = shutil.copytree(trained / "checkpoint-4", tmp_path / "checkpoint-4")
     fields = json.loads((checkpoint / "config.json").read_text())
     for written in (json.dumps({**fields, "feature_spec": None}), "torn"):

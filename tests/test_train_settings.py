@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from janusvln.features.resolve import (
     summary,
 )
 from janusvln.train.arguments import MEANINGLESS, parse_arguments
-from janusvln.train.checkpoints import Maker, checkpoint_to_resume
+from janusvln.train.checkpoints import RunRecord, checkpoint_to_resume, given_checkpoint
 from janusvln.train.ranks import Ranks
 from janusvln.train.trainer import EpochOrder, LengthGroupedOrder, freeze, parameter_groups, part_of
 from small_data import write_dataset
@@ -37,6 +39,8 @@ from vggt_cache.precompute.run import precompute
 from vggt_cache.precompute.settings import PrecomputeSettings
 from vggt_cache.samples import find_sources
 from vggt_cache.store import FeatureCache
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def opened(cache_dir: Path, wanted: WantedFeatures, **options: object) -> FeatureCache:
@@ -205,6 +209,11 @@ class TestFlags:
             (["--mm_projector_lr", "-1"], "negative"),
             (["--action_weight", "-1"], "negative"),
             (["--learning_rate", "fast"], "learning_rate"),
+            (["--enable_jit_checkpoint", "True"], "SIGTERM, SIGUSR1 or Ctrl-C writes one by itself: leave it out"),
+            (["--load_best_model_at_end", "True"], "no evaluation data set that could say which"),
+            (["--save_strategy", "best"], "no evaluation data set that could say which"),
+            (["--ignore_data_skip", "True"], "see the first samples of its epoch twice"),
+            (["--auto_find_batch_size", "True"], "some samples twice"),
         ],
     )  # fmt: skip
     def test_what_is_unknown_or_contradictory_is_refused(
@@ -213,6 +222,19 @@ class TestFlags:
         monkeypatch.delenv("VGGT_CACHE_DIR", raising=False)
         with pytest.raises(SettingsError, match=sentence):
             parse_arguments([*NEEDED, *more])
+
+    def test_zero_3_that_does_not_gather_weights_is_refused(self, tmp_path: Path) -> None:
+        """transformers would save no weights, with a warning, and the run end in success."""
+        config = json.loads((ROOT / "scripts" / "zero3.json").read_text())
+        for said in (False, None):
+            config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = said
+            if said is None:
+                del config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
+            (tmp_path / "zero3.json").write_text(json.dumps(config))
+            with pytest.raises(
+                SettingsError, match="no checkpoint and no result would hold the model's weights"
+            ):
+                parse_arguments([*NEEDED, "--deepspeed", str(tmp_path / "zero3.json")])
 
     def test_the_environment_names_the_cache_unless_the_flag_does(
         self, monkeypatch: pytest.MonkeyPatch
@@ -306,23 +328,28 @@ class TestWhatIsTrained:
 
 
 class TestResuming:
-    def make(self, root: Path, step: int, *, ranks: int = 1, state: str = "{}") -> None:
+    def make(self, root: Path, step: int, *, ranks: int = 1, state: str = "{}", **record: Any) -> Path:
         folder = root / f"checkpoint-{step}"
         folder.mkdir()
         for rank in range(ranks):
             (folder / ("rng_state.pth" if ranks == 1 else f"rng_state_{rank}.pth")).write_bytes(b"")
+        (folder / "optimizer.pt").write_bytes(b"")
+        (folder / "scheduler.pt").write_bytes(b"")
         (folder / "trainer_state.json").write_text(state)
+        replace(ALONE, **record).write(str(folder))
+        return folder
 
     def test_the_latest_whole_checkpoint_is_taken(self, tmp_path: Path) -> None:
         for step in (5, 10, 100):
             self.make(tmp_path, step)
         self.make(tmp_path, 200, state='{"torn')
-        self.make(tmp_path, 300)
-        (tmp_path / "checkpoint-300" / "rng_state.pth").unlink()
+        for step, torn in ((300, "rng_state.pth"), (400, "optimizer.pt")):
+            (self.make(tmp_path, step) / torn).unlink()
         assert checkpoint_to_resume(str(tmp_path), ALONE, alone()) == str(tmp_path / "checkpoint-100")
 
     def test_without_one_training_begins(self, tmp_path: Path) -> None:
         assert checkpoint_to_resume(str(tmp_path), ALONE, alone()) is None
+        assert given_checkpoint("False", str(tmp_path), ALONE, alone()) is None
 
     def test_ranks_take_what_all_of_them_have(self, tmp_path: Path) -> None:
         self.make(tmp_path, 5, ranks=2)
@@ -335,24 +362,68 @@ class TestResuming:
         with pytest.raises(DataError, match="none that is complete on b: to resume, all nodes must share"):
             checkpoint_to_resume(str(tmp_path), ALONE, _Answers(json.dumps({"host": "b", "steps": []})))
 
+    @pytest.mark.parametrize("named", ["", "True", "path"])
     @pytest.mark.parametrize(
-        ("now", "words"),
+        ("change", "words"),
         [
             (
-                Maker(world_size=1, zero_stage=3),
-                "was written by 2 processes with ZeRO-3, and this run has 1 process",
+                {"world_size": 1},
+                "was written by 2 processes with ZeRO-3, and this run has 1 process with ZeRO-3: the optimizer's state",
             ),
-            (Maker(world_size=2, zero_stage=2), "and this run has 2 processes with ZeRO-2"),
-            (Maker(world_size=2, zero_stage=None), "and this run has 2 processes with no DeepSpeed"),
+            ({"zero_stage": 2}, "and this run has 2 processes with ZeRO-2"),
+            ({"zero_stage": None}, "and this run has 2 processes with no DeepSpeed"),
+            (
+                {"batch_size": 2, "accumulation": 4},
+                "written by --per_device_train_batch_size 1, --gradient_accumulation_steps 1, and this run has "
+                "--per_device_train_batch_size 2, --gradient_accumulation_steps 4: some samples of this epoch would",
+            ),
+            ({"seed": 7}, "--seed (or --data_seed) 7"),
+            ({"by_length": True}, "--group_by_modality_length True"),
+            ({"drop_last": True}, "--dataloader_drop_last True"),
+            ({"samples": 33}, "a number of samples of 32, and this run has a number of samples of 33"),
+            ({"samples_digest": "other"}, "annotations of digest d, and this run has annotations of digest other"),
         ],
-    )
-    def test_a_checkpoint_of_other_processes_or_another_engine_is_never_begun_anew(
-        self, tmp_path: Path, now: Maker, words: str
+    )  # fmt: skip
+    def test_what_another_run_wrote_is_never_begun_anew_nor_gone_on_from(
+        self, tmp_path: Path, change: dict[str, Any], words: str, named: str
     ) -> None:
-        self.make(tmp_path, 5, ranks=2)
-        Maker(world_size=2, zero_stage=3).write(str(tmp_path / "checkpoint-5"))
-        with pytest.raises(SettingsError, match=words):
-            checkpoint_to_resume(str(tmp_path), now, alone())
+        wrote = {"world_size": 2, "zero_stage": 3}
+        checkpoint = self.make(tmp_path, 5, ranks=2, **wrote)
+        now = replace(ALONE, **{**wrote, **change})
+        with pytest.raises(SettingsError, match=re.escape(words)):
+            self.found(named, checkpoint, now)
+
+    @pytest.mark.parametrize("named", ["", "True", "path"])
+    def test_one_that_does_not_say_which_run_wrote_it_is_refused(self, tmp_path: Path, named: str) -> None:
+        checkpoint = self.make(tmp_path, 5)
+        (checkpoint / "run_record.json").unlink()
+        with pytest.raises(SettingsError, match=r"has no run_record\.json"):
+            self.found(named, checkpoint, ALONE)
+
+    @pytest.mark.parametrize("named", ["", "True", "path"])
+    @pytest.mark.parametrize("stage", [None, 2, 3])
+    def test_one_without_an_optimizer_is_refused(self, tmp_path: Path, named: str, stage: int | None) -> None:
+        checkpoint = self.make(tmp_path, 5, zero_stage=stage)
+        (checkpoint / "optimizer.pt").unlink()
+        with pytest.raises(SettingsError, match="holds no optimizer's state"):
+            self.found(named, checkpoint, replace(ALONE, zero_stage=stage))
+
+    def test_true_without_a_checkpoint_and_false_with_one_are_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(
+            SettingsError, match=r"--resume_from_checkpoint True: .* holds no complete checkpoint"
+        ):
+            given_checkpoint("True", str(tmp_path), ALONE, alone())
+        checkpoint = self.make(tmp_path, 5)
+        assert given_checkpoint("True", str(tmp_path), ALONE, alone()) == str(checkpoint)
+        with pytest.raises(SettingsError, match="holds checkpoint-5, which would be written over"):
+            given_checkpoint("False", str(tmp_path), ALONE, alone())
+
+    def found(self, named: str, checkpoint: Path, record: RunRecord) -> str | None:
+        """What is gone on from: without the flag, with `True`, or with the checkpoint's path."""
+        if not named:
+            return checkpoint_to_resume(str(checkpoint.parent), record, alone())
+        given = named if named == "True" else str(checkpoint)
+        return given_checkpoint(given, str(checkpoint.parent), record, alone())
 
 
 class _Answers(Ranks):
@@ -366,7 +437,10 @@ class _Answers(Ranks):
         return [text, self._other]
 
 
-ALONE = Maker(world_size=1, zero_stage=None)
+ALONE = RunRecord(
+    world_size=1, zero_stage=None, batch_size=1, accumulation=1, seed=42, by_length=False, drop_last=False, samples=32,
+    samples_digest="d",
+)  # fmt: skip
 
 
 def alone() -> Ranks:

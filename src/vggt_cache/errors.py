@@ -42,6 +42,10 @@ class OutOfMemoryError(VggtCacheError):
     """The device cannot hold even a batch of one."""
 
 
+class NotFiniteError(VggtCacheError):
+    """Training has come to a loss, a gradient or a weight that is no finite number."""
+
+
 class SmallFileError(VggtCacheError):
     """A small file cannot be read or written. `reason` is the sentence without the path in front."""
 

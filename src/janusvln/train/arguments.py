@@ -119,6 +119,14 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __post_init__(self) -> None:
         self.remove_unused_columns = False  # the collator needs fields that the model does not take
+        self.logging_nan_inf_filter = False  # it would log a mean in place of a loss that is no number
+        for name, reason in UNDONE.items():
+            if getattr(self, name, False):
+                raise SettingsError(f"--{name} {getattr(self, name)}: {reason}: leave it out")
+        if self.save_strategy == "best":
+            raise SettingsError(
+                f"--save_strategy best: {UNDONE['load_best_model_at_end']}: give steps or epoch"
+            )
         super().__post_init__()  # type: ignore[no-untyped-call]
         sampling, smoothing = self.train_sampling_strategy, self.label_smoothing_factor
         # Flags of transformers that would do nothing here, or undo something.
@@ -143,6 +151,32 @@ class TrainingArguments(transformers.TrainingArguments):
             if value is not None and value < 0:
                 raise SettingsError(f"--{name} {value} is negative: give a learning rate, or leave it out")
 
+        zero = zero_settings(self) or {}
+        gathers = "stage3_gather_16bit_weights_on_model_save"
+        if zero.get("stage") == 3 and not zero.get(gathers):
+            raise SettingsError(
+                f"--deepspeed {self.deepspeed} is ZeRO-3 without {gathers}, so no checkpoint and no result would hold "
+                "the model's weights: set it to true there, as scripts/zero3.json does"
+            )
+
+
+def zero_settings(arguments: transformers.TrainingArguments) -> dict[str, Any] | None:
+    """`zero_optimization` of the DeepSpeed configuration; None without DeepSpeed."""
+    if not arguments.deepspeed:
+        return None
+    config = getattr(arguments.hf_deepspeed_config, "config", {})
+    found: dict[str, Any] = config.get("zero_optimization", {})
+    return found
+
+
+UNDONE = {
+    "enable_jit_checkpoint": "its checkpoint is written at another step on each rank, and nothing can go on from it; a "
+    "run that gets SIGTERM, SIGUSR1 or Ctrl-C writes one by itself",
+    "load_best_model_at_end": "there is no evaluation data set that could say which checkpoint is the best",
+    "ignore_data_skip": "a run that goes on would see the first samples of its epoch twice",
+    "auto_find_batch_size": "a batch that changes within a run gives some samples twice and others never",
+}
+"""Flags of transformers that would undo something."""
 
 OLD_SPELLINGS = {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps"}
 """Flags of transformers 4. A share of all steps is given to --warmup_steps as a number below 1."""

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import socket
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,68 +14,115 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import TrainingArguments
 
 from janusvln.model.checkpoints import name_in_model
+from janusvln.train.arguments import TrainingArguments, zero_settings
 from janusvln.train.ranks import Ranks
 from vggt_cache.encoder.files import find_files
 from vggt_cache.errors import CheckpointError, DataError, SettingsError
 
 _NAME = re.compile(r"checkpoint-([0-9]+)")
 TRAINER_STATE = "trainer_state.json"
-MAKER_FILE = "maker.json"
-"""Beside every saved model: which processes and which engine wrote its optimizer's state."""
+"""Written last, when all ranks have written their parts: a checkpoint that has it is whole."""
+RECORD_FILE = "run_record.json"
+"""Beside every saved model."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Maker:
-    """What a checkpoint's optimizer state is cut up for."""
+class RunRecord:
+    """What decides which samples each step of a run sees, and for which processes its optimizer's state is cut up."""
 
     world_size: int
     zero_stage: int | None
     """None: without DeepSpeed."""
+    batch_size: int
+    accumulation: int
+    seed: int
+    by_length: bool
+    drop_last: bool
+    samples: int
+    samples_digest: str
+    """Of the annotations, in their order; see `SampleIndex.digest`."""
 
     @classmethod
-    def of(cls, arguments: TrainingArguments) -> Maker:
-        config = getattr(arguments.hf_deepspeed_config, "config", None) if arguments.deepspeed else None
-        stage = None if config is None else config.get("zero_optimization", {}).get("stage", 0)
-        return cls(world_size=arguments.world_size, zero_stage=stage)
+    def of(cls, arguments: TrainingArguments, *, samples: int, samples_digest: str) -> RunRecord:
+        zero = zero_settings(arguments)
+        return cls(
+            world_size=arguments.world_size,
+            zero_stage=None if zero is None else zero.get("stage", 0),
+            batch_size=arguments.per_device_train_batch_size,
+            accumulation=arguments.gradient_accumulation_steps,
+            seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
+            by_length=arguments.group_by_modality_length,
+            drop_last=arguments.dataloader_drop_last,
+            samples=samples,
+            samples_digest=samples_digest,
+        )
 
     def write(self, directory: str) -> None:
-        (Path(directory) / MAKER_FILE).write_text(json.dumps(asdict(self)) + "\n")
+        (Path(directory) / RECORD_FILE).write_text(json.dumps(asdict(self)) + "\n")
 
     def check(self, checkpoint: Path) -> None:
-        """Raises SettingsError where the checkpoint was written in another way than this run would read it."""
+        """Raises SettingsError where a run that goes on from the checkpoint would not be the one that wrote it."""
+        instead = (
+            "start as it was started, or give another --output_dir and --model_name_or_path "
+            f"{checkpoint} to go on from its weights alone"
+        )
         try:
-            found = Maker(**_json(checkpoint / MAKER_FILE))
-        except TypeError:  # not written by us: transformers says what it cannot load
-            return
-        if found != self:
+            found = RunRecord(**_json(checkpoint / RECORD_FILE))
+        except TypeError:  # absent, torn, or another's
             raise SettingsError(
-                f"{checkpoint} was written by {found}, and this run has {self}: the optimizer's state cannot be "
-                "carried over; start as it was started, or give another --output_dir and --model_name_or_path "
-                f"{checkpoint} to go on from its weights alone"
+                f"{checkpoint} has no {RECORD_FILE} that says which run wrote it, so samples may come twice or never "
+                f"in a run that goes on from it: {instead}"
+            ) from None
+        if found != self:
+            differ = [field for field, value in asdict(self).items() if getattr(found, field) != value]
+            lost = "the optimizer's state cannot be carried over"
+            if not {"world_size", "zero_stage"} & set(differ):
+                lost = "some samples of this epoch would come twice and others never"
+            raise SettingsError(
+                f"{checkpoint} was written by {found._words(differ)}, and this run has {self._words(differ)}: "
+                f"{lost}; {instead}"
             )
 
-    def __str__(self) -> str:
+    def _words(self, fields: Sequence[str]) -> str:
         engine = "no DeepSpeed" if self.zero_stage is None else f"ZeRO-{self.zero_stage}"
-        return f"{self.world_size} process{'es' if self.world_size > 1 else ''} with {engine}"
+        words = []
+        if {"world_size", "zero_stage"} & set(fields):
+            words.append(f"{self.world_size} process{'es' if self.world_size > 1 else ''} with {engine}")
+        return ", ".join(
+            words + [f"{_FLAGS[name]} {getattr(self, name)}" for name in fields if name in _FLAGS]
+        )
 
 
-def checkpoint_to_resume(output_dir: str, maker: Maker, ranks: Ranks) -> str | None:
+_FLAGS = {
+    "batch_size": "--per_device_train_batch_size",
+    "accumulation": "--gradient_accumulation_steps",
+    "seed": "--seed (or --data_seed)",
+    "by_length": "--group_by_modality_length",
+    "drop_last": "--dataloader_drop_last",
+    "samples": "a number of samples of",
+    "samples_digest": "annotations of digest",
+}
+
+
+def checkpoint_to_resume(output_dir: str, record: RunRecord, ranks: Ranks) -> str | None:
     """The checkpoint's directory, the same on every rank; None where there is none.
 
     transformers writes a checkpoint in place, so a process that was killed meanwhile leaves one that nothing can
-    be resumed from; it is passed over. Raises SettingsError where the last one was written in another way, and
-    DataError where a rank does not see what rank 0 sees.
+    be resumed from; it is passed over. Raises SettingsError where the last one was written by another run, or where
+    all hold the model alone, and DataError where a rank does not see what rank 0 sees.
     """
     named = [(_NAME.fullmatch(path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
     written = {int(name[1]): path for name, path in named if name and _json(path / TRAINER_STATE) is not None}
     if written:
-        maker.check(written[max(written)])
-    # What is written last: the trainer's state, and this rank's random state.
+        record.check(written[max(written)])
+        if not any(_has_optimizer(path, record) for path in written.values()):
+            raise SettingsError(_only_model(written[max(written)]))
+    # What this rank writes of every checkpoint, beside its part of the optimizer's state.
     random_state = "rng_state.pth" if ranks.world_size == 1 else f"rng_state_{ranks.rank}.pth"
-    steps = [step for step in sorted(written) if (written[step] / random_state).is_file()]
+    whole = {step: path for step, path in written.items() if (path / random_state).is_file()}
+    steps = sorted(step for step, path in whole.items() if _has_optimizer(path, record))
     own = json.dumps({"host": socket.gethostname(), "steps": steps})
     seen = [json.loads(text) for text in ranks.exchange("checkpoints", own)]
     common = set(seen[0]["steps"]).intersection(*(one["steps"] for one in seen))
@@ -87,15 +135,47 @@ def checkpoint_to_resume(output_dir: str, maker: Maker, ranks: Ranks) -> str | N
     return str(Path(output_dir) / f"checkpoint-{max(common)}") if common else None
 
 
-def given_checkpoint(path: str, maker: Maker) -> str:
-    """The checkpoint that --resume_from_checkpoint names. Raises SettingsError where nothing can be resumed from it."""
-    if _json(Path(path) / TRAINER_STATE) is None:
+def given_checkpoint(given: str, output_dir: str, record: RunRecord, ranks: Ranks) -> str | None:
+    """The checkpoint that --resume_from_checkpoint names: a path, `True` for the last one, `False` for none.
+
+    Raises SettingsError where nothing can be resumed from it.
+    """
+    if given in ("True", "true", "False", "false"):
+        wanted, last = given[0] in "Tt", checkpoint_to_resume(output_dir, record, ranks)
+        if wanted and last is None:
+            raise SettingsError(
+                f"--resume_from_checkpoint {given}: {output_dir} holds no complete checkpoint: leave the flag out, "
+                "and training goes on from the last one where there is one, and else begins"
+            )
+        if last and not wanted:
+            raise SettingsError(
+                f"--resume_from_checkpoint {given}: {output_dir} holds {Path(last).name}, which would be written over: "
+                "give another --output_dir to begin anew, or leave the flag out to go on"
+            )
+        return last
+    if _json(Path(given) / TRAINER_STATE) is None:
         raise SettingsError(
-            f"--resume_from_checkpoint {path} is no directory of a checkpoint (it has no trainer_state.json), so "
+            f"--resume_from_checkpoint {given} is no directory of a checkpoint (it has no trainer_state.json), so "
             "nothing can be resumed from it: give one, or leave the flag out to go on from the last in --output_dir"
         )
-    maker.check(Path(path))
-    return path
+    record.check(Path(given))
+    if not _has_optimizer(Path(given), record):
+        raise SettingsError(_only_model(Path(given)))
+    return given
+
+
+def _has_optimizer(checkpoint: Path, record: RunRecord) -> bool:
+    if record.zero_stage is None:
+        return all((checkpoint / name).is_file() for name in ("optimizer.pt", "scheduler.pt"))
+    kind = "optim" if record.zero_stage else "model"  # which without ZeRO holds the optimizer's too
+    return any(checkpoint.glob(f"global_step*/*{kind}_states.pt"))
+
+
+def _only_model(checkpoint: Path) -> str:
+    return (
+        f"{checkpoint} holds no optimizer's state (it may have been written with --save_only_model), so no run can go "
+        f"on from it: give another --output_dir and --model_name_or_path {checkpoint} to go on from its weights alone"
+    )
 
 
 def trained_features(checkpoint: str) -> dict[str, Any] | None:

@@ -1,7 +1,8 @@
 """The command: `python -m janusvln.train --model_name_or_path ... --train_data_root ... --output_dir ...`
 
 Started by itself, by torchrun, or by the scripts; on CPU (gloo) and CUDA (nccl), with and without DeepSpeed. Exit
-codes are those of `vggt-cache`: 0 all is well, 2 a setting or path is wrong, 1 something else.
+codes are those of `vggt-cache`: 0 all is well, 2 a setting or path is wrong, 1 something else; and where the run was
+told to stop, 143, or 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from janusvln.data import sentence_of
 from janusvln.train.arguments import parse_arguments
 from janusvln.train.ranks import Ranks
 from janusvln.train.run import TrainingRun
+from janusvln.train.stop import EXIT_CODES, StopRequest
 from vggt_cache.cluster.network import free_port
 from vggt_cache.environment import rank_of
 from vggt_cache.errors import VggtCacheError
@@ -34,20 +36,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train; returns the exit code. A known error is one sentence, on every rank that can still say it."""
     print_any_name()
     given = sys.argv[1:] if argv is None else list(argv)
-    ranks = Ranks(None, 0, 1)
-    try:
-        ranks = Ranks(None, _launched_rank(), 1)
-        _prepare_engine(given)
-        arguments = parse_arguments(given)
-        _join_engine(arguments[-1])
-        ranks = Ranks.of_this_run()
-        TrainingRun(arguments, ranks).run()
-    except VggtCacheError as error:
-        return ranks.stop_all(sentence_of(error), error.exit_code)
-    ranks.close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return 0
+    stop = StopRequest()
+    with stop.listening():
+        try:
+            stop.ranks = Ranks(None, _launched_rank(), 1)
+            _prepare_engine(given)
+            arguments = parse_arguments(given)
+            _join_engine(arguments[-1])
+            stop.ranks = Ranks.of_this_run()
+            exit_code = TrainingRun(arguments, stop.ranks, stop).run()
+        except VggtCacheError as error:
+            return stop.ranks.stop_all(sentence_of(error), error.exit_code)
+        stop.ranks.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        return exit_code
 
 
 def leave(exit_code: int) -> NoReturn:
@@ -60,7 +63,7 @@ def leave(exit_code: int) -> NoReturn:
     a second reason: torch would wait five seconds for each worker of a loader that was left. Nor are exit handlers
     called then: one that wants to hear of the other ranks would wait for ever.
     """
-    if exit_code == 0:
+    if exit_code == 0 or exit_code in EXIT_CODES.values():
         atexit._run_exitfuncs()  # loggers of experiments finish there
     sys.stdout.flush()
     sys.stderr.flush()

@@ -22,8 +22,10 @@ from vggt_cache.store import FeatureCache
 
 POLL_S = 0.2
 _PATIENCE_S = 5.0
-_STOP = "stop"
-_STOPPED = "stopped"
+_ANSWER_S = 10.0
+_STOP, _STOPPED = "stop", "stopped"
+_LAST_STEP = "last step"
+_ASKED, _ANSWERED = "asked", "answered"
 
 
 class Ranks:
@@ -60,16 +62,47 @@ class Ranks:
             texts.append(store.get(place).decode())
         return texts
 
-    def stop_all(self, sentence: str, exit_code: int) -> int:
+    def stop_all(self, sentence: str, exit_code: int, *, level: str = "ERROR") -> int:
         """Print the sentence here and, within seconds, on every rank; returns the exit code."""
         self._stopping.set()
-        mine = json.dumps({"sentence": sentence, "exit_code": exit_code})
+        mine = json.dumps({"sentence": sentence, "exit_code": exit_code, "level": level})
         if self._store is None:
             return self._say(mine)
         first = self._store.compare_set(_STOP, "", mine).decode() or mine  # of several, all say the first
         agreed = self._say(first)
         self._wait_until_all_have_said_it(self._store)
         return agreed
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping.is_set()
+
+    def agree_to_stop(self, step: int, wanted: str) -> str:
+        """Why all ranks stop behind optimizer step `step`, which this rank has just finished; "": they go on.
+
+        `wanted`: why this rank would stop. It proposes the step after this one, which no other rank can have finished:
+        gradients of all are joined in it, and this rank has not begun it. So every rank finds the proposal there. It
+        costs one question to the store a step, and no collective.
+        """
+        store = self._store
+        if store is None:
+            return wanted
+        if store.check([_LAST_STEP]):
+            last, why = store.get(_LAST_STEP).decode().split()
+            return why if step >= int(last) else ""
+        if wanted:
+            store.compare_set(_LAST_STEP, "", f"{step + 1} {wanted}")
+        return ""
+
+    def all_answer(self) -> bool:
+        """Whether every rank is still there: the watching threads answer, whatever the main ones wait for."""
+        if self._store is None:
+            return True
+        try:
+            self._store.set(_ASKED, "")
+            return self._count_to(self.world_size, _ANSWERED, _ANSWER_S)
+        except Exception:  # the store has gone with its host, as below
+            return False
 
     def warn(self, sentence: str) -> None:
         """What happened to this rank alone; the run goes on."""
@@ -85,7 +118,7 @@ class Ranks:
         content = json.loads(message)
         # Where they cannot talk to each other yet, all have the same settings: one of them is enough to say it.
         if self._store is not None or self.rank == 0:
-            self._print("ERROR", content["sentence"])
+            self._print(content["level"], content["sentence"])
         return int(content["exit_code"])
 
     def _print(self, level: str, sentence: str) -> None:
@@ -97,13 +130,22 @@ class Ranks:
     def _wait_until_all_have_said_it(self, store: Store) -> None:
         """A launcher kills the others as soon as one process has ended; and the store ends with its host."""
         store.add(_STOPPED, 1)
-        deadline_s = time.monotonic() + _PATIENCE_S
-        while store.add(_STOPPED, 0) < self.world_size and time.monotonic() < deadline_s:
+        self._count_to(self.world_size, _STOPPED, _PATIENCE_S)
+
+    def _count_to(self, count: int, name: str, patience_s: float) -> bool:
+        store, deadline_s = self._store, time.monotonic() + patience_s
+        while store is not None and store.add(name, 0) < count:
+            if time.monotonic() > deadline_s:
+                return False
             time.sleep(POLL_S / 4)
+        return True
 
     def _watch(self, store: Store) -> None:
+        answered = False
         try:
             while not store.check([_STOP]):
+                if not answered and store.check([_ASKED]):
+                    answered = store.add(_ANSWERED, 1) > 0
                 if self._stopping.wait(POLL_S):
                     return
             message = store.get(_STOP).decode()

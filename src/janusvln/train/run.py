@@ -26,7 +26,7 @@ from janusvln.model.attention import attention_implementation
 from janusvln.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenerationForJanusVLN as _Model
 from janusvln.train.arguments import Arguments
 from janusvln.train.checkpoints import (
-    Maker,
+    RunRecord,
     checkpoint_to_resume,
     copy_model,
     given_checkpoint,
@@ -34,6 +34,7 @@ from janusvln.train.checkpoints import (
     trained_features,
 )
 from janusvln.train.ranks import Ranks, agree_on_snapshot
+from janusvln.train.stop import EXIT_CODES, StopCallback, StopRequest
 from janusvln.train.trainer import EpochCallback, FeatureTrainer, freeze
 from vggt_cache.delivery import ReadAhead
 from vggt_cache.errors import DataError, SettingsError
@@ -51,21 +52,23 @@ _MAX_PROBLEMS_TOLD = 10
 class TrainingRun:
     """The parts of a run, made in order. Every rank makes its own."""
 
-    def __init__(self, arguments: Arguments, ranks: Ranks) -> None:
+    def __init__(self, arguments: Arguments, ranks: Ranks, stop: StopRequest) -> None:
         self.model_arguments, self.data, self.features, self.training = arguments
         self.ranks = ranks
+        self.stop = stop
         self.model_path = str(self.model_arguments.model_name_or_path)
         self.device = self.training.device
         self.output_dir = str(self.training.output_dir)
         self.fills = self.features.vggt_cache_miss == "fill"
 
-    def run(self) -> None:
-        """Raises VggtCacheError for everything that a user can cause or cure."""
+    def run(self) -> int:
+        """The exit code: 0, or that of a run that was told to stop. Raises VggtCacheError for what a user can cure."""
         set_seed(self.training.seed)
         spec, cache = self._spec_and_cache()
-        checkpoint = self._checkpoint(spec)
         sources = sources_of(self.data.train_data_root, self.data.annotation_path, self.data.data_path)
         index = self._index(sources)
+        record = self._record(index)
+        checkpoint = self._checkpoint(spec, record)
         if cache is not None:
             self._tell_coverage(sources, cache)
         tokenizer = self._tokenizer()
@@ -80,7 +83,7 @@ class TrainingRun:
         model = self._model(spec)
         source = self._source(spec, cache)
         try:
-            self._train(model, dataset, tokenizer, source, checkpoint)
+            return self._train(model, dataset, tokenizer, source, record, checkpoint)
         finally:
             source.close()
 
@@ -104,13 +107,19 @@ class TrainingRun:
         self._say(f"{describe_spec(cache.spec)}; {len(cache)} features in {len(cache.shard_names())} shards")
         return cache.spec, cache
 
-    def _checkpoint(self, spec: FeatureSpec) -> str | None:
-        """What this run goes on from, if anything: a checkpoint that was trained with the features of this run."""
-        given, maker = self.training.resume_from_checkpoint, Maker.of(self.training)
+    def _record(self, index: SampleIndex) -> RunRecord:
+        """As rank 0 sees the data: one rank reads the annotations once more, and not all of them."""
+        own = "" if self.ranks.rank else index.digest()
+        digest = self.ranks.exchange("samples", own)[0]
+        return RunRecord.of(self.training, samples=len(index), samples_digest=digest)
+
+    def _checkpoint(self, spec: FeatureSpec, record: RunRecord) -> str | None:
+        """What this run goes on from, if anything: a checkpoint of the same run, trained with the same features."""
+        given = self.training.resume_from_checkpoint
         if given:
-            checkpoint: str | None = given_checkpoint(given, maker)
+            checkpoint = given_checkpoint(str(given), self.output_dir, record, self.ranks)
         else:
-            checkpoint = checkpoint_to_resume(self.output_dir, maker, self.ranks)
+            checkpoint = checkpoint_to_resume(self.output_dir, record, self.ranks)
         if checkpoint:
             self._warn(check_resumed_with(trained_features(checkpoint), spec, checkpoint))
         return checkpoint
@@ -213,8 +222,9 @@ class TrainingRun:
         dataset: NavigationDataset,
         tokenizer: PreTrainedTokenizerBase,
         source: FeatureSource,
+        record: RunRecord,
         checkpoint: str | None,
-    ) -> None:
+    ) -> int:
         collator = PackedCollator() if self.data.data_flatten else PaddedCollator(tokenizer.pad_token_id)
         trainer = FeatureTrainer(
             model=model,
@@ -224,6 +234,7 @@ class TrainingRun:
             data_collator=collator,
             source=source,
             pixels=dataset.pixels,
+            record=record,
             companions=[
                 str(path) for path in map(Path(self.model_path).joinpath, COMPANIONS) if path.is_file()
             ],
@@ -233,14 +244,27 @@ class TrainingRun:
             self._say(f"Nothing is left to train: {checkpoint} is the end of this run", "SUCCESS")
             if self.ranks.rank == 0:
                 copy_model(checkpoint, self.output_dir)
-            return
+            return 0
         if checkpoint:
             self._say(f"Resuming from {checkpoint}")
+        stopping = StopCallback(self.stop, self.ranks)
+        trainer.add_callback(stopping)
         trainer.train(resume_from_checkpoint=checkpoint)
+        if stopping.signal:
+            self.ranks.exchange(
+                "stopped", ""
+            )  # a launcher ends the others when one has ended: not before all is saved
+            step = trainer.state.global_step
+            self._say(
+                f"Stopped by {stopping.signal.name} after step {step}: {os.path.abspath(self.output_dir)}/checkpoint-"
+                f"{step} holds it, and the same command goes on from there"
+            )
+            return EXIT_CODES[stopping.signal]
         trainer.save_state()
         model.config.use_cache = True
         trainer.save_model()
         self._say(f"Model saved in {os.path.abspath(self.output_dir)}", "SUCCESS")
+        return 0
 
     def _say(self, text: str, level: str = "INFO") -> None:
         if self.ranks.rank == 0:

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer_utils import get_last_checkpoint
 
 from janusvln.data.images import QwenPixels
 from janusvln.features.source import FeatureSource
 from janusvln.train.arguments import ModelArguments, TrainingArguments
-from janusvln.train.checkpoints import Maker, load_weights
+from janusvln.train.checkpoints import TRAINER_STATE, RunRecord, load_weights
 from janusvln.train.ranks import Ranks
+from janusvln.train.stop import shielded
+from vggt_cache.errors import NotFiniteError
 
 Batch = dict[str, Any]
 GROUPS_PER_POOL = 50
+MAX_SCALED_DOWN = 50
+"""float16 begins at a scale of 2**16 and halves it, at the slowest in every second step."""
 
 
 class FeatureTrainer(Trainer):
@@ -34,17 +42,30 @@ class FeatureTrainer(Trainer):
         *args: Any,
         source: FeatureSource,
         pixels: QwenPixels,
+        record: RunRecord,
         companions: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
-        """`companions`: files that are copied beside every saved model, so that it can be used alone."""
+        """`record` is written beside every saved model, and the files `companions` are copied there, so that it can be
+        used alone."""
         super().__init__(*args, **kwargs)
         self.source = source
         self.pixels = pixels.on(self.args.device)
+        self.record = record
         self.companions = companions
         self.order = EpochOrder(0, seed=0)
         self.speed = Speed()
         self._ahead: _LookAhead | None = None
+        self._losses: torch.Tensor | float = 0.0
+        """Sum of this optimizer step."""
+        self._scaled_down = 0
+        """Steps in succession that float16 left out, to find a scale at which its gradients are finite."""
+
+    def get_train_dataloader(self) -> Any:
+        loader = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's holds one of torch
+        inner.worker_init_fn = partial(shielded, then=inner.worker_init_fn)
+        return loader
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -74,7 +95,31 @@ class FeatureTrainer(Trainer):
         self.speed.samples += len(samples)
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         self.source.step_done()
+        self._losses += loss.detach()
         return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Asked by every rank in every step, for the gradients of all ranks. Raises NotFiniteError."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
+        loss, found = float(self._losses), 0.0 if norm is None else float(norm)
+        self._losses = 0.0
+        if math.isfinite(loss) and math.isfinite(found) and found >= 0:  # DeepSpeed says -1 for nan
+            self._scaled_down = 0
+        elif math.isfinite(loss) and self.args.fp16 and self._scaled_down < MAX_SCALED_DOWN:
+            self._scaled_down += 1
+        else:
+            self._stop_at_nan(f"the loss is {loss} and the gradient's norm {found}")
+        return norm
+
+    def _stop_at_nan(self, what: str) -> NoReturn:
+        output_dir = str(self.args.output_dir)
+        last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None  # type: ignore[no-untyped-call]
+        instead = f" from the weights of {last} (--model_name_or_path)" if last else ""
+        raise NotFiniteError(
+            f"{what} in step {self.state.global_step + 1}, which is no finite number, so that nothing would be learned "
+            f"from here on: start{instead} with another --output_dir and a smaller --learning_rate, and look at the "
+            "samples of this step"
+        )
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -103,11 +148,29 @@ class FeatureTrainer(Trainer):
         trained: Any = self.model if model is None else model
         load_weights(trained, resume_from_checkpoint)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.args.should_save:
+            # One of an earlier run at this step would call the checkpoint whole that is half written.
+            directory = Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}")
+            (directory / TRAINER_STATE).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # Rank 0 goes on to call the checkpoint whole, and to remove earlier ones: not before it is.
+        self.accelerator.wait_for_everyone()
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.args.should_save:
+            model: Any = self.model
+            weights = model.state_dict() if state_dict is None else state_dict
+            wrong = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
+            if wrong:
+                self._stop_at_nan(f"{len(wrong)} weights of the model ({wrong[0]} first) are not finite")
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
             directory = output_dir or str(self.args.output_dir)
-            Maker.of(self.args).write(directory)
+            self.record.write(directory)
             for path in self.companions:
                 shutil.copy2(path, os.path.join(directory, os.path.basename(path)))
 
