@@ -190,7 +190,7 @@ train() {
   echo "$summary" | tee "$log"
 
   # These are read by libraries: exported, so that an edited line counts too.
-  export VGGT_CACHE_DIR DS_CONFIG OMP_NUM_THREADS PYTHONUNBUFFERED=1
+  export VGGT_CACHE_DIR VGGT_CACHE_FINGERPRINT DS_CONFIG OMP_NUM_THREADS PYTHONUNBUFFERED=1
   OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(threads_of_a_process)}
   export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0} # NVLink SHARP takes memory at the start, and fails on some drivers
   run_logged "$log" "$python" -m torch.distributed.run --nnodes "$NNODES" --node_rank "$NODE_RANK" \

@@ -74,7 +74,7 @@ class Reporter:
     def list_failures(self, cache_dir: str) -> None:
         """From now on they are written down in this cache directory, not only shown."""
         self._folder = SmallFolder(cache_dir, may_be_link=True)
-        self._listed = _listed_in(self._folder)
+        self._listed = failures_of(cache_dir)
 
     def failed(self, path: str, reason: str) -> None:
         """`path` (a file, or what else `failures` names) cannot be used. The first reason stands."""
@@ -95,8 +95,9 @@ class Reporter:
                 self.warn(f"{error}; failures are only shown here")
 
 
-def _listed_in(folder: SmallFolder) -> set[tuple[str, str]]:
-    listed = set()
+def failures_of(cache_dir: str) -> set[tuple[str, str]]:
+    """What runs of precompute could not use, as far as it can be read: path or label, and reason."""
+    folder, listed = SmallFolder(cache_dir, may_be_link=True), set()
     with suppress(SmallFileError):
         for line in folder.read(FAILURES_FILE, _MAX_BYTES).splitlines():
             with suppress(

@@ -249,8 +249,9 @@ def _no_one_store(
 
 def describe_spec(spec: FeatureSpec) -> str:
     """One specification in a few words, for messages and tables."""
+    images, encoder = spec.preprocessing, spec.encoder
     return (
-        f"{spec.short_name} (context {spec.context}, image size {spec.preprocessing.image_size} "
-        f"{spec.preprocessing.resize_mode}, layer {spec.encoder.layer}, computed in {spec.encoder.compute_dtype}, "
-        f"stored in {spec.feature_dtype}, weights {spec.encoder.weights_digest[:8]})"
+        f"{spec.short_name} (context {spec.context}, image size {images.image_size} {images.resize_mode}, alpha "
+        f"{images.alpha}, layer {encoder.layer}, computed in {encoder.compute_dtype}, stored in {spec.feature_dtype}, "
+        f"weights {encoder.weights_digest[:8]})"
     )

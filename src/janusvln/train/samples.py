@@ -1,0 +1,226 @@
+"""Which samples a run trains on: settled before its first step, by rank 0, and the same in all processes.
+
+Rank 0 looks at all samples and tells the others through the launcher's store, where they wait without a collective;
+should it fail, they hear that too. The list of those that are left out belongs to the run: a resumed run has it from
+`skipped_samples.jsonl` in its output directory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from janusvln.data.check import SampleCheck
+from janusvln.data.dataset import NavigationDataset, sentence_of
+from janusvln.features.coverage import Coverage, measure_coverage
+from janusvln.train.ranks import Ranks
+from vggt_cache.errors import DataError
+from vggt_cache.precompute.report import failures_of
+from vggt_cache.samples import Sources, iter_samples
+from vggt_cache.store import FeatureCache
+
+SKIPPED_FILE = "skipped_samples.jsonl"
+BAD_SAMPLES = ("stop", "skip")
+_MAX_TOLD = 10
+
+Say = Callable[[str, str], None]
+"""A sentence, and its level."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settled:
+    """What rank 0 has found."""
+
+    skipped: tuple[int, ...]
+    """Numbers of samples that are left out."""
+    missing: int
+    """Features that are known not to be in the cache."""
+    unknown: int
+    """Features of which that is not known."""
+
+
+def settle_samples(
+    dataset: NavigationDataset,
+    sources: Sources,
+    cache: FeatureCache | None,
+    ranks: Ranks,
+    *,
+    skip: bool,
+    miss: str,
+    output_dir: str,
+    resumed: bool,
+    say: Say,
+) -> Settled:
+    """The same on every rank. Raises DataError where the run cannot come to its end. `dataset`: of all samples."""
+    answer = ""
+    if ranks.rank == 0:
+        desk = _Desk(dataset, sources, cache, say, skip=skip)
+        desk.look()
+        skipped = desk.settle(Path(output_dir), resumed=resumed)
+        desk.tell_absent(miss)
+        found = desk.coverage
+        answer = json.dumps([skipped, found.missing, found.unknown])
+    skipped, missing, unknown = json.loads(ranks.exchange("settled samples", answer)[0])
+    return Settled(skipped=tuple(skipped), missing=missing, unknown=unknown)
+
+
+class _Desk:
+    """Rank 0's."""
+
+    def __init__(
+        self,
+        dataset: NavigationDataset,
+        sources: Sources,
+        cache: FeatureCache | None,
+        say: Say,
+        *,
+        skip: bool,
+    ) -> None:
+        self.dataset, self.sources, self.cache = dataset, sources, cache
+        self.say, self.skip = say, skip
+        self.coverage = Coverage(total=0, present=0, unknown=0)
+        self.unfit: dict[int, str] = {}
+
+    def look(self) -> None:
+        count = len(self.dataset)
+        samples = islice(iter_samples(self.sources, on_problem=lambda problem: None), count)
+        check = SampleCheck(
+            samples,
+            self.sources.root,
+            options=self.dataset.options,
+            spec=self.dataset.spec,
+            on_progress=lambda done: self.say(f"Checked {done} of {count} samples", "INFO"),
+        )
+        if check.count != count:
+            raise DataError(
+                f"{check.count} samples are read now and {count} were a moment ago, so the data is being changed: "
+                "start again when it is complete"
+            )
+        cache = self.cache
+        check.open_suspects({path for path, _ in failures_of(cache.cache_dir)} if cache else ())
+        if cache is not None:
+            self.coverage = measure_coverage(
+                check.plan,
+                cache,
+                grids=check.grids,
+                bad_frames=check.bad_frames,
+                say=lambda text: self.say(text, "INFO"),
+            )
+            self.say(self.coverage.sentence(cache.spec.context_rule.noun), "INFO")
+        check.judge_frames(self.dataset.pixels.limits)
+        self.unfit = check.unfit
+        self._make_the_longest()
+
+    def _make_the_longest(self) -> None:
+        """As a step would: what is too long for the flags is most probably this one. Where it is, the next one too."""
+        lengths = self.dataset.lengths
+        for at in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+            if at not in self.unfit:
+                try:
+                    self.dataset[at]
+                    return
+                except DataError as error:
+                    self.unfit[at] = self._reason(at, sentence_of(error))
+                if not self.skip:
+                    return
+
+    def tell_absent(self, miss: str) -> None:
+        """Features that are not in the cache. Raises DataError where none may be missing."""
+        cache, found = self.cache, self.coverage
+        if cache is None:
+            return
+        if miss == "error" and found.missing:
+            raise DataError(
+                f"{found.missing} of the {found.total} features that this data needs are not in {cache.cache_dir}, "
+                "and --vggt_cache_miss is error: precompute them, or train with --vggt_cache_miss encode"
+            )
+        if miss != "error" and (cost := found.cost(cache.spec.context_rule.noun, filled=miss == "fill")):
+            self.say(cost, "WARN")
+
+    def _reason(self, at: int, sentence: str) -> str:
+        return sentence.removeprefix(f"the sample {self._source(at)} ")
+
+    def _source(self, at: int) -> str:
+        return self.dataset.index[at].source
+
+    def _place(self, at: int) -> str:
+        """The same from the data's root on, which may lie elsewhere when a run is resumed."""
+        return os.path.relpath(self._source(at), self.sources.root)
+
+    # ------------------------------------------------------------ what is done about it
+
+    def settle(self, output_dir: Path, *, resumed: bool) -> list[int]:
+        """The samples that are left out. Raises DataError."""
+        list_file = output_dir / SKIPPED_FILE
+        kept_out = _listed(list_file) if resumed else {}
+        if kept_out != {at: self._place(at) for at in kept_out if at < len(self.dataset)}:
+            raise DataError(
+                f"{list_file} names samples that are not where they were, so this is not the data that the run began "
+                "with: give that data, or an empty --output_dir"
+            )
+        fresh = {at: reason for at, reason in sorted(self.unfit.items()) if at not in kept_out}
+        if fresh and (resumed or not self.skip):
+            raise self._refusal(fresh, resumed=resumed)
+        skipped = sorted({*kept_out, *fresh})
+        if len(skipped) == len(self.dataset):
+            raise self._refusal(fresh, resumed=False)
+        if not resumed:
+            self._write(list_file, fresh)
+        if skipped:
+            self._tell(fresh)
+            self.say(
+                f"{len(skipped)} of {len(self.dataset)} samples are left out, in this run and whenever it is resumed; "
+                f"they are listed in {list_file}",
+                "WARN",
+            )
+        return skipped
+
+    def _refusal(self, unfit: dict[int, str], *, resumed: bool) -> DataError:
+        self._tell(unfit)
+        first = next(iter(unfit))
+        todo = "correct or remove them, or leave them out with --bad_samples skip"
+        if resumed:
+            todo = "mend them, since a run that is resumed goes on with the samples it began with"
+        return DataError(
+            f"{len(unfit)} of the {len(self.dataset)} samples cannot be trained on, and training would end at the "
+            f"first of them ({self._source(first)} {unfit[first]}): {todo}"
+        )
+
+    def _tell(self, unfit: dict[int, str]) -> None:
+        for at, reason in islice(unfit.items(), _MAX_TOLD):
+            self.say(f"{self._source(at)} {reason}", "WARN")
+        if len(unfit) > _MAX_TOLD:
+            self.say(f"{len(unfit) - _MAX_TOLD} more samples cannot be trained on", "WARN")
+
+    def _write(self, path: Path, unfit: dict[int, str]) -> None:
+        path.unlink(missing_ok=True)
+        if unfit:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = [
+                json.dumps({"number": at, "sample": self._place(at), "reason": reason})
+                for at, reason in unfit.items()
+            ]
+            path.write_text("\n".join(lines) + "\n")
+
+
+def _listed(path: Path) -> dict[int, str]:
+    """Number and place of the samples that the run left out when it began."""
+    listed: dict[int, str] = {}
+    with suppress(FileNotFoundError):
+        try:
+            for line in path.read_text().splitlines():
+                entry = json.loads(line)
+                listed[int(entry["number"])] = str(entry["sample"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            raise DataError(
+                f"{path} cannot be read ({error}), and it says which samples this run leaves out: give it back, or "
+                "start anew in an empty --output_dir"
+            ) from error
+    return listed
