@@ -59,19 +59,27 @@ def as_it_is(root: Path) -> None:
     pass
 
 
+def no_json(root: Path) -> None:
+    lines = (root / "train.jsonl").read_text().splitlines()
+    lines[1] = lines[1][:-2]
+    (root / "train.jsonl").write_text("\n".join(lines) + "\n")
+
+
+# Those that name no frame at all may be refused where they are read, or later.
 BAD: dict[str, tuple[Record, Callable[[Path], None], str]] = {
     "cut short": (good(1), cut_short, "1.png: it is damaged or cut short"),
     "empty file": (good(1), emptied, "1.png: it is empty"),
     "missing": (good(1), removed, "1.png does not exist"),
     "flat": (good(1), too_small, "1.png"),
-    "tag without frame": ({"conversations": talk("<image>go", "STOP")}, as_it_is, "has 1 <image> tags"),
+    "tag without frame": ({"conversations": talk("<image>go", "STOP")}, as_it_is, "<image>"),
     "frame in another field": (
-        {"img": "1.png", "conversations": talk("<image>go", "STOP")}, as_it_is, "names 0 frames",
+        {"img": "1.png", "conversations": talk("<image>go", "STOP")}, as_it_is, "<image>",
     ),
     "frame without tag": (good(1) | {"conversations": talk("go", "STOP")}, as_it_is, "has 0 <image> tags"),
     "video": (good(1) | {"video": "a.mp4"}, as_it_is, "names a video"),
     "video tag": (good(1) | {"conversations": talk("<video>go", "STOP")}, as_it_is, "has a <video> tag"),
     "empty answer": (good(1) | {"conversations": talk("<image>go", " ")}, as_it_is, "has an empty answer"),
+    "no JSON": (good(1), no_json, "is not valid JSON"),
     "messages": (
         {"images": ["1.png"], "messages": [{"role": "user", "content": "<image>go"}]}, as_it_is, "in messages",
     ),

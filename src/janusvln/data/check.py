@@ -128,7 +128,8 @@ class SampleCheck:
         }
         if failed:
             found.update(frame for frame, path in enumerate(frames.paths) if path in failed)
-            lists = (feature for feature in range(len(self.plan)) if self.plan.label(feature) in failed)
+        if labels := {one for one in failed if one.endswith(" earlier frames)")}:  # see vggt_cache.context
+            lists = (feature for feature in range(len(self.plan)) if self.plan.label(feature) in labels)
             found.update(frame for feature in lists for frame in self.plan.frames_of(feature).tolist())
         return sorted(found)
 

@@ -84,8 +84,8 @@ def measure_coverage(
     grids = FrameGrids(len(plan.frames)) if grids is None else grids
     bad_frames = {} if bad_frames is None else bad_frames
     known = KnownKeys(plan, cache.spec, DigestTable(cache.cache_dir))
-    unread = [feature for feature in range(len(plan)) if known.key(feature) is None]
-    if unread and reading_s:
+    keys = [known.key(feature) for feature in range(len(plan))]
+    if (unread := [feature for feature, key in enumerate(keys) if key is None]) and reading_s:
         say(
             f"Reading images of {len(unread)} {cache.spec.context_rule.noun}s that precompute has not read here"
         )
@@ -93,8 +93,8 @@ def measure_coverage(
     bad = np.zeros(len(plan.frames), np.bool_)
     bad[list(bad_frames)] = True
     present, unknown, absent = 0, 0, list[int]()
-    for feature in range(len(plan)):
-        frames, key = plan.frames_of(feature), known.key(feature)
+    for feature, found in enumerate(keys):
+        frames, key = plan.frames_of(feature), found or known.key(feature)
         copies = [] if key is None else cache.copies_of(key)
         if copies:
             present += 1

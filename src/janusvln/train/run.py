@@ -62,7 +62,8 @@ class TrainingRun:
         spec, cache = self._spec_and_cache()
         checkpoint = self._checkpoint(spec)
         sources = sources_of(self.data.train_data_root, self.data.annotation_path, self.data.data_path)
-        index = self._index(sources)
+        problems: list[Problem] = []
+        index = self._index(sources, problems)
         tokenizer = self._tokenizer()
         dataset = NavigationDataset(
             index,
@@ -73,7 +74,7 @@ class TrainingRun:
             action_head=self.model_arguments.action_head,
         )
         encoder = LiveEncoder(self.features.vggt_model_path, spec, self.device)
-        dataset = self._settled(dataset, sources, cache, encoder, resumed=checkpoint is not None)
+        dataset = self._settled(dataset, sources, problems, cache, encoder, resumed=checkpoint is not None)
         model = self._model(spec)
         source = self._source(spec, cache, encoder)
         try:
@@ -126,8 +127,7 @@ class TrainingRun:
 
     # ------------------------------------------------------------ data
 
-    def _index(self, sources: Sources) -> SampleIndex:
-        problems: list[Problem] = []
+    def _index(self, sources: Sources, problems: list[Problem]) -> SampleIndex:
         index = SampleIndex(sources, on_problem=problems.append)
         told = [f"{problem.where} {problem.reason}" for problem in problems[:_MAX_PROBLEMS_TOLD]]
         if len(problems) > len(told):
@@ -143,6 +143,7 @@ class TrainingRun:
         self,
         dataset: NavigationDataset,
         sources: Sources,
+        problems: Sequence[Problem],
         cache: FeatureCache | None,
         encoder: LiveEncoder,
         *,
@@ -155,6 +156,7 @@ class TrainingRun:
             sources,
             cache,
             self.ranks,
+            problems=problems,
             skip=self.data.bad_samples == "skip",
             miss=miss,
             output_dir=self.output_dir,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -21,7 +21,7 @@ from janusvln.features.coverage import Coverage, measure_coverage
 from janusvln.train.ranks import Ranks
 from vggt_cache.errors import DataError
 from vggt_cache.precompute.report import failures_of
-from vggt_cache.samples import Sources, iter_samples
+from vggt_cache.samples import Problem, Sources, iter_samples
 from vggt_cache.store import FeatureCache
 
 SKIPPED_FILE = "skipped_samples.jsonl"
@@ -50,18 +50,22 @@ def settle_samples(
     cache: FeatureCache | None,
     ranks: Ranks,
     *,
+    problems: Sequence[Problem],
     skip: bool,
     miss: str,
     output_dir: str,
     resumed: bool,
     say: Say,
 ) -> Settled:
-    """The same on every rank. Raises DataError where the run cannot come to its end. `dataset`: of all samples."""
+    """The same on every rank. Raises DataError where the run cannot come to its end.
+
+    `dataset`: of all samples that could be read; `problems`: the others.
+    """
     answer = ""
     if ranks.rank == 0:
         desk = _Desk(dataset, sources, cache, say, skip=skip)
         desk.look()
-        skipped = desk.settle(Path(output_dir), resumed=resumed)
+        skipped = desk.settle(Path(output_dir), problems, resumed=resumed)
         desk.tell_absent(miss)
         found = desk.coverage
         answer = json.dumps([skipped, found.missing, found.unknown])
@@ -154,7 +158,7 @@ class _Desk:
 
     # ------------------------------------------------------------ what is done about it
 
-    def settle(self, output_dir: Path, *, resumed: bool) -> list[int]:
+    def settle(self, output_dir: Path, problems: Sequence[Problem], *, resumed: bool) -> list[int]:
         """The samples that are left out. Raises DataError."""
         list_file = output_dir / SKIPPED_FILE
         kept_out = _listed(list_file) if resumed else {}
@@ -164,11 +168,11 @@ class _Desk:
                 "with: give that data, or an empty --output_dir"
             )
         fresh = {at: reason for at, reason in sorted(self.unfit.items()) if at not in kept_out}
-        if fresh and (resumed or not self.skip):
-            raise self._refusal(fresh, resumed=resumed)
+        if (fresh and resumed) or ((fresh or problems) and not self.skip):
+            raise self._refusal(fresh, problems, resumed=resumed)
         skipped = sorted({*kept_out, *fresh})
         if len(skipped) == len(self.dataset):
-            raise self._refusal(fresh, resumed=False)
+            raise self._refusal(fresh, problems, resumed=False)
         if not resumed:
             self._write(list_file, fresh)
         if skipped:
@@ -180,15 +184,17 @@ class _Desk:
             )
         return skipped
 
-    def _refusal(self, unfit: dict[int, str], *, resumed: bool) -> DataError:
+    def _refusal(self, unfit: dict[int, str], problems: Sequence[Problem], *, resumed: bool) -> DataError:
         self._tell(unfit)
-        first = next(iter(unfit))
+        bad, all_samples = len(unfit) + len(problems), len(self.dataset) + len(problems)
+        first = f"{problems[0].where} {problems[0].reason}" if problems else ""
+        first = first or next(f"{self._source(at)} {reason}" for at, reason in unfit.items())
         todo = "correct or remove them, or leave them out with --bad_samples skip"
-        if resumed:
+        if resumed and unfit:
             todo = "mend them, since a run that is resumed goes on with the samples it began with"
         return DataError(
-            f"{len(unfit)} of the {len(self.dataset)} samples cannot be trained on, and training would end at the "
-            f"first of them ({self._source(first)} {unfit[first]}): {todo}"
+            f"{bad} of the {all_samples} samples cannot be trained on, and training would end at them or go on without "
+            f"them ({first}): {todo}"
         )
 
     def _tell(self, unfit: dict[int, str]) -> None:

@@ -49,6 +49,8 @@ class FeatureTrainer(Trainer):
         self.speed = Speed()
         self._group_rates: list[float] = []
         """The learning rates that the optimizer's groups began with."""
+        self._rates: dict[str, float] = {}
+        """By flag, at the moment of which transformers logs `learning_rate`."""
         self._ahead: _LookAhead | None = None
         self._merged = False
         """Whether spatial features have reached the model: whatever replaces its forward, or wraps it, this tells."""
@@ -101,7 +103,7 @@ class FeatureTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs = {**logs, **self._rates(), **self.speed.take(self.source, self.args.device)}
+            logs = {**logs, **self._rates, **self.speed.take(self.source, self.args.device)}
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -115,10 +117,10 @@ class FeatureTrainer(Trainer):
 
     def _get_learning_rate(self) -> float:
         """That of --learning_rate's group. transformers takes the first one's, which is the vision tower's."""
-        rates = self._rates()
-        return rates["learning_rate"] if "learning_rate" in rates else float(super()._get_learning_rate())
+        self._rates = self._rates_by_flag()
+        return self._rates.get("learning_rate", float(super()._get_learning_rate()))
 
-    def _rates(self) -> dict[str, float]:
+    def _rates_by_flag(self) -> dict[str, float]:
         """The present learning rates by the flags that set them; those that nothing learns with are not there."""
         now = [group["lr"] for group in self.optimizer.param_groups] if self.optimizer is not None else []
         given = {
