@@ -593,9 +593,9 @@ def test_pixel_limits_that_would_resize_the_frames_are_told(run, tmp_path):
     model = qwen(tmp_path / "qwen")
     code, out, _ = run("--model_path", model)
     assert code == 0
-    assert "[WARN] frames of 2x4 patches have 1568 pixels, outside the 12544 to 451584 of --min_pixels" in out
+    assert "[WARN] frames of 2x4 patches have 1568 pixels, outside the model's 12544 to 451584" in out
     _, out, _ = run("--model_path", model, "--min_pixels", 784, "--max_pixels", 1000, "--no-skip_existing")
-    assert "[WARN] frames of 2x4 patches have 1568 pixels, outside the 784 to 1000" in out
+    assert "[WARN] frames of 2x4 patches have 1568 pixels, outside the model's 784 to 1000" in out
     _, out, _ = run("--model_path", model, "--min_pixels", 784, "--no-skip_existing")
     assert "[WARN]" not in out
 
@@ -604,7 +604,10 @@ def test_the_limits_are_those_that_training_takes_where_no_flag_says_otherwise()
     from janusvln.train.arguments import DataArguments
     from vggt_cache.precompute.settings import PrecomputeSettings
 
-    training, given = DataArguments(train_data_root="x"), PrecomputeSettings(data_root="x", cache_dir="y")
+    training, given = (
+        DataArguments(train_data_root="x"),
+        PrecomputeSettings(vggt_model_path="v", data_root="x", cache_dir="y"),
+    )
     assert (given.min_pixels, given.max_pixels) == (training.min_pixels, training.max_pixels)
 
 

@@ -63,7 +63,8 @@ class FeatureTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
-        loader.worker_init_fn = partial(end_where_it_cannot_send, then=loader.worker_init_fn)
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's own only passes reading on
+        inner.worker_init_fn = partial(end_where_it_cannot_send, then=inner.worker_init_fn)
         return loader
 
     def get_batch_samples(

@@ -158,7 +158,7 @@ class QwenLimits:
                 "their grids do not match, so the features cannot be added; use a Qwen2.5-VL model"
             )
         merge_size = vision.get("spatial_merge_size")
-        known = {"merge_size": merge_size} if _is_number(merge_size) else {}
+        known: dict[str, Any] = {"merge_size": merge_size} if _is_number(merge_size) else {}
         return cls(min_pixels=min_pixels, max_pixels=max_pixels, **known)
 
     def complaint(self, grid: tuple[int, int]) -> str:
@@ -169,9 +169,9 @@ class QwenLimits:
             return f"a grid of {grid[0]}x{grid[1]} patches is too small for merging {self.merge_size}x{self.merge_size}"
         if not self.min_pixels <= pixels <= self.max_pixels:
             return (
-                f"frames of {h}x{w} patches have {pixels} pixels, outside the {self.min_pixels} to {self.max_pixels} "
-                "of --min_pixels and --max_pixels: the model's processor would resize them, and its grid no longer "
-                "match the features; change --image_size, or these limits here and in training"
+                f"frames of {h}x{w} patches have {pixels} pixels, outside the model's {self.min_pixels} to "
+                f"{self.max_pixels}: its processor would resize them, and its grid no longer match the features; "
+                "change --image_size, or --min_pixels and --max_pixels here and in training"
             )
         return ""
 
