@@ -53,13 +53,17 @@ class SampleCheck:
         *,
         options: DataOptions,
         spec: FeatureSpec,
+        left_out: Collection[int] = (),
         on_progress: Callable[[int], None] = lambda count: None,
     ) -> None:
-        """Reads all texts. `on_progress` hears every few seconds how many samples have been looked at."""
+        """Reads all texts. The plan is of those samples that are fit so far; nothing is said of those in `left_out`.
+
+        `on_progress` hears every few seconds how many samples have been looked at.
+        """
         self.unfit: dict[int, str] = {}
         self.count = 0
         self._options, self._spec = options, spec
-        self._on_progress = on_progress
+        self._left_out, self._on_progress = set(left_out), on_progress
         self._shown = array("q")
         """The samples that the plan knows: those that name frames."""
         self.plan = Plan(self._passed_on(samples), root, spec.context)
@@ -95,14 +99,17 @@ class SampleCheck:
         with ThreadPoolExecutor(THREADS) as pool:  # descriptions of episodes are a file for each step
             parts = map_in_order(pool, self._looked_at, parts_of(samples, _SAMPLES_PER_CALL), 4 * THREADS)
             for sample, complaint in (one for part in parts for one in part):
-                if complaint:
-                    self.unfit[self.count] = complaint
-                if sample.frames:
-                    self._shown.append(self.count)
-                self.count += 1
+                number, self.count = self.count, self.count + 1
                 if time.monotonic() - told_s > PROGRESS_S:
                     told_s = time.monotonic()
                     self._on_progress(self.count)
+                if number in self._left_out:
+                    continue
+                if complaint:
+                    self.unfit[number] = complaint
+                    continue
+                if sample.frames:
+                    self._shown.append(number)
                 yield sample
 
     def _looked_at(self, samples: Sequence[Sample]) -> list[tuple[Sample, str]]:

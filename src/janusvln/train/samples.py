@@ -64,8 +64,9 @@ def settle_samples(
     answer = ""
     if ranks.rank == 0:
         desk = _Desk(dataset, sources, cache, say, skip=skip)
-        desk.look()
-        skipped = desk.settle(Path(output_dir), problems, resumed=resumed)
+        kept_out = desk.kept_out(Path(output_dir)) if resumed else []
+        desk.look(kept_out)
+        skipped = desk.settle(Path(output_dir), problems, kept_out, resumed=resumed)
         desk.tell_absent(miss)
         found = desk.coverage
         answer = json.dumps([skipped, found.missing, found.unknown])
@@ -90,7 +91,7 @@ class _Desk:
         self.coverage = Coverage(total=0, present=0, unknown=0)
         self.unfit: dict[int, str] = {}
 
-    def look(self) -> None:
+    def look(self, left_out: Sequence[int]) -> None:
         count = len(self.dataset)
         samples = islice(iter_samples(self.sources, on_problem=lambda problem: None), count)
         check = SampleCheck(
@@ -98,6 +99,7 @@ class _Desk:
             self.sources.root,
             options=self.dataset.options,
             spec=self.dataset.spec,
+            left_out=left_out,
             on_progress=lambda done: self.say(f"Checked {done} of {count} samples", "INFO"),
         )
         if check.count != count:
@@ -118,13 +120,13 @@ class _Desk:
             self.say(self.coverage.sentence(cache.spec.context_rule.noun), "INFO")
         check.judge_frames(self.dataset.pixels.limits)
         self.unfit = check.unfit
-        self._make_the_longest()
+        self._make_the_longest(left_out)
 
-    def _make_the_longest(self) -> None:
+    def _make_the_longest(self, left_out: Sequence[int]) -> None:
         """As a step would: what is too long for the flags is most probably this one. Where it is, the next one too."""
         lengths = self.dataset.lengths
         for at in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-            if at not in self.unfit:
+            if at not in self.unfit and at not in left_out:
                 try:
                     self.dataset[at]
                     return
@@ -158,16 +160,22 @@ class _Desk:
 
     # ------------------------------------------------------------ what is done about it
 
-    def settle(self, output_dir: Path, problems: Sequence[Problem], *, resumed: bool) -> list[int]:
-        """The samples that are left out. Raises DataError."""
+    def kept_out(self, output_dir: Path) -> list[int]:
+        """The samples that a run, which is resumed, has left out so far. Raises DataError where they are not there."""
         list_file = output_dir / SKIPPED_FILE
-        kept_out = _listed(list_file) if resumed else {}
-        if kept_out != {at: self._place(at) for at in kept_out if at < len(self.dataset)}:
+        listed = _listed(list_file)
+        if listed != {at: self._place(at) for at in listed if at < len(self.dataset)}:
             raise DataError(
                 f"{list_file} names samples that are not where they were, so this is not the data that the run began "
                 "with: give that data, or an empty --output_dir"
             )
-        fresh = {at: reason for at, reason in sorted(self.unfit.items()) if at not in kept_out}
+        return sorted(listed)
+
+    def settle(
+        self, output_dir: Path, problems: Sequence[Problem], kept_out: Sequence[int], *, resumed: bool
+    ) -> list[int]:
+        """The samples that are left out. Raises DataError."""
+        list_file, fresh = output_dir / SKIPPED_FILE, dict(sorted(self.unfit.items()))
         if (fresh and resumed) or ((fresh or problems) and not self.skip):
             raise self._refusal(fresh, problems, resumed=resumed)
         skipped = sorted({*kept_out, *fresh})
@@ -204,14 +212,19 @@ class _Desk:
             self.say(f"{len(unfit) - _MAX_TOLD} more samples cannot be trained on", "WARN")
 
     def _write(self, path: Path, unfit: dict[int, str]) -> None:
-        path.unlink(missing_ok=True)
-        if unfit:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lines = [
-                json.dumps({"number": at, "sample": self._place(at), "reason": reason})
-                for at, reason in unfit.items()
-            ]
-            path.write_text("\n".join(lines) + "\n")
+        entries = (
+            {"number": at, "sample": self._place(at), "reason": reason} for at, reason in unfit.items()
+        )
+        try:
+            path.unlink(missing_ok=True)
+            if unfit:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        except OSError as error:
+            raise DataError(
+                f"{path} cannot be written ({error.strerror}), and it is to say which samples the run leaves out: give "
+                "an --output_dir that can be written to"
+            ) from error
 
 
 def _listed(path: Path) -> dict[int, str]:
