@@ -203,9 +203,9 @@ def _check_deepspeed_values(arguments: transformers.TrainingArguments) -> None:
         )
 
 
-def _check_loggers(names: Sequence[str]) -> None:
+def _check_loggers(names: Any) -> None:
     """Raises SettingsError for a logger of --report_to that is unknown or not installed."""
-    installed = get_available_reporting_integrations()
+    installed = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             raise SettingsError(
