@@ -199,7 +199,9 @@ def test_what_is_left_out_is_told_and_stays_the_same_when_the_run_is_resumed(
     shutil.rmtree(out / "checkpoint-14")
     emptied(data)
     (data / "2.png").write_bytes(b"")
-    assert "2.png: it is empty): mend them" in refusal(capfd, flags)
+    sentence = refusal(capfd, flags)
+    assert "2.png: it is empty" in sentence
+    assert "mend them, since a run that is resumed goes on with the samples it began with" in sentence
 
 
 # ---------------------------------------------------------------- coverage, and an encoder that will be needed
