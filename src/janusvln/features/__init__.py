@@ -4,4 +4,5 @@ read_ahead   knows keys, tensors and the cache: reader threads, pinned buffers, 
 computed     the encoder that runs live, and the cache that it fills
 source       both, for the samples of a batch
 resolve      which features a run uses
+coverage     how many of them the cache has
 """

@@ -25,6 +25,7 @@ from vggt_cache.precompute.settings import QwenLimits
 from vggt_cache.precompute.stop import StopRequest
 from vggt_cache.precompute.write import FeatureWriter, shard_bytes
 from vggt_cache.store import FeatureCache, ShardWriter
+from vggt_cache.store.directory import CLAIMS_FOLDER
 
 BLOCKS_AHEAD = 3
 SHARDS_BETWEEN_INDEXES = 64
@@ -95,7 +96,7 @@ class Run:
         with (
             DecodePool(self.num_workers, self.spec.preprocessing) as self._decoder,
             self.reporter.bar(total, noun) as self._bar,
-            Claims(store_dir / "claims", on_silence=self._tell_silence) as self._claims,
+            Claims(store_dir / CLAIMS_FOLDER, on_silence=self._tell_silence) as self._claims,
             self.stop.deferred(),
         ):
             self._writer = FeatureWriter(

@@ -38,6 +38,8 @@ from vggt_cache.store.header import parse_header, parse_spec
 from vggt_cache.store.shards import SHARDS_FOLDER, open_regular, read_header_bytes
 
 SPEC_FILE = "spec.json"
+CLAIMS_FOLDER = "claims"
+"""Of precompute, in a store: which blocks of work a process has taken."""
 MAX_SPEC_BYTES = 64 * 1024
 STORE_NAME = re.compile(r"(?:frame|causal)-[0-9a-f]{16}")
 _SHARDS_TRIED_FOR_SPEC = 8

@@ -7,6 +7,7 @@ old one goes. Whenever this is killed, every key is served as before, and the ne
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from vggt_cache.codec import NONE, codec_for, coded_form, shard_codec
 from vggt_cache.errors import CacheAccessError, CommitError, CorruptRecordError, ShardFormatError
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.store.atomic_file import TEMP_NAME
-from vggt_cache.store.directory import SPEC_FILE, list_stores
+from vggt_cache.store.directory import CLAIMS_FOLDER, SPEC_FILE, list_stores
 from vggt_cache.store.filesystem import (
     OPERATING_SYSTEM,
     FileSystem,
@@ -211,6 +212,17 @@ def prune(
     return actions
 
 
+_PATTERNS = (
+    TEMP_NAME.pattern,
+    SHARD_NAME.pattern,
+    INDEX_FILE,
+    re.escape(SPEC_FILE),
+    r"[0-9a-f]{32}\.\d{1,9}",
+)
+_STORE_FILE = re.compile("|".join(f"(?:{pattern})" for pattern in _PATTERNS))
+"""What a store is made of; the last one are claims, which only save work."""
+
+
 def remove_store(
     cache_dir: str | os.PathLike[str],
     spec: FeatureSpec,
@@ -227,7 +239,8 @@ def remove_store(
     keeper = _StoreKeeper(os.path.abspath(cache_dir), spec, fs, dry_run=dry_run)
     actions, store_dir = [], keeper.store_dir
     dead = {(folder, name) for folder, name, _ in dead_temp_files(store_dir, 0.0, fs)}
-    folders = [os.path.join(store_dir, name) for name in (SHARDS_FOLDER, INDEX_FOLDER)] + [store_dir]
+    names = (CLAIMS_FOLDER, SHARDS_FOLDER, INDEX_FOLDER)
+    folders = [*(os.path.join(store_dir, name) for name in names), store_dir]
     with closing(keeper.shards):
         for folder, name, size in _files_of(folders, fs):
             if TEMP_NAME.fullmatch(name) and (folder, name) not in dead:
@@ -254,10 +267,7 @@ def _files_of(folders: Sequence[str], fs: FileSystem) -> Iterator[tuple[str, str
             released_after(fs, fs.open_directory(folder)) as dir_fd,
         ):
             for name in sorted(fs.list_names(dir_fd)):
-                ours = (
-                    TEMP_NAME.fullmatch(name) or SHARD_NAME.fullmatch(name) or name in (INDEX_FILE, SPEC_FILE)
-                )
-                if ours:
+                if _STORE_FILE.fullmatch(name):
                     found.append((folder, name, fs.stat(name, dir_fd=dir_fd).st_size))
     yield from sorted(found, key=lambda file: not TEMP_NAME.fullmatch(file[1]))
 
