@@ -69,7 +69,7 @@ def no_json(root: Path) -> None:
 BAD: dict[str, tuple[Record, Callable[[Path], None], str]] = {
     "cut short": (good(1), cut_short, "1.png: it is damaged or cut short"),
     "empty file": (good(1), emptied, "1.png: it is empty"),
-    "missing": (good(1), removed, "1.png does not exist"),
+    "missing": (good(1), removed, "does not exist"),
     "flat": (good(1), too_small, "1.png"),
     "tag without frame": ({"conversations": talk("<image>go", "STOP")}, as_it_is, "<image>"),
     "frame in another field": (
