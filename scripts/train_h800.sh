@@ -22,6 +22,7 @@ OUTPUT_DIR="${OUTPUT_DIR:-./outputs/vln_h800_8gpu}"
 
 # ---- Where VGGT's features come from
 VGGT_CACHE_DIR="${VGGT_CACHE_DIR:-}"                   # empty: VGGT runs in every step
+VGGT_CACHE_FINGERPRINT="${VGGT_CACHE_FINGERPRINT:-}"   # first digits of one, where the directory holds several caches
 VGGT_CACHE_MISS="${VGGT_CACHE_MISS:-encode}"           # a feature is missing: encode, fill (and put it back), or error
 VGGT_MODEL_PATH="${VGGT_MODEL_PATH:-facebook/VGGT-1B}" # need not exist when every feature is in the cache
 

@@ -309,3 +309,24 @@ def test_the_demo_runs_from_nothing_and_again(tmp_path, capsys, monkeypatch):
         assert re.search(r"^causal +\d+ +3x4x768 ", out, re.MULTILINE)
     assert "Processed 0 features" in out
     assert (tmp_path / "demo" / "features_causal.png").exists()
+
+
+def test_a_second_specification_is_told_and_one_can_be_removed(own, capsys, small_checkpoint):
+    cache_dir, data = own / "cache", own / "data"
+    flags = ["--vggt_model_path", small_checkpoint, "--data_root", data, "--cache_dir", cache_dir, *SIZE]
+    assert "[WARN]" not in run(capsys, "precompute", *flags)[1]  # one that is there already
+    _, out, _ = run(capsys, "precompute", *flags, "--image_size", 70)
+    (told,) = [line for line in out.splitlines() if line.startswith("[WARN]")]
+    assert "VGGT_CACHE_FINGERPRINT=" in told
+    (fingerprint,) = re.findall("VGGT_CACHE_FINGERPRINT=([0-9a-f]+)", told)
+    assert fingerprint in run(capsys, "info", cache_dir)[1]
+    code, out, _ = run(capsys, "prune", cache_dir, "--spec", fingerprint)
+    assert code == 0
+    assert "would remove" in out
+    assert f"frame-{fingerprint}" in run(capsys, "info", cache_dir, "--json")[1]
+    assert "freed" in run(capsys, "prune", cache_dir, "--spec", fingerprint, "--yes")[1]
+    out = run(capsys, "info", cache_dir)[1]
+    assert "2 specifications" in out
+    assert fingerprint not in out
+    assert run(capsys, "prune", cache_dir, "--spec", fingerprint)[0] != 0
+    assert run(capsys, "prune", cache_dir, "--spec", "0", "--damaged")[0] == 2

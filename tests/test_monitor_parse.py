@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from janusvln.features.resolve import Coverage
+from janusvln.features.coverage import Coverage
 from monitor_kit import BANNER, ENDED, bar, metrics
 from vggt_cache.context import CONTEXTS
 from vggt_cache.monitor.parse import Announced, Bar, Ended, Failure, Metrics, bars_in, events_in

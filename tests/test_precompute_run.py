@@ -573,13 +573,13 @@ def test_a_dry_run_counts_what_is_there_already(run):
 # ---------------------------------------------------------------- Qwen2.5-VL's side
 
 
-def qwen(folder: Path, *, patch_size: int = 14, max_pixels: int = 12_845_056) -> Path:
+def qwen(folder: Path, *, patch_size: int = 14) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text(
         json.dumps({"vision_config": {"patch_size": patch_size, "spatial_merge_size": 2}})
     )
     (folder / "preprocessor_config.json").write_text(
-        json.dumps({"min_pixels": 784, "max_pixels": max_pixels})
+        json.dumps({"min_pixels": 784, "max_pixels": 12_845_056})
     )
     return folder
 
@@ -591,11 +591,26 @@ def test_a_model_with_another_patch_size_is_refused(run, tmp_path):
 
 
 def test_pixel_limits_that_would_resize_the_frames_are_told(run, tmp_path):
-    code, out, _ = run("--model_path", qwen(tmp_path / "qwen", max_pixels=1000))
+    """Those of training: its defaults, whatever the model's directory says, or what is given to both."""
+    model = qwen(tmp_path / "qwen")
+    code, out, _ = run("--model_path", model)
     assert code == 0
+    assert "[WARN] frames of 2x4 patches have 1568 pixels, outside the model's 12544 to 451584" in out
+    _, out, _ = run("--model_path", model, "--min_pixels", 784, "--max_pixels", 1000, "--no-skip_existing")
     assert "[WARN] frames of 2x4 patches have 1568 pixels, outside the model's 784 to 1000" in out
-    code, out, _ = run("--model_path", qwen(tmp_path / "fits"))
+    _, out, _ = run("--model_path", model, "--min_pixels", 784, "--no-skip_existing")
     assert "[WARN]" not in out
+
+
+def test_the_limits_are_those_that_training_takes_where_no_flag_says_otherwise():
+    from janusvln.train.arguments import DataArguments
+    from vggt_cache.precompute.settings import PrecomputeSettings
+
+    training, given = (
+        DataArguments(train_data_root="x"),
+        PrecomputeSettings(vggt_model_path="v", data_root="x", cache_dir="y"),
+    )
+    assert (given.min_pixels, given.max_pixels) == (training.min_pixels, training.max_pixels)
 
 
 def test_a_directory_without_a_model_is_refused(run, tmp_path):

@@ -296,4 +296,4 @@ def test_an_annotation_file_that_becomes_a_pipe_is_a_problem_and_hangs_nobody(tm
 def test_a_models_config_that_cannot_be_read_is_one_sentence(tmp_path: Path, kind: str) -> None:
     NOT_FILES[kind](tmp_path / "config.json")
     with pytest.raises(SettingsError, match=r"config\.json cannot be read, as it"):
-        QwenLimits.read(str(tmp_path))
+        QwenLimits.read(str(tmp_path), min_pixels=1, max_pixels=2)

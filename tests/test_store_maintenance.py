@@ -27,7 +27,7 @@ from store_kit import (
     write_shard,
 )
 from vggt_cache.errors import CacheAccessError, CommitError, CorruptRecordError
-from vggt_cache.store import FeatureCache, ShardWriter, create_store, describe, prune
+from vggt_cache.store import FeatureCache, ShardWriter, create_store, describe, prune, remove_store
 from vggt_cache.store.header import parse_header
 
 pytestmark = DAMAGE_WARNING
@@ -371,3 +371,39 @@ def test_a_damaged_shard_goes_only_after_the_later_ones_that_hold_its_records(tm
     assert removed == [second, first]
     with FeatureCache.open(tmp_path) as cache:
         assert equal(cache.get_by_key(make_key(1)), make_feature(100))
+
+
+# ---------------------------------------------------------------- one specification
+
+
+def test_a_specification_is_removed_with_all_its_features_and_no_other(tmp_path: Path) -> None:
+    for spec in (SPEC, CAUSAL):
+        write_shard(tmp_path, [1, 2], spec)
+        save_index(tmp_path, spec)
+    before = sorted(path for path in tmp_path.rglob("*"))
+    shown = remove_store(tmp_path, CAUSAL)
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+    assert remove_store(tmp_path, CAUSAL, dry_run=False) == shown
+    assert not (tmp_path / CAUSAL.short_name).exists()
+    with FeatureCache.open(tmp_path) as cache:
+        assert cache.spec == SPEC
+        assert len(cache) == 2
+
+
+def test_what_does_not_belong_to_a_store_stays(tmp_path: Path) -> None:
+    write_shard(tmp_path, [1], CAUSAL)
+    mine = tmp_path / CAUSAL.short_name / "notes.txt"
+    mine.write_text("mine")
+    remove_store(tmp_path, CAUSAL, dry_run=False)
+    assert [path.name for path in (tmp_path / CAUSAL.short_name).iterdir()] == ["notes.txt"]
+
+
+def test_a_specification_that_is_being_written_is_not_removed(tmp_path: Path) -> None:
+    write_shard(tmp_path, [1], CAUSAL)
+    with ShardWriter(tmp_path / CAUSAL.short_name, CAUSAL) as writer:
+        writer.append(make_key(2), make_feature(2))
+        with pytest.raises(CacheAccessError, match="being written by another process"):
+            remove_store(tmp_path, CAUSAL, dry_run=False)
+        writer.commit()
+    with FeatureCache.open(tmp_path) as cache:
+        assert len(cache) == 2

@@ -16,11 +16,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from janusvln.features.resolve import measure_coverage
+from janusvln.features.coverage import measure_coverage
 from janusvln.train.command import main
-from small_data import write_image
+from small_data import plan_of, write_image
 from train_kit import Kit, largest_difference, logged, write_kit
-from vggt_cache.samples import find_sources
 from vggt_cache.store import FeatureCache
 
 STEPS = 30
@@ -202,7 +201,7 @@ def test_an_image_replaced_in_place_is_never_given_its_old_feature(
         write_image(image, 5000 + number)
     flags = kit.flags(tmp_path / "out", "--max_steps", 5)
     flags[flags.index("--train_data_root") + 1] = str(data)
-    assert "is not in the cache" in refusal(capfd, flags)
+    assert "32 of the 32 features that this data needs are not in" in refusal(capfd, flags)
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"])
@@ -239,7 +238,7 @@ def test_the_first_epoch_fills_the_cache_and_the_second_reads_it(
     assert [entry["cache_hit_rate"] for entry in filled] == [0.0] * 16 + [1.0] * 16
     with FeatureCache.open(tmp_path / "cache") as cache:
         assert len(cache) == 32
-        coverage = measure_coverage(find_sources(str(kit.data)), cache)
+        coverage = measure_coverage(plan_of(kit.data, cache.spec.context), cache)
     assert (coverage.present, coverage.unknown) == (32, 0)
 
 

@@ -13,20 +13,22 @@ import pytest
 import torch
 from torch import nn
 
+from janusvln.features.coverage import measure_coverage
 from janusvln.features.resolve import (
     WantedFeatures,
     check_resumed_with,
     check_trained_with,
-    measure_coverage,
     open_cache,
     summary,
 )
-from janusvln.train.arguments import MEANINGLESS, parse_arguments
+from janusvln.train.arguments import MEANINGLESS, TrainingArguments, parse_arguments
 from janusvln.train.checkpoints import RunRecord, checkpoint_to_resume, given_checkpoint
 from janusvln.train.ranks import Ranks
 from janusvln.train.trainer import EpochOrder, LengthGroupedOrder, freeze, parameter_groups, part_of
-from small_data import write_dataset
+from small_data import plan_of, write_dataset
 from store_kit import make_spec, write_shard
+from train_kit import small_spec
+from train_processes_kit import ROOT
 from vggt_cache.errors import (
     AmbiguousCacheError,
     CacheNotFoundError,
@@ -37,10 +39,7 @@ from vggt_cache.errors import (
 from vggt_cache.identity import Preprocessing
 from vggt_cache.precompute.run import precompute
 from vggt_cache.precompute.settings import PrecomputeSettings
-from vggt_cache.samples import find_sources
 from vggt_cache.store import FeatureCache
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def opened(cache_dir: Path, wanted: WantedFeatures, **options: object) -> FeatureCache:
@@ -214,6 +213,16 @@ class TestFlags:
             (["--save_strategy", "best"], "no evaluation data set that could say which"),
             (["--ignore_data_skip", "True"], "see the first samples of its epoch twice"),
             (["--auto_find_batch_size", "True"], "some samples twice"),
+            (["--use_liger_kernel", "True"], "replace the model's forward"),
+            (["--report_to", "wandb"], r"-m pip install wandb, or give --report_to none"),
+            (["--report_to", "wandbb"], "none of .*wandb"),
+            (["--attn_implementation", "flash_attention_2"], "-m pip install flash-attn"),
+            (["--bad_samples", "ignore"], "none of stop, skip"),
+            (["--per_gpu_train_batch_size", "2"], "calls it --per_device_train_batch_size now"),
+            (["--no_cuda"], "calls it --use_cpu now"),
+            (["--group_by_length", "True"], "--group_by_modality_length True"),
+            (["--save_safetensors", "True"], "always saved as safetensors"),
+            (["--logging_dir", "runs"], "TENSORBOARD_LOGGING_DIR"),
         ],
     )  # fmt: skip
     def test_what_is_unknown_or_contradictory_is_refused(
@@ -242,6 +251,54 @@ class TestFlags:
         monkeypatch.setenv("VGGT_CACHE_DIR", "/environment")
         assert parse_arguments(NEEDED)[2].vggt_cache_dir == "/environment"
         assert parse_arguments([*NEEDED, "--vggt-cache-dir", "/flag"])[2].vggt_cache_dir == "/flag"
+
+    @pytest.mark.parametrize("section", ["optimizer", "scheduler"])
+    def test_a_deepspeed_file_that_would_drop_the_learning_rates_is_refused(
+        self, tmp_path: Path, section: str
+    ) -> None:
+        config = json.loads((ROOT / "scripts" / "zero2.json").read_text()) | {section: {"type": "X"}}
+        (tmp_path / "zero.json").write_text(json.dumps(config))
+        with pytest.raises(SettingsError, match=f"zero.json has the section {section}, .* learning rates"):
+            parse_arguments([*NEEDED, "--deepspeed", str(tmp_path / "zero.json")])
+
+    def test_a_deepspeed_file_that_contradicts_the_flags_is_refused_with_both_values(
+        self, tmp_path: Path
+    ) -> None:
+        config = json.loads((ROOT / "scripts" / "zero2.json").read_text())
+        (tmp_path / "zero.json").write_text(json.dumps(config | {"gradient_accumulation_steps": 4}))
+        with pytest.raises(
+            SettingsError, match=r'gradient_accumulation_steps=4, and the flags say .*=2.*"auto"'
+        ):
+            parse_arguments(
+                [*NEEDED, "--deepspeed", str(tmp_path / "zero.json"), "--gradient_accumulation_steps", "2"]
+            )
+
+    def test_what_a_removed_flag_is_called_now_is_a_flag(self) -> None:
+        known = {field.name for field in dataclasses.fields(TrainingArguments)}
+        named = [
+            text.split()[3].removeprefix("--") for text in MEANINGLESS.values() if " calls it --" in text
+        ]
+        assert named
+        assert set(named) <= known
+
+    def test_the_environment_tells_several_caches_apart(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        specs = [make_spec(context="frame", image_size=size) for size in (518, 644)]
+        for spec in specs:
+            write_shard(tmp_path, [1], spec)
+        monkeypatch.setenv("VGGT_CACHE_FINGERPRINT", specs[1].fingerprint[:8])
+        assert opened(tmp_path, parse_arguments(NEEDED)[2]).spec == specs[1]
+
+    def test_the_encoder_that_is_named_tells_caches_of_one_context_apart(
+        self, tmp_path: Path, small_checkpoint: Path
+    ) -> None:
+        ours, other = small_spec(small_checkpoint, "frame"), make_spec(context="frame")
+        for spec in (ours, other):
+            write_shard(tmp_path, [1], spec)
+        with pytest.raises(AmbiguousCacheError, match="VGGT_CACHE_FINGERPRINT"):
+            opened(tmp_path, WantedFeatures())
+        assert opened(tmp_path, WantedFeatures(), location=str(small_checkpoint)).spec == ours
 
 
 class TestOrder:
@@ -460,12 +517,12 @@ def test_coverage_is_known_without_opening_an_image(
     assert precompute(settings) == 0
     monkeypatch.setattr("vggt_cache.frames.read_frame", None)
     cache = FeatureCache.open(tmp_path / "cache")
-    coverage = measure_coverage(find_sources(str(data)), cache)
+    coverage = measure_coverage(plan_of(data, context), cache)
     assert (coverage.total, coverage.present) == (4, 3)
     assert coverage.missing + coverage.unknown == 1
     for shard in (tmp_path / "cache").rglob("*.safetensors"):
         shard.unlink()
-    lost = measure_coverage(find_sources(str(data)), FeatureCache.open(tmp_path / "cache"))
+    lost = measure_coverage(plan_of(data, context), FeatureCache.open(tmp_path / "cache"))
     assert (lost.total, lost.present, lost.missing) == (4, 0, 4 - coverage.unknown)
     whole = dataclasses.replace(coverage, present=4, unknown=0)
     assert whole.sentence("image") == "Coverage of this data set: 4/4 images are in the cache (100.0 %)"

@@ -163,6 +163,11 @@ def _add_changing(commands: Any) -> None:
         action="store_true",
         help="also remove damaged records, so that precompute computes them again",
     )
+    prune.flag(
+        "spec",
+        metavar="FINGERPRINT",
+        help="remove one specification with all its features, by the first digits of its fingerprint (see info)",
+    )
     prune.flag("yes", action="store_true", help="really remove")
 
     text = "Rewrite a store with another codec, each record checked first. Without --yes only shows it."

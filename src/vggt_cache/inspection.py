@@ -27,7 +27,7 @@ from vggt_cache.precompute.report import (
     standing_failures,
 )
 from vggt_cache.precompute.settings import PrecomputeSettings
-from vggt_cache.store import convert, describe, prune
+from vggt_cache.store import convert, describe, prune, remove_store
 from vggt_cache.store.directory import select_store
 from vggt_cache.store.filesystem import OPERATING_SYSTEM
 from vggt_cache.store.inventory import CacheDescription, StoreDescription
@@ -89,7 +89,7 @@ def _spec_line(spec: FeatureSpec) -> str:
     return (
         f"context {spec.context}: {encoder.patch_embed} with {encoder.depth} pairs of {encoder.embed_dim} channels, "
         f"{spec.kept_text}, {preprocessing.image_size} pixels wide ({preprocessing.resize_mode}), computed in "
-        f"{encoder.compute_dtype}, stored in {spec.feature_dtype}"
+        f"{encoder.compute_dtype}, stored in {spec.feature_dtype}, weights {encoder.weights_digest[:8]}"
     )
 
 
@@ -201,9 +201,16 @@ def _spread(count: int) -> Iterator[int]:
     return (part * step % count for part in range(count))
 
 
-def prune_cache(cache_dir: str, *, damaged: bool, yes: bool) -> int:
-    """Show, or with `yes` do, what can be removed without losing a feature."""
-    actions = prune(cache_dir, dry_run=not yes, damaged=damaged)
+def prune_cache(cache_dir: str, *, damaged: bool, spec: str | None = None, yes: bool) -> int:
+    """Show, or with `yes` do, what can be removed without losing a feature; or all of the specification `spec`."""
+    if spec is None:
+        actions = prune(cache_dir, dry_run=not yes, damaged=damaged)
+    elif damaged:
+        raise SettingsError("--damaged mends a cache and --spec removes one: give one of them")
+    else:
+        path = os.path.abspath(cache_dir)
+        chosen = select_store(path, spec=None, fingerprint=spec, context=None, fs=OPERATING_SYSTEM)
+        actions = remove_store(path, chosen, dry_run=not yes)
     verb = "removed" if yes else "would remove"
     for action in actions:
         print(f"{verb} {action.path}: {bytes_text(action.bytes)}, {action.reason}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -111,6 +113,12 @@ class NavigationDataset(Dataset[Item]):
         except UnfitSampleError as error:
             raise DataError(f"the sample {sample.source} {error}") from error
 
+    def without(self, numbers: Iterable[int]) -> NavigationDataset:
+        """The same data set without these samples; the others move up."""
+        dataset = copy.copy(self)
+        dataset.index = self.index.without(numbers)
+        return dataset
+
     @property
     def lengths(self) -> array[int]:
         """Estimated tokens of each sample, without reading any: words plus 252 a frame."""
@@ -118,7 +126,7 @@ class NavigationDataset(Dataset[Item]):
 
     def _item(self, at: int, sample: Sample) -> Item:
         dialogue = read_dialogue(sample, self.options.section_weights)
-        self._check_history(len(sample.frames) - 1)
+        check_history(sample, self.options.max_history_images)
         check_dialogue(dialogue, len(sample.frames))
         frames = load_frames(sample, self.spec.preprocessing)
         grids = [self.pixels.grid(frame.pixels) for frame in frames]
@@ -141,14 +149,6 @@ class NavigationDataset(Dataset[Item]):
             item["feature_request"] = request_feature(at, frames, self.spec)
         return item
 
-    def _check_history(self, earlier: int) -> None:
-        limit = self.options.max_history_images
-        if earlier > limit:
-            raise UnfitSampleError(
-                f"has {earlier} earlier frames, over --max_history_images {limit}; none is left out silently, because "
-                f"features belong to whole lists of frames: give --max_history_images {earlier}, or shorter lists"
-            )
-
     def _check_length(self, length: int, frames: int) -> None:
         limit = self.options.model_max_length
         if length > limit:
@@ -156,6 +156,16 @@ class NavigationDataset(Dataset[Item]):
                 f"has {length} tokens with its {frames} frames, over --model_max_length {limit}, and cutting it would "
                 "cut images or the answer: raise --model_max_length, or take fewer or smaller frames"
             )
+
+
+def check_history(sample: Sample, limit: int) -> None:
+    """Raises UnfitSampleError where a sample has more than `limit` frames before its current view."""
+    earlier = len(sample.frames) - 1
+    if earlier > limit:
+        raise UnfitSampleError(
+            f"has {earlier} earlier frames, over --max_history_images {limit}; none is left out silently, because "
+            f"features belong to whole lists of frames: give --max_history_images {earlier}, or shorter lists"
+        )
 
 
 def _config(model_dir: str) -> Any:
@@ -168,6 +178,12 @@ def _config(model_dir: str) -> Any:
         ) from error
     if getattr(config, "vision_config", None) is None or getattr(config, "image_token_id", None) is None:
         raise SettingsError(f"{model_dir} holds a {config.model_type} and no Qwen2.5-VL model: give one")
+    if quantised := getattr(config, "quantization_config", None):
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise SettingsError(
+            f"{model_dir} holds weights quantised by {method}, which cannot be trained: give the model in bfloat16 or "
+            "float32, as Qwen publishes it under the name without AWQ or GPTQ"
+        )
     return config
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from vggt_cache.samples import Sample, read_episode_text
 
 IMAGE_TAG = "<image>"
+VIDEO_TAG = "<video>"
 SYSTEM_MESSAGE = "You are a helpful assistant."
 RESERVED = ("<|image_pad|>", "<|video_pad|>")
 """Tokens that stand for image content: in a text they would be taken for places of images."""
@@ -81,16 +82,27 @@ def check_dialogue(dialogue: Dialogue, frames: int) -> None:
             raise UnfitSampleError(
                 f"has {token} in a text, where it would stand for an image: write {IMAGE_TAG}"
             )
-    tags = sum(turn.text.count(IMAGE_TAG) for turn in dialogue.turns if turn.role == "user")
+    questions = "".join(turn.text for turn in dialogue.turns if turn.role == "user")
+    if VIDEO_TAG in questions:
+        raise UnfitSampleError(
+            f"has a {VIDEO_TAG} tag, and videos are not read: name the video's frames in images, and write one "
+            f"{IMAGE_TAG} for each"
+        )
+    tags = questions.count(IMAGE_TAG)
     if tags != frames:
         raise UnfitSampleError(
             f"has {tags} {IMAGE_TAG} tags in its questions but names {frames} frames: each frame "
             "needs one tag, in order"
         )
-    answers = [segment for turn in dialogue.turns if turn.role == "assistant" for segment in turn.segments]
+    given = [turn for turn in dialogue.turns if turn.role == "assistant"]
+    answers = [segment for turn in given for segment in turn.segments]
     if not any(segment.weight > 0 for segment in answers):
         raise UnfitSampleError(
             "has no answer to learn from, so training on it does nothing: complete or remove it"
+        )
+    if any(not turn.text.strip() for turn in given):
+        raise UnfitSampleError(
+            "has an empty answer, from which the model would learn to say nothing: complete or remove it"
         )
 
 
@@ -157,6 +169,10 @@ def navigation_prompt(instruction: str, frames: int) -> str:
 def read_structured(sample: Sample, weights: Sequence[float]) -> Dialogue:
     """The dialogue of a structured sample. `weights`: of the four `SECTIONS`. Raises UnfitSampleError."""
     record = sample.record
+    if "messages" in record:
+        raise UnfitSampleError(
+            "keeps its dialogue in messages, which is not read: rename the field to conversations"
+        )
     texts = [_text(record, fields) for fields in _TEXTS]
     instruction = _text(record, _INSTRUCTION)
     if not instruction:

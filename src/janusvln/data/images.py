@@ -171,7 +171,7 @@ class QwenPixels:
             raise SettingsError(f"min_pixels is {least} and max_pixels {most}: no image is between them")
         self._merge_size = int(processor.merge_size)
         self._repeats = int(processor.temporal_patch_size)
-        self._limits = QwenLimits(merge_size=self._merge_size, min_pixels=least, max_pixels=most)
+        self.limits = QwenLimits(merge_size=self._merge_size, min_pixels=least, max_pixels=most)
         self._table = _values_of_levels(processor)
 
     def on(self, device: torch.device) -> QwenPixels:
@@ -182,7 +182,7 @@ class QwenPixels:
 
     def grid(self, frame: Pixels) -> Grid:
         """Patches (h, w), both even, that are left of a frame [H, W, 3]. Raises UnfitSampleError."""
-        if complaint := self._limits.complaint(_grid(frame)):
+        if complaint := self.limits.complaint(_grid(frame)):
             raise UnfitSampleError(f"does not suit the model: {complaint}")
         return _grid(frame, self._merge_size)
 

@@ -41,6 +41,7 @@ class LiveEncoder:
         self._spec = spec
         self._device = device
         self._most_together = MOST_TOGETHER
+        self._checkpoint: Checkpoint | None = None
         self._encoder = None if encoder is None else self._batched(encoder)
 
     def encode(self, requests: Sequence[FeatureRequest]) -> list[torch.Tensor]:
@@ -49,7 +50,9 @@ class LiveEncoder:
         Raises CheckpointError and SettingsError where there is no such encoder.
         """
         if self._encoder is None:
-            self._encoder = self._batched(self._load())
+            compute_dtype = self._spec.encoder.compute_dtype
+            encoder = self.check().load(device=self._device, compute_dtype=compute_dtype)
+            self._encoder = self._batched(encoder)
         # As many go together as make equal parts, without a straggler.
         frames = max(len(requests), *(len(request.digests) for request in requests))
         parts = -(-frames // self._most_together)
@@ -78,7 +81,13 @@ class LiveEncoder:
         record, finite = quantised(tokens)
         return torch.where(finite, decode_int8(record, *tokens.shape), tokens).view(feature.shape)
 
-    def _load(self) -> Encoder:
+    def check(self) -> Checkpoint:
+        """Open the checkpoint, whose weights are not loaded yet. Errors as of `encode`."""
+        if self._checkpoint is None:
+            self._checkpoint = self._opened()
+        return self._checkpoint
+
+    def _opened(self) -> Checkpoint:
         spec = self._spec.encoder
         if self._location is None:
             raise CheckpointError(
@@ -93,7 +102,7 @@ class LiveEncoder:
                 f"{spec.weights_digest[:16]}), so features computed now would not go with those in the cache: "
                 "give the same VGGT, or precompute into a new directory"
             )
-        return checkpoint.load(device=self._device, compute_dtype=spec.compute_dtype)
+        return checkpoint
 
     def _batched(self, encoder: Encoder) -> BatchEncoder:
         return BatchEncoder(

@@ -1,4 +1,4 @@
-"""Which features a training run uses, the cache's or those of an encoder that runs live; and how many the cache has.
+"""Which features a training run uses: the cache's, or those of an encoder that runs live.
 
 Context, image size, layer and numerics come from the cache. Flags can only agree with it, or say which of
 several caches in a directory is meant.
@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from janusvln.data.dataset import flag
 from vggt_cache.encoder.checkpoint import Checkpoint
-from vggt_cache.errors import AmbiguousCacheError, CacheNotFoundError, NotACacheError, SettingsError
+from vggt_cache.errors import (
+    AmbiguousCacheError,
+    CacheNotFoundError,
+    NotACacheError,
+    SettingsError,
+    VggtCacheError,
+)
 from vggt_cache.flags import about_flag
 from vggt_cache.identity import FeatureSpec, Preprocessing
-from vggt_cache.precompute.digests import DigestTable
-from vggt_cache.precompute.plan import KnownKeys, Plan
 from vggt_cache.precompute.settings import PrecomputeSettings, choose_compute_dtype
-from vggt_cache.samples import Sources, iter_samples
 from vggt_cache.store import FeatureCache, create_store, list_stores
 from vggt_cache.store.directory import describe_spec
 
@@ -77,10 +81,13 @@ def open_cache(
             raise
     agreeing = [spec for spec in specs if not wanted.contradictions(spec)]
     agreeing = [spec for spec in agreeing if not unfit(spec)] or agreeing
+    if len(agreeing) > 1 and location and os.path.isdir(location):
+        agreeing = _of_this_encoder(agreeing, location) or agreeing
     if len(agreeing) > 1:
         raise AmbiguousCacheError(
             f"{cache_dir} holds {len(agreeing)} caches that could be meant: "
-            f"{'; '.join(map(describe_spec, agreeing))}; say which one, by --context or --vggt_cache_fingerprint"
+            f"{'; '.join(map(describe_spec, agreeing))}; say which one, by --context or --vggt_cache_fingerprint "
+            "(in the environment VGGT_CACHE_FINGERPRINT)"
         )
     if not agreeing and fill:
         agreeing = [live_spec(wanted, location, device)]
@@ -98,6 +105,17 @@ def open_cache(
         f"{' and '.join(wanted.contradictions(specs[0]))} contradicts {cache_dir}, which holds "
         f"{'; '.join(map(describe_spec, specs))}: leave the flag out to use the cache as it is, or precompute with it"
     )
+
+
+def _of_this_encoder(specs: Sequence[FeatureSpec], location: str) -> list[FeatureSpec]:
+    """Those made with the weights in a directory, all of which are read for it."""
+    found = []
+    with suppress(VggtCacheError):  # told when it is needed
+        for spec in specs:
+            checkpoint = Checkpoint.open(location, layer=spec.encoder.layer)
+            if checkpoint.weights_digest() == spec.encoder.weights_digest:
+                found.append(spec)
+    return found
 
 
 def live_spec(wanted: WantedFeatures, location: str | None, device: str) -> FeatureSpec:
@@ -200,44 +218,3 @@ def _compared(
         for name in told
         if name in differing
     ]
-
-
-# ------------------------------------------------------------ how much of a data set is in the cache
-
-
-@dataclass(frozen=True, kw_only=True)
-class Coverage:
-    """Features that a data set needs, as far as the digest table knows its images."""
-
-    total: int
-    present: int
-    unknown: int
-    """An image of theirs has not been read in its present state: precompute has not seen it."""
-
-    @property
-    def missing(self) -> int:
-        return self.total - self.present - self.unknown
-
-    def sentence(self, noun: str) -> str:
-        share = 100 * self.present / self.total if self.total else 100.0
-        text = (
-            f"Coverage of this data set: {self.present}/{self.total} {noun}s are in the cache ({share:.1f} %)"
-        )
-        if self.missing:
-            text += f", {self.missing} are not"
-        if self.unknown:
-            text += f", {self.unknown} are not known, as their images are new or changed since precompute"
-        return text
-
-
-def measure_coverage(sources: Sources, cache: FeatureCache) -> Coverage:
-    """From annotations and the metadata of all images, none of which is opened: seconds for 100,000 samples."""
-    samples = iter_samples(sources, on_problem=lambda problem: None)
-    plan = Plan(samples, sources.root, cache.spec.context)
-    known = KnownKeys(plan, cache.spec, DigestTable(cache.cache_dir))
-    present = unknown = 0
-    for feature in range(len(plan)):
-        key = known.key(feature)
-        unknown += key is None
-        present += key is not None and key in cache
-    return Coverage(total=len(plan), present=present, unknown=unknown)

@@ -6,21 +6,30 @@ belongs to the published trainer and means nothing here, is refused with the rea
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import transformers
 from transformers import HfArgumentParser
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from janusvln.data.dataset import DataOptions, flag
 from janusvln.features.resolve import AS_PUBLISHED, WantedFeatures
 from janusvln.features.source import MISS_POLICIES
+from janusvln.train.samples import BAD_SAMPLES
 from vggt_cache.delivery import THREADS
 from vggt_cache.errors import SettingsError
 from vggt_cache.flags import about_flag
-from vggt_cache.precompute.settings import PrecomputeSettings
+from vggt_cache.precompute.settings import MAX_PIXELS, MIN_PIXELS, PrecomputeSettings
 
 
 @dataclass
@@ -47,6 +56,12 @@ class ModelArguments:
                 f"--reference_frame {self.reference_frame} is refused: the published trainer never hands this flag to "
                 "its model, so every released model was trained with first; give first, or leave it out"
             )
+        if self.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
+            raise SettingsError(
+                "--attn_implementation flash_attention_2 needs the package flash_attn and a GPU that it supports, and "
+                f"one of them is missing: run {sys.executable} -m pip install flash-attn --no-build-isolation, or "
+                "leave the flag out"
+            )
         if self.distill_loss_weight != 1.0 and not self.action_head:
             raise SettingsError(
                 f"--distill_loss_weight {self.distill_loss_weight} weighs the action head's loss, and there is no "
@@ -62,8 +77,11 @@ class DataArguments(DataOptions):
     annotation_path: str | None = flag(None, "annotation files, separated by commas, instead of a data root")
     data_path: str | None = flag(None, "folder that relative image names start from; with --annotation_path")
     max_samples: int = flag(-1, "only the first N samples; -1: all")
-    min_pixels: int = flag(16 * 28 * 28, "of an image given to Qwen; fewer is refused")
-    max_pixels: int = flag(576 * 28 * 28, "of an image given to Qwen; more is refused")
+    min_pixels: int = flag(MIN_PIXELS, "of an image given to Qwen; fewer is refused")
+    max_pixels: int = flag(MAX_PIXELS, "of an image given to Qwen; more is refused")
+    bad_samples: str = flag(
+        "stop", "what cannot be trained on ends the run before step 1 (stop), or is left out (skip)"
+    )
     data_flatten: bool = flag(False, "pack the samples of a batch into one row, without padding")
 
     def __post_init__(self) -> None:
@@ -77,6 +95,8 @@ class DataArguments(DataOptions):
             raise SettingsError(
                 f"--data_path {self.data_path} goes with --annotation_path; with --train_data_root names start there"
             )
+        if self.bad_samples not in BAD_SAMPLES:
+            raise SettingsError(f"--bad_samples {self.bad_samples} is none of {', '.join(BAD_SAMPLES)}")
         if self.max_samples == 0 or self.max_samples < -1:
             raise SettingsError(
                 f"--max_samples {self.max_samples} selects nothing: give a number, or -1 for all"
@@ -93,7 +113,8 @@ class FeatureArguments(WantedFeatures):
     vggt_cache_threads: int = flag(THREADS, "threads of each rank that read features")
 
     def __post_init__(self) -> None:
-        self.vggt_cache_dir = self.vggt_cache_dir or os.environ.get("VGGT_CACHE_DIR") or None
+        for name in ("vggt_cache_dir", "vggt_cache_fingerprint"):
+            setattr(self, name, getattr(self, name) or os.environ.get(name.upper()) or None)
         choices = {name: about_flag(PrecomputeSettings, name)["choices"] for name in AS_PUBLISHED}
         choices["vggt_cache_miss"] = MISS_POLICIES
         for name, allowed in choices.items():
@@ -127,7 +148,15 @@ class TrainingArguments(transformers.TrainingArguments):
             raise SettingsError(
                 f"--save_strategy best: {UNDONE['load_best_model_at_end']}: give steps or epoch"
             )
+        _check_deepspeed_file(self.deepspeed)
         super().__post_init__()  # type: ignore[no-untyped-call]
+        _check_deepspeed_values(self)
+        _check_loggers(self.report_to)
+        if self.use_liger_kernel:
+            raise SettingsError(
+                "--use_liger_kernel True would replace the model's forward by plain Qwen2.5-VL's, which takes no "
+                "spatial features: leave it out"
+            )
         sampling, smoothing = self.train_sampling_strategy, self.label_smoothing_factor
         # Flags of transformers that would do nothing here, or undo something.
         if sampling != "random":
@@ -178,6 +207,52 @@ UNDONE = {
 }
 """Flags of transformers that would undo something."""
 
+
+def _check_deepspeed_file(given: Any) -> None:
+    """Raises SettingsError for sections that would replace what the flags describe, before DeepSpeed acts on them."""
+    config = given
+    if isinstance(given, str):
+        try:
+            config = json.loads(Path(given).read_text())
+        except (OSError, ValueError):
+            return  # transformers says what is wrong with it
+    for section in ("optimizer", "scheduler"):
+        if isinstance(config, dict) and section in config:
+            raise SettingsError(
+                f"--deepspeed {given} has the section {section}, which would take the place of the flags' and drop the "
+                "learning rates of mergers and vision tower: remove it there, and use --optim, --learning_rate and "
+                "--lr_scheduler_type"
+            )
+
+
+def _check_deepspeed_values(arguments: transformers.TrainingArguments) -> None:
+    """Raises SettingsError where the file contradicts the flags; transformers would say so when the model is loaded."""
+    config = arguments.hf_deepspeed_config if arguments.deepspeed else None
+    if differing := getattr(config, "mismatches", None):
+        values = "; ".join(
+            text.removeprefix("- ds ").replace(" vs hf ", ", and the flags say ") for text in differing
+        )
+        raise SettingsError(
+            f'--deepspeed {arguments.deepspeed} contradicts the flags ({values}): write "auto" there, as in '
+            "scripts/zero3.json, or give the same value"
+        )
+
+
+def _check_loggers(names: Any) -> None:
+    """Raises SettingsError for a logger of --report_to that is unknown or not installed."""
+    installed = get_available_reporting_integrations()  # type: ignore[no-untyped-call]
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise SettingsError(
+                f"--report_to {name} is none of {', '.join(INTEGRATION_TO_CALLBACK)}: give one, or none"
+            )
+        if name not in installed:
+            raise SettingsError(
+                f"--report_to {name} needs a package that is not installed for {sys.executable}: run {sys.executable} "
+                f"-m pip install {name.replace('_', '-')}, or give --report_to none"
+            )
+
+
 OLD_SPELLINGS = {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps"}
 """Flags of transformers 4. A share of all steps is given to --warmup_steps as a number below 1."""
 
@@ -190,6 +265,46 @@ MEANINGLESS = {
     "video_max_frame_pixels": _OF_VIDEO,
     "video_min_frame_pixels": _OF_VIDEO,
     "shuffle": "the published trainer never reads it: leave it out",
+    **{
+        old: f"transformers calls it {present} now: give that"
+        for old, present in {
+            "per_gpu_train_batch_size": "--per_device_train_batch_size",
+            "no_cuda": "--use_cpu",
+            "adafactor": "--optim adafactor",
+            "fp16_backend": "--fp16",
+            "half_precision_backend": "--fp16",
+            "fp16_opt_level": "--fp16",
+            "torchdynamo": "--torch_compile_backend",
+            "deepspeed_config": "--deepspeed",
+            "sharded_ddp": "--deepspeed",
+            "push_to_hub_model_id": "--hub_model_id",
+            "push_to_hub_token": "--hub_token",
+            "dispatch_batches": "--accelerator_config",
+            "split_batches": "--accelerator_config",
+        }.items()
+    },
+    "group_by_length": "samples of similar length meet with --group_by_modality_length True: give that",
+    **dict.fromkeys(("use_liger", "liger_kernel"), "it would replace the model's forward: leave it out"),
+    **dict.fromkeys(
+        (
+            "use_mps_device",
+            "use_ipex",
+            "jit_mode_eval",
+            "xpu_backend",
+            "tpu_num_cores",
+            "tpu_metrics_debug",
+            "ray_scope",
+            "mp_parameters",
+            "past_index",
+            "use_legacy_prediction_loop",
+            "include_inputs_for_metrics",
+            "model_parallel",
+        ),
+        "transformers has removed it: leave it out",
+    ),
+    "logging_dir": "where TensorBoard's files go is said by the environment's TENSORBOARD_LOGGING_DIR: set that",
+    "save_safetensors": "models are always saved as safetensors: leave it out",
+    "include_tokens_per_second": "the log has samples_per_s: leave it out",
     "overwrite_output_dir": "a directory with checkpoints is resumed; to start anew, give an empty one",
 }
 

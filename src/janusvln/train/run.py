@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,11 +12,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 from janusvln.data import NavigationDataset, PackedCollator, PaddedCollator, SampleIndex, sources_of
 from janusvln.features.computed import CacheFiller, LiveEncoder
 from janusvln.features.resolve import (
-    Coverage,
     check_resumed_with,
     check_trained_with,
     live_spec,
-    measure_coverage,
     open_cache,
     summary,
 )
@@ -34,17 +31,17 @@ from janusvln.train.checkpoints import (
     trained_features,
 )
 from janusvln.train.ranks import Ranks, agree_on_snapshot
+from janusvln.train.samples import settle_samples
 from janusvln.train.stop import EXIT_CODES, StopCallback, StopRequest
 from janusvln.train.trainer import EpochCallback, FeatureTrainer, freeze
+from janusvln.train.workers import check_shared_memory, lost_workers_told
 from vggt_cache.delivery import ReadAhead
-from vggt_cache.errors import DataError, SettingsError
+from vggt_cache.errors import DataError, SettingsError, VggtCacheError
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.samples import Problem, Sources
-from vggt_cache.store import FeatureCache
+from vggt_cache.store import FeatureCache, list_stores
 from vggt_cache.store.directory import describe_spec
 
-COVERAGE_PATIENCE_S = 5.0
-"""How long the start waits for coverage; of a larger data set it is told when it is known."""
 COMPANIONS = ("preprocessor_config.json", "chat_template.json", "chat_template.jinja")
 _MAX_PROBLEMS_TOLD = 10
 
@@ -66,11 +63,10 @@ class TrainingRun:
         set_seed(self.training.seed)
         spec, cache = self._spec_and_cache()
         sources = sources_of(self.data.train_data_root, self.data.annotation_path, self.data.data_path)
-        index = self._index(sources)
+        problems: list[Problem] = []
+        index = self._index(sources, problems)
         record = self._record(index)
         checkpoint = self._checkpoint(spec, record)
-        if cache is not None:
-            self._tell_coverage(sources, cache)
         tokenizer = self._tokenizer()
         dataset = NavigationDataset(
             index,
@@ -80,8 +76,10 @@ class TrainingRun:
             options=self.data,
             action_head=self.model_arguments.action_head,
         )
+        encoder = LiveEncoder(self.features.vggt_model_path, spec, self.device)
+        dataset = self._settled(dataset, sources, problems, cache, encoder, resumed=checkpoint is not None)
         model = self._model(spec)
-        source = self._source(spec, cache)
+        source = self._source(spec, cache, encoder)
         try:
             return self._train(model, dataset, tokenizer, source, record, checkpoint)
         finally:
@@ -104,6 +102,8 @@ class TrainingRun:
             self._say(
                 "Features are kept in int8, which changes their values by about half a percent: docs/codecs.md"
             )
+        if others := [spec for spec in list_stores(cache.cache_dir) if spec != cache.spec]:
+            self._say(f"The directory also holds {'; '.join(map(describe_spec, others))}")
         self._say(f"{describe_spec(cache.spec)}; {len(cache)} features in {len(cache.shard_names())} shards")
         return cache.spec, cache
 
@@ -124,49 +124,19 @@ class TrainingRun:
             self._warn(check_resumed_with(trained_features(checkpoint), spec, checkpoint))
         return checkpoint
 
-    def _source(self, spec: FeatureSpec, cache: FeatureCache | None) -> FeatureSource:
+    def _source(self, spec: FeatureSpec, cache: FeatureCache | None, encoder: LiveEncoder) -> FeatureSource:
         given, reader, filler = self.features, None, None
         if cache is not None:
             reader = ReadAhead(cache, self.device, threads=given.vggt_cache_threads)
             filler = CacheFiller(cache.cache_dir, spec, warn=self.ranks.warn) if self.fills else None
-        encoder = LiveEncoder(given.vggt_model_path, spec, self.device)
         on_hit = _say_hit if os.environ.get("VGGT_CACHE_DEBUG") == "1" else None
         return FeatureSource(
             reader=reader, encoder=encoder, miss=given.vggt_cache_miss, filler=filler, on_hit=on_hit
         )
 
-    def _tell_coverage(self, sources: Sources, cache: FeatureCache) -> None:
-        """On rank 0, in the background where it takes long."""
-        if self.ranks.rank or self.data.max_samples > 0:
-            return
-        found: list[Coverage] = []
-        goes_on = threading.Event()
-
-        def measure() -> None:
-            found.append(measure_coverage(sources, cache))
-            self._say(found[0].sentence(cache.spec.context_rule.noun))
-            if goes_on.is_set() and (refusal := self._refusal(found[0], cache)):
-                os._exit(self.ranks.stop_all(str(refusal), refusal.exit_code))
-
-        thread = threading.Thread(target=measure, name="coverage", daemon=True)
-        thread.start()
-        thread.join(COVERAGE_PATIENCE_S)
-        goes_on.set()
-        if found and (refusal := self._refusal(found[0], cache)):
-            raise refusal
-
-    def _refusal(self, coverage: Coverage, cache: FeatureCache) -> DataError | None:
-        if self.features.vggt_cache_miss != "error" or not coverage.missing:
-            return None
-        return DataError(
-            f"{coverage.missing} of the {coverage.total} features that this data needs are not in {cache.cache_dir}, "
-            "and --vggt_cache_miss is error: precompute them, or train with --vggt_cache_miss encode"
-        )
-
     # ------------------------------------------------------------ data
 
-    def _index(self, sources: Sources) -> SampleIndex:
-        problems: list[Problem] = []
+    def _index(self, sources: Sources, problems: list[Problem]) -> SampleIndex:
         index = SampleIndex(sources, on_problem=problems.append)
         told = [f"{problem.where} {problem.reason}" for problem in problems[:_MAX_PROBLEMS_TOLD]]
         if len(problems) > len(told):
@@ -177,6 +147,41 @@ class TrainingRun:
                 "the data holds no sample to train on: check --train_data_root or --annotation_path"
             )
         return index if self.data.max_samples < 0 else index.first(self.data.max_samples)
+
+    def _settled(
+        self,
+        dataset: NavigationDataset,
+        sources: Sources,
+        problems: Sequence[Problem],
+        cache: FeatureCache | None,
+        encoder: LiveEncoder,
+        *,
+        resumed: bool,
+    ) -> NavigationDataset:
+        """The samples that are trained on; and an encoder that can be had, where features are missing."""
+        miss = self.features.vggt_cache_miss
+        settled = settle_samples(
+            dataset,
+            sources,
+            cache,
+            self.ranks,
+            problems=problems,
+            skip=self.data.bad_samples == "skip",
+            miss=miss,
+            output_dir=self.output_dir,
+            resumed=resumed,
+            say=self._say,
+        )
+        if miss != "error" and (settled.missing or settled.unknown):
+            try:
+                encoder.check()
+            except VggtCacheError as error:
+                if settled.missing:
+                    raise
+                self._warn([f"should one of them be missing, this run ends: {error}"])
+        dataset = dataset.without(settled.skipped) if settled.skipped else dataset
+        check_shared_memory(dataset, self.training)
+        return dataset
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         settings = {"cache_dir": self.training.cache_dir, "model_max_length": self.data.model_max_length}
@@ -195,17 +200,24 @@ class TrainingRun:
 
     def _model(self, spec: FeatureSpec) -> _Model:
         arguments = self.model_arguments
-        model: _Model = _Model.from_pretrained(
-            self.model_path,
-            cache_dir=self.training.cache_dir,
-            attn_implementation=arguments.attn_implementation or attention_implementation(),
-            # DeepSpeed keeps float32 copies of bfloat16 weights. Without it they are float32, under autocast.
-            dtype=torch.bfloat16 if self.training.bf16 and self.training.deepspeed else torch.float32,
-            spatial_channels=spec.encoder.channels,
-            action_head=arguments.action_head,
-            distill_loss_weight=arguments.distill_loss_weight,
-            **({} if arguments.lam is None else {"lam": arguments.lam}),
-        )
+        attention = arguments.attn_implementation or attention_implementation()
+        try:
+            model: _Model = _Model.from_pretrained(
+                self.model_path,
+                cache_dir=self.training.cache_dir,
+                attn_implementation=attention,
+                # DeepSpeed keeps float32 copies of bfloat16 weights. Without it they are float32, under autocast.
+                dtype=torch.bfloat16 if self.training.bf16 and self.training.deepspeed else torch.float32,
+                spatial_channels=spec.encoder.channels,
+                action_head=arguments.action_head,
+                distill_loss_weight=arguments.distill_loss_weight,
+                **({} if arguments.lam is None else {"lam": arguments.lam}),
+            )
+        except (ImportError, ValueError) as error:
+            raise SettingsError(
+                f"--model_name_or_path {self.model_path} cannot be loaded with --attn_implementation {attention} "
+                f"({' '.join(str(error).split())[:200]}): give another one, or leave it out"
+            ) from error
         self._warn(check_trained_with(model.config.feature_spec, spec, self.model_path))
         model.config.feature_spec = summary(spec)
         model.config.use_cache = False
@@ -249,7 +261,8 @@ class TrainingRun:
             self._say(f"Resuming from {checkpoint}")
         stopping = StopCallback(self.stop, self.ranks)
         trainer.add_callback(stopping)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with lost_workers_told():
+            trainer.train(resume_from_checkpoint=checkpoint)
         if stopping.signal:
             self.ranks.exchange(
                 "stopped", ""

@@ -24,7 +24,8 @@ from janusvln.train.arguments import ModelArguments, TrainingArguments
 from janusvln.train.checkpoints import TRAINER_STATE, RunRecord, load_weights
 from janusvln.train.ranks import Ranks
 from janusvln.train.stop import shielded
-from vggt_cache.errors import NotFiniteError
+from janusvln.train.workers import end_where_it_cannot_send
+from vggt_cache.errors import NotFiniteError, SettingsError
 
 Batch = dict[str, Any]
 GROUPS_PER_POOL = 50
@@ -55,16 +56,30 @@ class FeatureTrainer(Trainer):
         self.companions = companions
         self.order = EpochOrder(0, seed=0)
         self.speed = Speed()
+        self._group_rates: list[float] = []
+        """The learning rates that the optimizer's groups began with."""
+        self._rates: dict[str, float] = {}
+        """By flag, at the moment of which transformers logs `learning_rate`."""
         self._ahead: _LookAhead | None = None
         self._losses: torch.Tensor | float = 0.0
         """Sum of this optimizer step."""
         self._scaled_down = 0
         """Steps in succession that float16 left out, to find a scale at which its gradients are finite."""
 
+        self._merged = False
+        """Whether spatial features have reached the model: whatever replaces its forward, or wraps it, this tells."""
+        model: Any = self.model
+        self._merging = model.merger.register_forward_hook(self._has_merged)
+
+    def _has_merged(self, *_: object) -> None:
+        self._merged = True
+        self._merging.remove()
+
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
-        inner = getattr(loader, "base_dataloader", loader)  # accelerate's holds one of torch
-        inner.worker_init_fn = partial(shielded, then=inner.worker_init_fn)
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's own only passes reading on
+        shield = partial(shielded, then=inner.worker_init_fn)
+        inner.worker_init_fn = partial(end_where_it_cannot_send, then=shield)
         return loader
 
     def get_batch_samples(
@@ -95,6 +110,11 @@ class FeatureTrainer(Trainer):
         self.speed.samples += len(samples)
         loss: torch.Tensor = super().training_step(model, inputs, *args, **kwargs)
         self.source.step_done()
+        if not self._merged and inputs.get("feature_requests"):
+            raise SettingsError(
+                "the spatial merger took no part in the first step, so another forward than this project's model's is "
+                "in use and a plain Qwen2.5-VL would be trained: remove what patches the model (such as liger_kernel)"
+            )
         self._losses += loss.detach()
         return loss
 
@@ -123,7 +143,7 @@ class FeatureTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs = {**logs, **self.speed.take(self.source, self.args.device)}
+            logs = {**logs, **self._rates, **self.speed.take(self.source, self.args.device)}
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -132,7 +152,22 @@ class FeatureTrainer(Trainer):
             groups = parameter_groups(trained, self.args, set(self.get_decay_parameter_names(trained)))
             optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, trained)
             self.optimizer = optimizer_class(groups, **settings)
+            self._group_rates = [group["lr"] for group in groups]
         return self.optimizer
+
+    def _get_learning_rate(self) -> float:
+        """That of --learning_rate's group. transformers takes the first one's, which is the vision tower's."""
+        self._rates = self._rates_by_flag()
+        return self._rates.get("learning_rate", float(super()._get_learning_rate()))
+
+    def _rates_by_flag(self) -> dict[str, float]:
+        """The present learning rates by the flags that set them; those that nothing learns with are not there."""
+        now = [group["lr"] for group in self.optimizer.param_groups] if self.optimizer is not None else []
+        given = {
+            name: getattr(self.args, name) for name in ("learning_rate", "mm_projector_lr", "vision_tower_lr")
+        }
+        found = {name: rate for name, rate in given.items() if rate in self._group_rates}
+        return {name: float(now[self._group_rates.index(rate)]) for name, rate in found.items()}
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochOrder:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset

@@ -26,6 +26,7 @@ from vggt_cache.precompute.settings import QwenLimits
 from vggt_cache.precompute.stop import StopRequest
 from vggt_cache.precompute.write import FeatureWriter, shard_bytes
 from vggt_cache.store import FeatureCache, ShardWriter
+from vggt_cache.store.directory import CLAIMS_FOLDER
 from vggt_cache.store.siblings import SameTable
 
 BLOCKS_AHEAD = 3
@@ -106,7 +107,7 @@ class Run:
         with (
             DecodePool(self.num_workers, self.spec.preprocessing) as self._decoder,
             self.reporter.bar(total, noun) as self._bar,
-            Claims(store_dir / "claims", on_silence=self._tell_silence) as self._claims,
+            Claims(store_dir / CLAIMS_FOLDER, on_silence=self._tell_silence) as self._claims,
             self.stop.deferred(),
         ):
             self._writer = FeatureWriter(

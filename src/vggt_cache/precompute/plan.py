@@ -58,11 +58,14 @@ class Plan:
             else:
                 self.text_only_count += 1
         self.frames.resolve()
-        frames = np.asarray(self.frames.frame_ids(), np.int64)[np.asarray(references, np.int64)]
-        self._sample_offsets = np.asarray(offsets, np.int64)
-        last = frames[self._sample_offsets[1:] - 1]
-        self._lists, self._offsets = _distinct_lists(*self.context.wanted_lists(frames, self._sample_offsets))
-        is_each_alone = not self.context.shares_prefixes
+        self.sample_frames = np.asarray(self.frames.frame_ids(), np.int64)[np.asarray(references, np.int64)]
+        """The frames of all samples that name any, one sample after the other."""
+        self.sample_offsets = np.asarray(offsets, np.int64)
+        """Where each of these samples begins in `sample_frames`, and where the last one ends."""
+        wanted = self.context.wanted_lists(self.sample_frames, self.sample_offsets)
+        self._lists, self._offsets = _distinct_lists(*wanted)
+        last = self.sample_frames[self.sample_offsets[1:] - 1]
+        is_each_alone = not (self.context.shares_prefixes or self.context.of_all_frames)
         self.history_only = len(self._offsets) - 1 - len(np.unique(last)) if is_each_alone else 0
         """Features of images that are no sample's last one, which no training asks for."""
 
@@ -85,7 +88,7 @@ class Plan:
     @property
     def passes_per_epoch(self) -> int:
         """Frame passes through the encoder that training without a cache makes in one epoch."""
-        lengths = Counter(np.diff(self._sample_offsets).tolist())
+        lengths = Counter(np.diff(self.sample_offsets).tolist())
         return sum(times * len(self.context.used(range(length))) for length, times in lengths.items())
 
     def passes(self, features: Sequence[int]) -> tuple[int, int]:
@@ -157,6 +160,9 @@ class KnownKeys:
         """This process has read the frame itself."""
         self._known[frame] = self._read_here[frame] = True
         self._digests[frame] = np.frombuffer(digest, np.uint8)
+
+    def knows(self, frame: int) -> bool:
+        return bool(self._known[frame])
 
     def key(self, feature: int) -> bytes | None:
         """The feature's key, or None while a frame of it has not been read in its present state."""

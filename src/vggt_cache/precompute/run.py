@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import suppress
 from functools import cached_property
 
 from vggt_cache.encoder import Checkpoint
-from vggt_cache.errors import CacheNotFoundError, NotACacheError, SpecMismatchError
+from vggt_cache.errors import CacheNotFoundError, NotACacheError, SpecMismatchError, StoreError
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.precompute.digests import DigestTable
 from vggt_cache.precompute.encode import BatchEncoder, is_out_of_memory, out_of_memory
@@ -38,7 +39,8 @@ from vggt_cache.precompute.settings import (
 from vggt_cache.precompute.stop import StopRequest
 from vggt_cache.precompute.verify import recompute_some, tell_verdicts, verify_data
 from vggt_cache.precompute.write import shard_bytes
-from vggt_cache.store import FeatureCache, create_store
+from vggt_cache.store import FeatureCache, create_store, list_stores
+from vggt_cache.store.directory import describe_spec
 
 
 def precompute(settings: PrecomputeSettings, reporter: Reporter | None = None) -> int:
@@ -60,7 +62,10 @@ class _Command:
         self.reporter = reporter
         shard_bytes()
         check_cache_dir(settings.cache_dir)
-        self.limits = QwenLimits.read(settings.model_path) if settings.model_path else None
+        self.limits = None
+        if settings.model_path:
+            limits = {"min_pixels": settings.min_pixels, "max_pixels": settings.max_pixels}
+            self.limits = QwenLimits.read(settings.model_path, **limits)
         self.device = choose_device(settings.device)
         self.checkpoint = Checkpoint.open(settings.vggt_model_path, layer=settings.wanted_layers)
         self.spec = FeatureSpec(
@@ -125,6 +130,7 @@ class _Command:
 
     def execute(self, stop: StopRequest) -> int:
         settings = self.settings
+        self._tell_of_others()
         create_store(settings.cache_dir, self.spec)
         with FeatureCache.open(settings.cache_dir, spec=self.spec) as cache:
             stored = Stored(self.known, cache, recompute=not settings.skip_existing)
@@ -151,6 +157,18 @@ class _Command:
         if wrong or invalid > len(run.lost):
             return EXIT_INVALID
         return EXIT_INCOMPLETE if self.reporter.failures else EXIT_OK
+
+    def _tell_of_others(self) -> None:
+        """Where the directory gets another specification beside those that it holds."""
+        with suppress(StoreError):
+            others = list_stores(self.settings.cache_dir)
+            if others and self.spec not in others and self.reporter.rank == 0:
+                self.reporter.warn(
+                    f"{self.settings.cache_dir} holds {'; '.join(map(describe_spec, others))}, and now gets "
+                    f"{describe_spec(self.spec)} beside it: say which one is meant, by --context, or when training by "
+                    f"VGGT_CACHE_FINGERPRINT={self.spec.fingerprint[:8]}; `vggt-cache prune {self.settings.cache_dir} "
+                    "--spec FINGERPRINT` removes one"
+                )
 
     def _tell(self, stored: Stored | None, missing: list[int]) -> list[int]:
         """What is missing, and whether the disk has room for it. Returns what of it can be computed."""

@@ -27,6 +27,9 @@ from vggt_cache.identity import (
 )
 from vggt_cache.small_files import read_text
 
+MIN_PIXELS, MAX_PIXELS = 16 * 28 * 28, 576 * 28 * 28
+"""Of an image given to Qwen: training's defaults, which go before the model's own limits."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrecomputeSettings:
@@ -44,7 +47,13 @@ class PrecomputeSettings:
     )
     cache_dir: str = flag(help="where the features are kept")
     model_path: str | None = flag(
-        None, help="Qwen2.5-VL directory; its patch and pixel settings are checked against the grid"
+        None, help="Qwen2.5-VL directory; whether training will take the frames' grids is checked"
+    )
+    min_pixels: int = flag(
+        MIN_PIXELS, help="of an image given to Qwen, as training has it; with --model_path"
+    )
+    max_pixels: int = flag(
+        MAX_PIXELS, help="of an image given to Qwen, as training has it; with --model_path"
     )
     context: str = flag(
         next(iter(CONTEXTS)),
@@ -168,14 +177,14 @@ def choose_compute_dtype(wanted: str, device: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class QwenLimits:
-    """What `config.json` and `preprocessor_config.json` of a Qwen2.5-VL directory say about images."""
+    """What training asks of images: Qwen2.5-VL's merging, from its `config.json`, and the flags' limits."""
 
     merge_size: int = 2
     min_pixels: int = 0
     max_pixels: int = 1 << 40
 
     @classmethod
-    def read(cls, directory: str) -> QwenLimits:
+    def read(cls, directory: str, *, min_pixels: int, max_pixels: int) -> QwenLimits:
         """Raises SettingsError where the directory holds no such model, or one of another patch size."""
         vision = _read_json(directory, "config.json").get("vision_config")
         if not isinstance(vision, dict):
@@ -189,16 +198,9 @@ class QwenLimits:
                 f"--model_path {directory} works on patches of {patch_size} pixels, VGGT on {PATCH_SIZE}: "
                 "their grids do not match, so the features cannot be added; use a Qwen2.5-VL model"
             )
-        file = "preprocessor_config.json"
-        processor = _read_json(directory, file) if (Path(directory) / file).exists() else {}
-        size = processor.get("size")
-        size = size if isinstance(size, dict) else {}
-        found: dict[str, Any] = {
-            "merge_size": vision.get("spatial_merge_size"),
-            "min_pixels": processor.get("min_pixels", size.get("shortest_edge")),
-            "max_pixels": processor.get("max_pixels", size.get("longest_edge")),
-        }
-        return cls(**{name: value for name, value in found.items() if _is_number(value)})
+        merge_size = vision.get("spatial_merge_size")
+        known: dict[str, Any] = {"merge_size": merge_size} if _is_number(merge_size) else {}
+        return cls(min_pixels=min_pixels, max_pixels=max_pixels, **known)
 
     def complaint(self, grid: tuple[int, int]) -> str:
         """What does not fit between a patch grid (h, w) and the model; empty where all fits."""
@@ -210,7 +212,7 @@ class QwenLimits:
             return (
                 f"frames of {h}x{w} patches have {pixels} pixels, outside the model's {self.min_pixels} to "
                 f"{self.max_pixels}: its processor would resize them, and its grid no longer match the features; "
-                "change --image_size or the model's pixel limits"
+                "change --image_size, or --min_pixels and --max_pixels here and in training"
             )
         return ""
 

@@ -13,7 +13,7 @@ import copy
 import os
 import struct
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
@@ -76,6 +76,8 @@ class SampleIndex:
         self.frame_counts, self.lengths = array("i"), array("i")
         self._sources = sources
         self._places = bytearray()
+        self._kept: array[int] | None = None
+        """Of an index `without` some: for each sample its number in `_places`, where all are."""
         self._states = [_size_and_time(file_state(path)) for path in sources.files]
         self._held: dict[str, HeldText] = {}
         """The text of files that are packed or not UTF-8, in which no place could be found again."""
@@ -119,7 +121,17 @@ class SampleIndex:
         """An index of the first `count` samples."""
         index = copy.copy(self)
         index.frame_counts, index.lengths = self.frame_counts[:count], self.lengths[:count]
-        index._places = self._places[: count * _PLACE.size]
+        if self._kept is None:
+            index._places = self._places[: count * _PLACE.size]
+        return index
+
+    def without(self, numbers: Iterable[int]) -> SampleIndex:
+        """An index without these samples; the others move up."""
+        left_out, index = set(numbers), copy.copy(self)
+        kept = array("q", (at for at in range(len(self)) if at not in left_out))
+        index._kept = kept if self._kept is None else array("q", (self._kept[at] for at in kept))
+        index.frame_counts = array("i", (self.frame_counts[at] for at in kept))
+        index.lengths = array("i", (self.lengths[at] for at in kept))
         return index
 
     def __len__(self) -> int:
@@ -128,6 +140,7 @@ class SampleIndex:
     def __getitem__(self, at: int) -> Sample:
         """Sample number `at`; its annotation is read again. Raises DataError where that is no longer possible."""
         at = range(len(self))[at]
+        at = at if self._kept is None else self._kept[at]
         source, number, offset, length = self._place(at)
         files = self._sources.files
         if source >= len(files):

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vggt_cache.store.upkeep import Converted as Converted
     from vggt_cache.store.upkeep import convert as convert
     from vggt_cache.store.upkeep import prune as prune
+    from vggt_cache.store.upkeep import remove_store as remove_store
     from vggt_cache.store.writer import ShardWriter as ShardWriter
 
 _HOME = {
@@ -31,6 +32,7 @@ _HOME = {
     "describe": "inventory",
     "list_stores": "directory",
     "prune": "upkeep",
+    "remove_store": "upkeep",
 }
 
 

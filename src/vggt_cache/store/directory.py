@@ -38,6 +38,8 @@ from vggt_cache.store.header import parse_header, parse_spec
 from vggt_cache.store.shards import SHARDS_FOLDER, open_regular, read_header_bytes
 
 SPEC_FILE = "spec.json"
+CLAIMS_FOLDER = "claims"
+"""Of precompute, in a store: which blocks of work a process has taken."""
 MAX_SPEC_BYTES = 64 * 1024
 STORE_NAME = re.compile(rf"(?:{'|'.join(CONTEXTS)})-[0-9a-f]{{16}}")
 _SHARDS_TRIED_FOR_SPEC = 8
@@ -253,13 +255,16 @@ def _no_one_store(
 
 def _pixels_of(spec: FeatureSpec) -> str:
     made = spec.preprocessing
-    return "pixels as given" if made == GIVEN_PIXELS else f"image size {made.image_size} {made.resize_mode}"
+    return (
+        "pixels as given"
+        if made == GIVEN_PIXELS
+        else f"image size {made.image_size} {made.resize_mode}, alpha {made.alpha}"
+    )
 
 
 def describe_spec(spec: FeatureSpec) -> str:
     """One specification in a few words, for messages and tables."""
     return (
-        f"{spec.short_name} (context {spec.context}, {_pixels_of(spec)}, "
-        f"{spec.kept_text}, computed in {spec.encoder.compute_dtype}, "
-        f"stored in {spec.feature_dtype}, weights {spec.encoder.weights_digest[:8]})"
+        f"{spec.short_name} (context {spec.context}, {_pixels_of(spec)}, {spec.kept_text}, computed in "
+        f"{spec.encoder.compute_dtype}, stored in {spec.feature_dtype}, weights {spec.encoder.weights_digest[:8]})"
     )

@@ -7,6 +7,7 @@ old one goes. Whenever this is killed, every key is served as before, and the ne
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -15,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from vggt_cache.codec import NONE, codec_for, coded_form, shard_codec
-from vggt_cache.errors import CommitError, CorruptRecordError, ShardFormatError
+from vggt_cache.errors import CacheAccessError, CommitError, CorruptRecordError, ShardFormatError
 from vggt_cache.identity import FeatureSpec
-from vggt_cache.store.directory import list_stores
+from vggt_cache.store.atomic_file import TEMP_NAME
+from vggt_cache.store.directory import CLAIMS_FOLDER, SPEC_FILE, list_stores
 from vggt_cache.store.filesystem import (
     OPERATING_SYSTEM,
     FileSystem,
@@ -26,9 +28,11 @@ from vggt_cache.store.filesystem import (
     released_after,
     sync_directory,
 )
+from vggt_cache.store.format import SHARD_NAME
+from vggt_cache.store.index import INDEX_FILE, INDEX_FOLDER
 from vggt_cache.store.inventory import TEMP_MIN_AGE_S, Inventory, dead_temp_files, take_inventory
 from vggt_cache.store.record import Record, begins_key, cells_of, payload_bytes, stored_length, unpack_rows
-from vggt_cache.store.shards import ReusedMemory, ShardFolder, ShardVanishedError
+from vggt_cache.store.shards import SHARDS_FOLDER, ReusedMemory, ShardFolder, ShardVanishedError
 from vggt_cache.store.snapshot import SnapshotTaker
 from vggt_cache.store.writer import ShardWriter
 
@@ -207,6 +211,66 @@ def prune(
             actions += _remove_superseded(keeper, keeper.inventory())
             keeper.forget_removed()
     return actions
+
+
+_PATTERNS = (
+    TEMP_NAME.pattern,
+    SHARD_NAME.pattern,
+    INDEX_FILE,
+    re.escape(SPEC_FILE),
+    r"[0-9a-f]{32}\.\d{1,9}",
+)
+_STORE_FILE = re.compile("|".join(f"(?:{pattern})" for pattern in _PATTERNS))
+"""What a store is made of; the last one are claims, which only save work."""
+
+
+def remove_store(
+    cache_dir: str | os.PathLike[str],
+    spec: FeatureSpec,
+    *,
+    dry_run: bool = True,
+    fs: FileSystem = OPERATING_SYSTEM,
+) -> list[PruneAction]:
+    """Remove one specification with all its features; returns what was done.
+
+    Shards go first and the specification last: killed in between, this leaves a smaller store, and the next call goes
+    on. Files of other names stay, and with them the folder. A process that reads from it gets a CacheAccessError.
+    Raises CacheAccessError, also where a writer is at work.
+    """
+    keeper = _StoreKeeper(os.path.abspath(cache_dir), spec, fs, dry_run=dry_run)
+    actions, store_dir = [], keeper.store_dir
+    dead = {(folder, name) for folder, name, _ in dead_temp_files(store_dir, 0.0, fs)}
+    names = (CLAIMS_FOLDER, SHARDS_FOLDER, INDEX_FOLDER)
+    folders = [*(os.path.join(store_dir, name) for name in names), store_dir]
+    with closing(keeper.shards):
+        for folder, name, size in _files_of(folders, fs):
+            if TEMP_NAME.fullmatch(name) and (folder, name) not in dead:
+                raise CacheAccessError(
+                    f"{folder}/{name} is being written by another process, so {spec.short_name} was not removed, or "
+                    "not all of it: wait until it has ended, and run this again"
+                )
+            keeper.remove_file(folder, name)
+            path = os.path.join(folder, name)
+            actions.append(PruneAction(path=path, bytes=size, reason="its specification is removed"))
+    for folder in [] if dry_run else folders:
+        with suppress(OSError):
+            os.rmdir(folder)
+    return actions
+
+
+def _files_of(folders: Sequence[str], fs: FileSystem) -> Iterator[tuple[str, str, int]]:
+    """Folder, name and bytes of what a store is made of; what is still being written comes first."""
+    found = []
+    for folder in folders:
+        with (
+            accessing(folder),
+            suppress(FileNotFoundError),
+            released_after(fs, fs.open_directory(folder)) as dir_fd,
+        ):
+            for name in sorted(fs.list_names(dir_fd)):
+                if _STORE_FILE.fullmatch(name):
+                    found.append((folder, name, fs.stat(name, dir_fd=dir_fd).st_size))
+    yield from sorted(found, key=lambda file: not TEMP_NAME.fullmatch(file[1]))
 
 
 def _repair(keeper: _StoreKeeper, found: Inventory) -> Iterator[PruneAction]:

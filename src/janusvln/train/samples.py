@@ -1,0 +1,245 @@
+"""Which samples a run trains on: settled before its first step, by rank 0, and the same in all processes.
+
+Rank 0 looks at all samples and tells the others through the launcher's store, where they wait without a collective;
+should it fail, they hear that too. The list of those that are left out belongs to the run: a resumed run has it from
+`skipped_samples.jsonl` in its output directory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from janusvln.data.check import SampleCheck
+from janusvln.data.dataset import NavigationDataset, sentence_of
+from janusvln.features.coverage import Coverage, measure_coverage
+from janusvln.train.ranks import Ranks
+from vggt_cache.errors import DataError
+from vggt_cache.precompute.report import standing_failures
+from vggt_cache.samples import Problem, Sources, iter_samples
+from vggt_cache.store import FeatureCache
+
+SKIPPED_FILE = "skipped_samples.jsonl"
+BAD_SAMPLES = ("stop", "skip")
+_MAX_TOLD = 10
+
+Say = Callable[[str, str], None]
+"""A sentence, and its level."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settled:
+    """What rank 0 has found."""
+
+    skipped: tuple[int, ...]
+    """Numbers of samples that are left out."""
+    missing: int
+    """Features that are known not to be in the cache."""
+    unknown: int
+    """Features of which that is not known."""
+
+
+def settle_samples(
+    dataset: NavigationDataset,
+    sources: Sources,
+    cache: FeatureCache | None,
+    ranks: Ranks,
+    *,
+    problems: Sequence[Problem],
+    skip: bool,
+    miss: str,
+    output_dir: str,
+    resumed: bool,
+    say: Say,
+) -> Settled:
+    """The same on every rank. Raises DataError where the run cannot come to its end.
+
+    `dataset`: of all samples that could be read; `problems`: the others.
+    """
+    answer = ""
+    if ranks.rank == 0:
+        desk = _Desk(dataset, sources, cache, say, skip=skip)
+        kept_out = desk.kept_out(Path(output_dir)) if resumed else []
+        desk.look(kept_out)
+        skipped = desk.settle(Path(output_dir), problems, kept_out, resumed=resumed)
+        desk.tell_absent(miss)
+        found = desk.coverage
+        answer = json.dumps([skipped, found.missing, found.unknown])
+    skipped, missing, unknown = json.loads(ranks.exchange("settled samples", answer)[0])
+    return Settled(skipped=tuple(skipped), missing=missing, unknown=unknown)
+
+
+class _Desk:
+    """Rank 0's."""
+
+    def __init__(
+        self,
+        dataset: NavigationDataset,
+        sources: Sources,
+        cache: FeatureCache | None,
+        say: Say,
+        *,
+        skip: bool,
+    ) -> None:
+        self.dataset, self.sources, self.cache = dataset, sources, cache
+        self.say, self.skip = say, skip
+        self.coverage = Coverage(total=0, present=0, unknown=0)
+        self.unfit: dict[int, str] = {}
+
+    def look(self, left_out: Sequence[int]) -> None:
+        count = len(self.dataset)
+        samples = islice(iter_samples(self.sources, on_problem=lambda problem: None), count)
+        check = SampleCheck(
+            samples,
+            self.sources.root,
+            options=self.dataset.options,
+            spec=self.dataset.spec,
+            left_out=left_out,
+            on_progress=lambda done: self.say(f"Checked {done} of {count} samples", "INFO"),
+        )
+        if check.count != count:
+            raise DataError(
+                f"{check.count} samples are read now and {count} were a moment ago, so the data is being changed: "
+                "start again when it is complete"
+            )
+        cache = self.cache
+        check.open_suspects({path for _, path in standing_failures(cache.cache_dir)} if cache else ())
+        if cache is not None:
+            self.coverage = measure_coverage(
+                check.plan,
+                cache,
+                grids=check.grids,
+                bad_frames=check.bad_frames,
+                say=lambda text: self.say(text, "INFO"),
+            )
+            self.say(self.coverage.sentence(cache.spec.context_rule.noun), "INFO")
+        check.judge_frames(self.dataset.pixels.limits)
+        self.unfit = check.unfit
+        self._make_the_longest(left_out)
+
+    def _make_the_longest(self, left_out: Sequence[int]) -> None:
+        """As a step would: what is too long for the flags is most probably this one. Where it is, the next one too."""
+        lengths = self.dataset.lengths
+        for at in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+            if at not in self.unfit and at not in left_out:
+                try:
+                    self.dataset[at]
+                    return
+                except DataError as error:
+                    self.unfit[at] = self._reason(at, sentence_of(error))
+                if not self.skip:
+                    return
+
+    def tell_absent(self, miss: str) -> None:
+        """Features that are not in the cache. Raises DataError where none may be missing."""
+        cache, found = self.cache, self.coverage
+        if cache is None:
+            return
+        if miss == "error" and found.missing:
+            raise DataError(
+                f"{found.missing} of the {found.total} features that this data needs are not in {cache.cache_dir}, "
+                "and --vggt_cache_miss is error: precompute them, or train with --vggt_cache_miss encode"
+            )
+        if miss != "error" and (cost := found.cost(cache.spec.context_rule.noun, filled=miss == "fill")):
+            self.say(cost, "WARN")
+
+    def _reason(self, at: int, sentence: str) -> str:
+        return sentence.removeprefix(f"the sample {self._source(at)} ")
+
+    def _source(self, at: int) -> str:
+        return self.dataset.index[at].source
+
+    def _place(self, at: int) -> str:
+        """The same from the data's root on, which may lie elsewhere when a run is resumed."""
+        return os.path.relpath(self._source(at), self.sources.root)
+
+    # ------------------------------------------------------------ what is done about it
+
+    def kept_out(self, output_dir: Path) -> list[int]:
+        """The samples that a run, which is resumed, has left out so far. Raises DataError where they are not there."""
+        list_file = output_dir / SKIPPED_FILE
+        listed = _listed(list_file)
+        if listed != {at: self._place(at) for at in listed if at < len(self.dataset)}:
+            raise DataError(
+                f"{list_file} names samples that are not where they were, so this is not the data that the run began "
+                "with: give that data, or an empty --output_dir"
+            )
+        return sorted(listed)
+
+    def settle(
+        self, output_dir: Path, problems: Sequence[Problem], kept_out: Sequence[int], *, resumed: bool
+    ) -> list[int]:
+        """The samples that are left out. Raises DataError."""
+        list_file, fresh = output_dir / SKIPPED_FILE, dict(sorted(self.unfit.items()))
+        if (fresh and resumed) or ((fresh or problems) and not self.skip):
+            raise self._refusal(fresh, problems, resumed=resumed)
+        skipped = sorted({*kept_out, *fresh})
+        if len(skipped) == len(self.dataset):
+            raise self._refusal(fresh, problems, resumed=False)
+        if not resumed:
+            self._write(list_file, fresh)
+        if skipped:
+            self._tell(fresh)
+            self.say(
+                f"{len(skipped)} of {len(self.dataset)} samples are left out, in this run and whenever it is resumed; "
+                f"they are listed in {list_file}",
+                "WARN",
+            )
+        return skipped
+
+    def _refusal(self, unfit: dict[int, str], problems: Sequence[Problem], *, resumed: bool) -> DataError:
+        self._tell(unfit)
+        bad, all_samples = len(unfit) + len(problems), len(self.dataset) + len(problems)
+        first = f"{problems[0].where} {problems[0].reason}" if problems else ""
+        first = first or next(f"{self._source(at)} {reason}" for at, reason in unfit.items())
+        todo = "correct or remove them, or leave them out with --bad_samples skip"
+        if resumed and unfit:
+            todo = "mend them, since a run that is resumed goes on with the samples it began with"
+        return DataError(
+            f"{bad} of the {all_samples} samples cannot be trained on, and training would end at them or go on without "
+            f"them ({first}): {todo}"
+        )
+
+    def _tell(self, unfit: dict[int, str]) -> None:
+        for at, reason in islice(unfit.items(), _MAX_TOLD):
+            self.say(f"{self._source(at)} {reason}", "WARN")
+        if len(unfit) > _MAX_TOLD:
+            self.say(f"{len(unfit) - _MAX_TOLD} more samples cannot be trained on", "WARN")
+
+    def _write(self, path: Path, unfit: dict[int, str]) -> None:
+        entries = (
+            {"number": at, "sample": self._place(at), "reason": reason} for at, reason in unfit.items()
+        )
+        try:
+            path.unlink(missing_ok=True)
+            if unfit:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        except OSError as error:
+            raise DataError(
+                f"{path} cannot be written ({error.strerror}), and it is to say which samples the run leaves out: give "
+                "an --output_dir that can be written to"
+            ) from error
+
+
+def _listed(path: Path) -> dict[int, str]:
+    """Number and place of the samples that the run left out when it began."""
+    listed: dict[int, str] = {}
+    with suppress(FileNotFoundError):
+        try:
+            for line in path.read_text().splitlines():
+                entry = json.loads(line)
+                listed[int(entry["number"])] = str(entry["sample"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, FileNotFoundError):
+                raise
+            raise DataError(
+                f"{path} cannot be read ({error}), and it says which samples this run leaves out: give it back, or "
+                "start anew in an empty --output_dir"
+            ) from error
+    return listed
