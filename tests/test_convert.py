@@ -319,7 +319,7 @@ def test_the_command_asks_which_store_is_meant(tmp_path: Path, capsys: pytest.Ca
     write_shard(tmp_path, NUMBERS)
     write_packed(tmp_path, NUMBERS, INT8)
     code, _, err = run(capsys, "convert", tmp_path, "--codec", "lossless")
-    assert code == 1
+    assert code == 2
     assert "say which one is meant" in err
     assert (
         run(capsys, "convert", tmp_path, "--codec", "lossless", "--fingerprint", BF16.fingerprint[:9])[0] == 0
