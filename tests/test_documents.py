@@ -26,6 +26,7 @@ PAIRS = {
     "docs/differences.md": "docs/differences.zh.md",
     "docs/evaluation.md": "docs/evaluation.zh.md",
     "docs/own_trainer.md": "docs/own_trainer.zh.md",
+    "docs/consumers.md": "docs/consumers.zh.md",
 }
 READMES, GUIDES = (pair for pair in list(PAIRS.items())[:2])
 DOCUMENTS = sorted(

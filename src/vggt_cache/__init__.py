@@ -15,10 +15,14 @@ if TYPE_CHECKING:
     from vggt_cache.identity import EncoderSpec, FeatureSpec, Preprocessing
     from vggt_cache.pixel_cache import PixelCache
     from vggt_cache.store.cache import FeatureCache
+    from vggt_cache.wrap.aggregator import CachedAggregator
+    from vggt_cache.wrap.cached_module import CachedModule
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CachedAggregator",
+    "CachedModule",
     "Delivery",
     "EncoderSpec",
     "FeatureCache",
@@ -30,6 +34,8 @@ __all__ = [
 ]
 
 _HOME = {
+    "CachedAggregator": "vggt_cache.wrap.aggregator",
+    "CachedModule": "vggt_cache.wrap.cached_module",
     "Delivery": "vggt_cache.delivery",
     "EncoderSpec": "vggt_cache.identity",
     "FeatureCache": "vggt_cache.store.cache",

@@ -37,16 +37,19 @@ class PixelCache:
         self._put: set[bytes] = set()
         self.lost: list[str] = []
         """Keys (hex) of features that were put and are not stored, as they are not finite."""
-        opened = self.spec
         if fill:
             create_store(self._cache_dir, self.spec)
-        else:
+        self.cache = self._open(fill)
+        """Of given pixels, or one beside it: all find the same features."""
+
+    def _open(self, fill: bool) -> FeatureCache:
+        opened = self.spec
+        if not fill:
             with suppress(StoreError):  # which opening tells better
                 stores = list_stores(self._cache_dir)
                 related = [found for found in stores if found.of_given_pixels == self.spec]
                 opened = self.spec if self.spec in related else [*related, self.spec][0]
-        self.cache = FeatureCache.open(self._cache_dir, spec=opened)
-        """Of given pixels, or one beside it: all find the same features."""
+        return FeatureCache.open(self._cache_dir, spec=opened)
 
     def keys(self, lists: Iterable[torch.Tensor]) -> list[bytes]:
         """The key of each ordered frame list [S, 3, H, W], uint8 or floats in [0, 1], on any device.

@@ -20,9 +20,9 @@ CODECS = ("none", "lossless")
 """What a user may choose; `int8` comes with its feature_dtype."""
 NONE, LOSSLESS, INT8 = "none", "lossless", "int8"
 
-DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32", "uint8": "U8"}
 """safetensors' names. `int8` has none: such records are packed always."""
-ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 2}
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 2, "uint8": 1}
 """Bytes of a value as it is given out."""
 
 

@@ -31,6 +31,22 @@ VGGT_PREFIX, JANUSVLN_PREFIX = PREFIXES = "aggregator.", "vggt.aggregator."
 _LISTED = 10
 
 
+class WeightsDigest:
+    """sha256 over weights that are added in the order of their names: names, dtypes, shapes and bytes."""
+
+    def __init__(self) -> None:
+        self._hasher = hashlib.sha256(b"vggt-feature-cache weights 1\0")
+
+    def add(self, name: str, weight: Tensor) -> None:
+        """`weight`: of one of DTYPES, on any device."""
+        (dtype,) = (known for known, torch_dtype in DTYPES.items() if torch_dtype == weight.dtype)
+        self._hasher.update(json.dumps([name, dtype, list(weight.shape)]).encode() + b"\n")
+        self._hasher.update(weight.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+
+    def hex(self) -> str:
+        return self._hasher.hexdigest()
+
+
 class Checkpoint:
     """Checked against its architecture, nothing loaded yet. Make one with `open`."""
 
@@ -109,7 +125,7 @@ class Checkpoint:
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The weights in use by name; when all are read, their digest is set, or compared with the earlier one."""
-        hasher = hashlib.sha256(b"vggt-feature-cache weights 1\0")
+        digest = WeightsDigest()
         with ExitStack() as stack:
             files: dict[Path, TensorFile] = {}
             for name, place in self._places.items():
@@ -119,12 +135,11 @@ class Checkpoint:
                 if file.entries.get(place.name) != place:
                     raise self._changed()
                 weight = file.read(place.name)
-                hasher.update(json.dumps([name, place.dtype, place.shape]).encode() + b"\n")
-                hasher.update(weight.view(-1).view(torch.uint8).numpy().data)
+                digest.add(name, weight)
                 yield name, weight
-        if self._digest not in (None, hasher.hexdigest()):
+        if self._digest not in (None, digest.hex()):
             raise self._changed()
-        self._digest = hasher.hexdigest()
+        self._digest = digest.hex()
 
     def _changed(self) -> CheckpointError:
         return CheckpointError(
@@ -208,22 +223,28 @@ def _find_places(directory: Path) -> tuple[str, dict[str, Entry]]:
     return found[0], {name[start:]: place for name, place in places.items() if name.startswith(found[0])}
 
 
+def config_of_shapes(shapes: Mapping[str, Sequence[int]]) -> EncoderConfig:
+    """The architecture that the shapes of weights imply; every one of them is still to be compared with it.
+
+    Raises a LookupError or ArithmeticError, or ValueError, where they are of no known one.
+    """
+    embed_dim = shapes["camera_token"][-1]
+    patch_size = shapes["patch_embed.patch_embed.proj.weight"][-1]
+    size = (embed_dim, _count(r"patch_embed\.blocks", shapes.keys()))
+    return EncoderConfig(
+        embed_dim=embed_dim,
+        img_size=math.isqrt(shapes["patch_embed.pos_embed"][1] - 1) * patch_size,
+        patch_size=patch_size,
+        depth=_count("(?:frame|global)_blocks", shapes.keys()),
+        num_heads=embed_dim // shapes["frame_blocks.0.attn.q_norm.weight"][0],
+        patch_embed=next((name for name, vit in VIT_SIZES.items() if (vit.embed_dim, vit.depth) == size), ""),
+    )
+
+
 def _infer_config(directory: Path, places: Mapping[str, Entry]) -> EncoderConfig:
-    """The architecture that the shapes imply; `_check_weights` then compares every one of them with it."""
-    shapes = {name: place.shape for name, place in places.items()}
     try:
-        embed_dim = shapes["camera_token"][-1]
-        patch_size = shapes["patch_embed.patch_embed.proj.weight"][-1]
-        size = (embed_dim, _count(r"patch_embed\.blocks", shapes))
-        return EncoderConfig(
-            embed_dim=embed_dim,
-            img_size=math.isqrt(shapes["patch_embed.pos_embed"][1] - 1) * patch_size,
-            patch_size=patch_size,
-            depth=_count("(?:frame|global)_blocks", shapes),
-            num_heads=embed_dim // shapes["frame_blocks.0.attn.q_norm.weight"][0],
-            patch_embed=next(name for name, vit in VIT_SIZES.items() if (vit.embed_dim, vit.depth) == size),
-        )
-    except (KeyError, IndexError, ValueError, ZeroDivisionError, StopIteration) as error:
+        return config_of_shapes({name: place.shape for name, place in places.items()})
+    except (LookupError, ValueError, ArithmeticError, CheckpointError) as error:
         raise CheckpointError(
             f"the VGGT in {directory} is not of a known architecture, or lacks the weights that show which: it is "
             "damaged or of another model; use a complete JanusVLN checkpoint, or facebook/VGGT-1B"

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from operator import itemgetter
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import numpy as np
 import numpy.typing as npt
 
+from vggt_cache.call_spec import KIND, CallSpec
 from vggt_cache.codec import DTYPE_NAMES, ITEM_BYTES, NONE, codec_for, coded_form
 from vggt_cache.errors import ShardFormatError, SpecMismatchError
 from vggt_cache.identity import FeatureSpec
@@ -182,6 +183,8 @@ def _spec_of(text: str, fingerprint: str) -> FeatureSpec:
 
 def parse_spec(text: str) -> FeatureSpec:
     """The specification that `text` is the canonical JSON of, fit to store features. Raises SpecMismatchError."""
+    if f'"kind":"{KIND}"' in text:
+        return cast("FeatureSpec", CallSpec.from_json(text))  # which has all that the store asks
     spec = FeatureSpec.from_json(text)
     if type(spec.encoder.channels) is not int or not 1 <= spec.encoder.channels <= MAX_CHANNELS:
         raise SpecMismatchError(

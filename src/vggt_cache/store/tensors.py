@@ -14,6 +14,7 @@ TORCH_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float32": torch.float32,
+    "uint8": torch.uint8,
     "int8": torch.bfloat16,  # what is given to the store and comes back
 }
 

@@ -1,0 +1,313 @@
+"""`CachedAggregator`: VGGT's aggregator in anybody's model, read from the cache instead of computed.
+
+model.vggt.aggregator = CachedAggregator(model.vggt.aggregator, "/path/to/cache")
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from vggt_cache.errors import SettingsError, SpecMismatchError
+from vggt_cache.identity import GIVEN_PIXELS, SPECIAL_TOKENS, FeatureSpec
+from vggt_cache.pixel_cache import PixelCache
+from vggt_cache.pixels import Pixels, as_levels
+from vggt_cache.precompute.encode import BatchEncoder
+from vggt_cache.store import list_stores
+from vggt_cache.wrap.cached_module import CachedModule
+from vggt_cache.wrap.frames_seen import FramesSeen, LazyPair
+from vggt_cache.wrap.module import ModuleInPlace
+from vggt_cache.wrap.outputs import LazyOutputs, Outputs, as_outputs
+from vggt_cache.wrap.shelf import Shelf, check_miss
+from vggt_cache.wrap.weights import ModuleWeights, call_names
+
+_MOST_TOGETHER = 32
+"""Frames encoded together; halved when the device is out of memory."""
+_COMPUTE = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+class CachedAggregator(ModuleInPlace):
+    """In place of VGGT's aggregator: the same call, the same results, and the module itself is not called.
+
+        images [S, 3, H, W] or [B, S, 3, H, W], in [0, 1] -> (list of outputs [B, S, 5 + h * w, 2C], 5)
+
+    The list is as long as the encoder is deep. In it stand the outputs `layers` (negative ones count from the end), of
+    each the `tokens` that are kept (see FeatureSpec; others are NaN); any other output is refused when it is used. Each
+    frame list of a batch is looked up by itself, by the pixels of its frames, and only those that are missing are
+    computed: by this project's encoder on the module's own weights. dtype and device are what the module would give
+    under the caller's autocast. JanusVLN's call, frame by frame with `past_key_values` and `use_cache`, gives causal
+    features (see `frames_seen`).
+
+    producer: `encoder`, or `module`: what is missing is computed by the wrapped module itself, under the caller's
+        autocast. That is another identity (see CachedModule), needs tokens="all", and is right for any variant of VGGT.
+    miss: `fill` computes and stores what is missing, `encode` only computes, `error` raises MissingFeatureError.
+    feature_dtype: of storage; default: that of a cache which is there, else bfloat16 where the module computes in it.
+    offload: the weights stay on the CPU, whatever the model around them does, and are no part of its parameters; they
+        are still in its state_dict. While all features are found, they are never needed.
+    threads: read from the disk.
+
+    `flush` at the end of an epoch puts all on disk for other ranks; without it that happens after a minute, or when the
+    first list comes again. Raises SettingsError, CheckpointError; in a call also StoreErrors, and SpecMismatchError
+    where the cache was made with other weights.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        cache_dir: str | os.PathLike[str],
+        *,
+        layers: int | Sequence[int] = -2,
+        tokens: str = "all",
+        pool: tuple[int, int] | None = None,
+        miss: str = "fill",
+        producer: str = "encoder",
+        feature_dtype: str | None = None,
+        offload: bool = False,
+        threads: int = 4,
+    ) -> None:
+        check_miss(miss)
+        super().__init__(module, offload=offload)
+        self._own: CachedModule | None = None
+        if producer == "module":
+            if (tokens, pool, feature_dtype) != ("all", None, None):
+                raise SettingsError(
+                    'with producer="module" the module\'s own outputs are kept as they are: leave tokens, pool and '
+                    "feature_dtype out"
+                )
+            depth = len(module.frame_blocks)  # type: ignore[arg-type]
+            several = [layers] if isinstance(layers, int) else list(layers)
+            self._layers, self._depth = tuple(sorted({range(depth)[layer] for layer in several})), depth
+            self._own = CachedModule(_Kept(module, self._layers), cache_dir, miss=miss, threads=threads)
+        elif producer != "encoder":
+            raise SettingsError(
+                f"producer is {producer!r}, which is not one of encoder, module: choose one of these"
+            )
+        else:
+            self._weights = ModuleWeights(module, layers)
+            self._layers, self._depth = self._weights.layers, self._weights.config.depth
+        self._output = {"tokens": tokens, "pool": pool}
+        self._cache_dir, self._miss, self._feature_dtype = os.path.abspath(cache_dir), miss, feature_dtype
+        self._threads = threads
+        self._names = call_names(module)
+        self._shelves: dict[tuple[str, str, torch.device], Shelf] = {}
+        self._most_together = _MOST_TOGETHER
+        if self._own is None:
+            self._spec("joint", "float32", "float32")  # refuses wrong settings at once
+
+    def forward(
+        self,
+        images: Tensor,
+        past_key_values: list[Any] | None = None,
+        use_cache: bool = False,
+        past_frame_idx: int = 0,
+    ) -> tuple[Any, ...]:
+        self._refuse_gradients(images)
+        if self._own is None:
+            self._weights.settle()
+        if use_cache and past_key_values is not None:
+            return self._next_frame(images, past_key_values, past_frame_idx)
+        batch = images[None] if images.ndim == 4 else images
+        if batch.ndim != 5 or batch.shape[2] != 3:
+            raise SettingsError(
+                f"images are {list(images.shape)}, and the aggregator takes [S, 3, H, W] or [B, S, 3, H, W]"
+            )
+        if "use_cache" in self._names and batch.shape[1] > 1:
+            # JanusVLN's module without its cache: all frames at once, none of which sees a later one.
+            return tuple(self.wrapped(batch))
+        if self._own is not None:
+            kept = self._own(batch)
+            return self._outputs(kept), SPECIAL_TOKENS
+        shelf, dtype = self._shelf("joint", batch.device)
+        features = self._features(shelf, batch)
+        parts = [as_outputs(feature, shelf.store.spec, dtype) for feature in features]
+        joined = [
+            layer[0][None] if len(layer) == 1 else torch.stack(layer) for layer in zip(*parts, strict=True)
+        ]
+        return self._outputs(joined), SPECIAL_TOKENS
+
+    def flush(self) -> None:
+        """Commit all that was computed here, and take in what others have committed. For the end of an epoch."""
+        for shelf in self._shelves.values():
+            shelf.flush()
+        if self._own is not None:
+            self._own.flush()
+
+    def _changed(self) -> None:
+        if "_weights" in self.__dict__:
+            self._weights.forget()
+
+    def extra_repr(self) -> str:
+        return f"cache_dir={self._cache_dir!r}, layers={self._layers}, {self._output}, miss={self._miss!r}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_shelves": {}}
+
+    # ------------------------------------------------------------ frame by frame
+
+    def _next_frame(self, images: Tensor, past: list[Any], past_frame_idx: int) -> tuple[Any, ...]:
+        before = past[0].seen if isinstance(past[0], LazyPair) else None
+        if before is not None and before.pairs is not None:
+            past[:] = (
+                before.pairs
+            )  # somebody looked into them, as evaluation does: the module goes on with them
+        if not (past[0] is None or isinstance(past[0], LazyPair)) or tuple(images.shape[:2]) != (1, 1):
+            return tuple(
+                self.wrapped(images, past_key_values=past, use_cache=True, past_frame_idx=past_frame_idx)
+            )
+        seen = FramesSeen(images, before, self.wrapped)
+        past[:] = [LazyPair(seen, layer) for layer in range(len(past))]
+        shelf, dtype = (None, None) if self._own is not None else self._shelf("causal", images.device)
+
+        def load() -> Sequence[Tensor]:
+            if seen.outputs is not None:
+                return [seen.outputs[layer] for layer in self._layers]
+            if shelf is None or dtype is None:
+                assert self._own is not None
+                with seen.autocast():
+                    found: Sequence[Tensor] = self._own(seen.images()[None], one_by_one=True)
+                return found
+            (feature,) = self._features(shelf, [seen.images()])
+            return [output[None] for output in as_outputs(feature[None], shelf.store.spec, dtype)]
+
+        return LazyOutputs(self._depth, lambda: self._outputs(load())), SPECIAL_TOKENS, past
+
+    # ------------------------------------------------------------ steps
+
+    def _outputs(self, kept: Sequence[Tensor]) -> Outputs:
+        return Outputs.of(self._depth, self._layers, kept)
+
+    def _features(self, shelf: Shelf, lists: Sequence[Tensor] | Tensor) -> list[Tensor]:
+        """The features of ordered frame lists [S, 3, H, W], in the dtype of storage, on the shelf's device."""
+        labels = [f"{len(images)} frames of {images.shape[3]} x {images.shape[2]} pixels" for images in lists]
+        keys = shelf.store.keys(lists)
+        return shelf.features(
+            keys, labels, lambda missing: self._encode(shelf, [lists[at] for at in missing])
+        )
+
+    def _encode(self, shelf: Shelf, lists: Sequence[Tensor]) -> list[Tensor]:
+        spec, device = shelf.store.spec, shelf.device
+        alike = _alike([frame for images in lists for frame in as_levels(images)])
+        numbered = iter(range(len(alike)))
+        numbers = [[next(numbered) for _ in images] for images in lists]
+        found: dict[int, Tensor] = {}
+        with (
+            self._weights.encoder(device, spec.encoder.compute_dtype, **self._output) as encoder,
+            torch.no_grad(),
+        ):
+            batched = BatchEncoder(
+                encoder, self._most_together, self._halved, feature_dtype=spec.feature_dtype
+            )
+            for positions, batch in spec.context_rule.encode(batched, numbers, dict(enumerate(alike))):
+                found.update(zip(positions, batch, strict=True))
+        return [shelf.as_stored(found[at]) for at in range(len(lists))]
+
+    def _halved(self, batch_size: int) -> None:
+        self._most_together = batch_size
+
+    def _refuse_gradients(self, images: Tensor) -> None:
+        if not torch.is_grad_enabled():
+            return
+        weights = self.wrapped.parameters() if self._own is not None else self._weights.parameters.values()
+        if images.requires_grad or any(weight.requires_grad for weight in weights):
+            raise SettingsError(
+                "gradients are asked of the encoder or of its images, and what comes from a cache has none: freeze it "
+                "(model.vggt.requires_grad_(False)) before it is wrapped, or train it without a cache"
+            )
+
+    # ------------------------------------------------------------ which cache
+
+    def _shelf(self, context: str, device: torch.device) -> tuple[Shelf, torch.dtype]:
+        """The features that the module would give now, and the dtype in which it would."""
+        weights = self._weights.dtype
+        autocast = torch.is_autocast_enabled(device.type)
+        computes_in = torch.get_autocast_dtype(device.type) if autocast else weights
+        if computes_in not in _COMPUTE:
+            raise SettingsError(
+                f"the module would compute in {computes_in}, and this encoder computes in float32 or bfloat16: "
+                "change the autocast or the weights' dtype"
+            )
+        compute_dtype = _COMPUTE[computes_in]
+        encoder = self._weights.spec(compute_dtype)  # again each time: the weights may have changed
+        key = context, f"{compute_dtype} {encoder.weights_digest}", device
+        shelf = self._shelves.get(key)
+        if shelf is None or shelf.pid != os.getpid():
+            spec = self._chosen(context, compute_dtype)
+            store = PixelCache(self._cache_dir, spec, fill=self._miss == "fill")
+            shelf = Shelf(store, device, miss=self._miss, threads=self._threads)
+            self._shelves[key] = shelf
+        return shelf, torch.float32 if autocast else weights
+
+    def _spec(self, context: str, compute_dtype: str, feature_dtype: str) -> FeatureSpec:
+        layers = self._weights.layers
+        return FeatureSpec(
+            encoder=self._weights.spec(compute_dtype),
+            preprocessing=GIVEN_PIXELS,
+            context=context,
+            feature_dtype=self._feature_dtype or feature_dtype,
+            layers=layers if len(layers) > 1 else (),
+            **self._output,  # type: ignore[arg-type]
+        )
+
+    def _chosen(self, context: str, compute_dtype: str) -> FeatureSpec:
+        """As asked, in the feature_dtype of a cache that is there. Raises SpecMismatchError for other weights."""
+        wanted = self._spec(context, compute_dtype, compute_dtype)
+        there = list_stores(self._cache_dir) if os.path.isdir(self._cache_dir) else []
+        alike = [spec for spec in there if spec.context == context]
+        own = wanted.encoder.weights_digest
+        if alike and all(spec.encoder.weights_digest != own for spec in alike):
+            other = alike[0].encoder
+            if other.layer == wanted.encoder.layer:
+                raise SpecMismatchError(
+                    f"{self._cache_dir} was made with other weights ({other.weights_digest[:16]}) than those of the "
+                    f"module ({own[:16]}, {self._weights.dtype}): its features would be another encoder's; load the "
+                    "same checkpoint in the same dtype before the module is wrapped, or use another cache directory"
+                )
+        dtypes = {
+            spec.feature_dtype
+            for spec in alike
+            if self._feature_dtype is None and _same_but_dtype(spec.of_given_pixels, wanted)
+        }
+        return self._spec(context, compute_dtype, min(dtypes) if len(dtypes) == 1 else compute_dtype)
+
+
+class _Kept(nn.Module):
+    """The module with those of its outputs that are kept."""
+
+    def __init__(self, module: nn.Module, layers: Sequence[int]) -> None:
+        super().__init__()
+        self.module, self.layers = module, tuple(layers)
+        self.training = module.training
+
+    def forward(self, images: Tensor, one_by_one: bool = False) -> tuple[Tensor, ...]:
+        outputs: Any = None
+        if one_by_one:
+            past = [None] * len(self.module.frame_blocks)  # type: ignore[arg-type]
+            for number in range(images.shape[1]):
+                frame = images[:, number : number + 1]
+                outputs, _, past = self.module(
+                    frame, past_key_values=past, use_cache=True, past_frame_idx=number
+                )
+        else:
+            outputs = self.module(images)[0]
+        return tuple(outputs[layer] for layer in self.layers)
+
+
+def _same_but_dtype(one: FeatureSpec, other: FeatureSpec) -> bool:
+    names = ("encoder", "context", "layers", "tokens", "pool", "computation_version")
+    return all(getattr(one, name) == getattr(other, name) for name in names)
+
+
+def _alike(frames: Sequence[Pixels]) -> list[Pixels]:
+    """Frames that are encoded together have one dtype: bytes become the floats that they mean beside floats."""
+    if len({frame.dtype for frame in frames}) == 1:
+        return list(frames)
+    floats = [frame.astype(np.float32) for frame in frames]
+    return [
+        pixels / np.float32(255) if frame.dtype == np.uint8 else pixels
+        for frame, pixels in zip(frames, floats, strict=True)
+    ]
