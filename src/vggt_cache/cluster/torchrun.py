@@ -31,14 +31,14 @@ _HINTS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run until all processes of this node have ended; returns the exit code of the one that failed first."""
-    given = parse_args(argv)
+    given = parse_args(argv)  # type: ignore[no-untyped-call]
     logging.disable(logging.ERROR)  # of this process alone, which only starts others
     try:
         patience_s = seconds_of("MEET_TIMEOUT_S", MEET_TIMEOUT_S)
         if given.node_rank > 0:
             wait_for_node_0(given.master_addr, given.master_port, patience_s=patience_s)
         given.rdzv_conf = f"timeout={patience_s:.0f}"
-        run(given)
+        run(given)  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         return _report(error)
     except SignalException as error:
@@ -49,10 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DistError as error:
         reason = str(error).splitlines()[0][:200]
         where = f"{given.master_addr}:{given.master_port}"
-        print_line(
-            "ERROR",
-            f"the {given.nnodes} nodes did not meet at {where} ({reason}): see what each of them says",
-        )
+        sentence = f"the {given.nnodes} nodes did not meet at {where} ({reason}): see what each of them says"
+        print_line("ERROR", sentence, sys.stderr)
         return 1
     return 0
 
