@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run until all processes of this node have ended; returns the exit code of the one that failed first."""
     given = parse_args(argv)  # type: ignore[no-untyped-call]
     logging.disable(logging.ERROR)  # of this process alone, which only starts others
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until torchrun takes it: there is nothing to clean up yet
     try:
         patience_s = seconds_of("MEET_TIMEOUT_S", MEET_TIMEOUT_S)
         if given.node_rank > 0:
