@@ -52,8 +52,24 @@ refuse_overlooked() {
     local other=${name,,}
     [[ -z ${!other+set} ]] || refuse "$other is set to '${!other}', and settings are read in capitals: write $name=${!other} instead, and unset $other"
   done
-  for argument in "$@"; do
+  # What is looked at before the start must be what is trained with.
+  local -A variable=(
+    [model_name_or_path]=MODEL_PATH [train_data_root]=DATA_ROOT [annotation_path]=ANNOTATION_PATH [data_path]=DATA_PATH
+    [output_dir]=OUTPUT_DIR [vggt_cache_dir]=VGGT_CACHE_DIR [vggt_cache_miss]=VGGT_CACHE_MISS
+    [vggt_model_path]=VGGT_MODEL_PATH [deepspeed]=DS_CONFIG [report_to]=REPORT_TO
+    [per_device_train_batch_size]=PER_DEVICE_BATCH_SIZE [per_device_batch_size]=PER_DEVICE_BATCH_SIZE
+    [gradient_accumulation_steps]=GRAD_ACCUM_STEPS
+  )
+  local extra=()
+  read -r -a extra <<<"$EXTRA_ARGS" || true
+  for argument in "${extra[@]}" "$@"; do
     name=${argument%%=*}
+    if [[ $name == --* ]]; then
+      name=${name#--} name=${name//-/_}
+      [[ -z ${variable[$name]+set} ]] \
+        || refuse "--$name stands behind the command, and what is checked before the start is ${variable[$name]}: set that instead"
+      continue
+    fi
     [[ $argument != *=* || -z ${known[${name^^}]+set} ]] \
       || refuse "'$argument' stands behind the command, where flags are read: write ${name^^}=${argument#*=} before it"
   done

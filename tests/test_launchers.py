@@ -261,6 +261,18 @@ def test_a_setting_behind_the_command_is_not_passed_over(tmp_path: Path) -> None
     assert "write PER_DEVICE_BATCH_SIZE=2 before it" in refusal(launch)
 
 
+@pytest.mark.parametrize(
+    ("flag", "variable"),
+    [("--output_dir", "OUTPUT_DIR"), ("--per-device-batch-size=2", "PER_DEVICE_BATCH_SIZE")],
+)
+def test_a_flag_that_the_checks_before_the_start_would_not_see_is_refused(
+    flag: str, variable: str, tmp_path: Path
+) -> None:
+    sentence = f"what is checked before the start is {variable}: set that instead"
+    assert sentence in refusal(Launch(tmp_path, flag, "2", **CPU))
+    assert sentence in refusal(Launch(tmp_path, **CPU, EXTRA_ARGS=f"{flag} 2"))
+
+
 def test_a_lower_case_line_that_is_edited_into_the_script_is_refused(tmp_path: Path) -> None:
     script = edited(tmp_path)
     script.write_text(script.read_text().replace('\nNUM_EPOCHS="', '\nper_device_batch_size=2\nNUM_EPOCHS="'))
