@@ -24,6 +24,57 @@ whole_number() {
   [[ ${!1} =~ ^[0-9]+$ ]] || refuse "$1 is '${!1}', which is not a whole number: give one"
 }
 
+# Everything that has a form is looked at before anything starts; what only the training command knows, it refuses itself.
+check_settings() {
+  local name
+  for name in SEED MODEL_MAX_LENGTH MAX_PIXELS MIN_PIXELS MAX_HISTORY_IMAGES NUM_WORKERS SAVE_TOTAL_LIMIT; do
+    whole_number "$name"
+  done
+  [[ $MAX_STEPS =~ ^(-1|[0-9]+)$ ]] || refuse "MAX_STEPS is '$MAX_STEPS', which is no number of steps: give one, or -1 for as many as NUM_EPOCHS has"
+  for name in NUM_EPOCHS LEARNING_RATE MM_PROJECTOR_LR VISION_TOWER_LR WEIGHT_DECAY WARMUP_RATIO LOGGING_STEPS SAVE_STEPS LAM; do
+    [[ ${!name} =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$ || $name == LAM && -z $LAM ]] \
+      || refuse "$name is '${!name}', which is not a number: give one of 0 or more, such as 2 or 1e-5"
+  done
+  for name in BF16 GRADIENT_CHECKPOINTING TUNE_MM_LLM TUNE_MM_VISION TUNE_MM_MLP GROUP_BY_MODALITY_LENGTH; do
+    [[ ${!name,,} =~ ^(true|false|yes|no|t|f|y|n|1|0)$ || $name == BF16 && -z $BF16 ]] \
+      || refuse "$name is '${!name}', and True and False are known: give one of them"
+  done
+  [[ $VGGT_CACHE_MISS =~ ^(encode|fill|error)$ ]] \
+    || refuse "VGGT_CACHE_MISS is '$VGGT_CACHE_MISS', and encode, fill and error are known: give one of them"
+}
+
+# A setting that would be passed over: in lower case, as the guide spells per_device_batch_size, or behind the command.
+refuse_overlooked() {
+  local name argument
+  local -A known=()
+  while read -r name; do known[$name]=1; done < <(sed -n 's/^\([A-Z][A-Z0-9_]*\)=.*/\1/p' "$root"/scripts/train_*h800.sh)
+  for name in "${!known[@]}"; do
+    local other=${name,,}
+    [[ -z ${!other+set} ]] || refuse "$other is set to '${!other}', and settings are read in capitals: write $name=${!other} instead, and unset $other"
+  done
+  # What is looked at before the start must be what is trained with.
+  local -A variable=(
+    [model_name_or_path]=MODEL_PATH [train_data_root]=DATA_ROOT [annotation_path]=ANNOTATION_PATH [data_path]=DATA_PATH
+    [output_dir]=OUTPUT_DIR [vggt_cache_dir]=VGGT_CACHE_DIR [vggt_cache_miss]=VGGT_CACHE_MISS
+    [vggt_model_path]=VGGT_MODEL_PATH [deepspeed]=DS_CONFIG [report_to]=REPORT_TO
+    [per_device_train_batch_size]=PER_DEVICE_BATCH_SIZE [per_device_batch_size]=PER_DEVICE_BATCH_SIZE
+    [gradient_accumulation_steps]=GRAD_ACCUM_STEPS
+  )
+  local extra=()
+  read -r -a extra <<<"$EXTRA_ARGS" || true
+  for argument in "${extra[@]}" "$@"; do
+    name=${argument%%=*}
+    if [[ $name == --* ]]; then
+      name=${name#--} name=${name//-/_}
+      [[ -z ${variable[$name]+set} ]] \
+        || refuse "--$name stands behind the command, and what is checked before the start is ${variable[$name]}: set that instead"
+      continue
+    fi
+    [[ $argument != *=* || -z ${known[${name^^}]+set} ]] \
+      || refuse "'$argument' stands behind the command, where flags are read: write ${name^^}=${argument#*=} before it"
+  done
+}
+
 choose_python() {
   python=${PYTHON:-$root/.venv/bin/python}
   if ! command -v "$python" >/dev/null; then
@@ -46,6 +97,8 @@ count_gpus() {
 }
 
 prepare_node() {
+  refuse_overlooked "$@"
+  check_settings
   choose_python
   local gpus
   gpus=$(count_gpus)
@@ -195,7 +248,7 @@ train() {
   # Where torchrun is told to end itself, as by scancel; its own 30 s are too short for a checkpoint.
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
   export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0} # NVLink SHARP takes memory at the start, and fails on some drivers
-  run_logged "$log" "$python" -m torch.distributed.run --nnodes "$NNODES" --node_rank "$NODE_RANK" \
+  run_logged "$log" "$python" -m vggt_cache.cluster.torchrun --nnodes "$NNODES" --node_rank "$NODE_RANK" \
     --nproc_per_node "$NPROC_PER_NODE" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
     -m janusvln.train "${flags[@]}"
 }
@@ -222,7 +275,8 @@ run_logged() {
   if ((code != 0)); then
     code=${stopped:-$code}
     echo "[INFO] training ended with exit code $code: see $log"
-    grep -a '^\[ERROR\]' "$log" | sort -u | head -n 5 >&2 || true
+    # All ranks say the same.
+    sed -n 's/^\[ERROR\] \(\[rank [0-9]*\] \)\?/[ERROR] /p' "$log" | tail -n 1 >&2
   fi
   exit "$code"
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "src"))
 
-from vggt_cache.cli import main
+from vggt_cache.__main__ import main
 
 if __name__ == "__main__":
     sys.exit(main(["precompute", *sys.argv[1:]]))

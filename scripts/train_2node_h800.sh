@@ -16,6 +16,7 @@ NNODES="${NNODES:-2}"
 NODE_RANK="${NODE_RANK:-}"                # required: 0 on the master node, then 1, ...
 MASTER_ADDR="${MASTER_ADDR:-}"            # required: address of node 0 in the network that all nodes share
 MASTER_PORT="${MASTER_PORT:-29500}"       # free on node 0, the same on every node
+export MEET_TIMEOUT_S="${MEET_TIMEOUT_S:-600}" # how long the nodes wait for each other at the start
 
 # ---- Which network. Empty: found out
 NCCL_SOCKET_IFNAME="${NCCL_SOCKET_IFNAME:-}" # empty: the interface towards MASTER_ADDR
@@ -30,7 +31,7 @@ OUTPUT_DIR="${OUTPUT_DIR:-./outputs/vln_h800_2node}"
 source "$(dirname "${BASH_SOURCE[0]}")/train_h800.sh"
 
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
-  prepare_node
+  prepare_node "$@"
   meet_over_the_network
   train "$@"
 fi

@@ -8,8 +8,8 @@
 # is replaced by NAME="value" overrides it. Anything after the command goes to the training command as it is, for example
 #   bash scripts/train_h800.sh --max_steps 100 --lam 0.3
 # Started again with the same OUTPUT_DIR, training goes on from the last checkpoint there. The log is
-# $OUTPUT_DIR/train_<time>.log. Ctrl-C, SIGTERM and SIGUSR1 end it with a checkpoint. Exit code: the launcher's; 130 or 143
-# where it was told to end; 2 if a setting or a path is wrong, before anything is started.
+# $OUTPUT_DIR/train_<time>.log. Ctrl-C, SIGTERM and SIGUSR1 end it with a checkpoint. Exit code: 2 if a setting or a path is
+# wrong, before anything is started; else that of training: 130 or 143 where it was told to end.
 # For several nodes: scripts/train_2node_h800.sh, which takes the settings from this file too.
 set -euo pipefail
 
@@ -76,7 +76,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch_common.sh"
 
 # scripts/train_2node_h800.sh and scripts/check_cluster.sh read this file for its settings, and go on themselves.
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
-  prepare_node
+  prepare_node "$@"
   meet_on_this_machine
   train "$@"
 fi

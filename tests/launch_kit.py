@@ -14,7 +14,7 @@ SCRIPTS = ROOT / "scripts"
 # Starts no training: notes arguments and environment, then does as it is told. Everything else is the
 # real Python, made to believe that its torch could use GPUs.
 INTERPRETER = """#!/bin/sh
-if [ "$2" = torch.distributed.run ]; then
+if [ "$2" = vggt_cache.cluster.torchrun ]; then
   exec {python} -c '
 import json, os, signal, sys, time
 seen = os.environ["SEEN"]

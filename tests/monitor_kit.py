@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 
+from vggt_cache.monitor.progress import Progress
+from vggt_cache.monitor.state import TrainingState
+from vggt_cache.monitor.tail import Pieces
+
 TOTAL = 28710
 
 
@@ -106,3 +110,13 @@ class Counted:
         self.bytes += len(data)
         self.largest = max(self.largest, len(data))
         return data
+
+
+def told(*texts: str, at_s: float = 1000.0) -> Progress:
+    """What is known after these parts of a log."""
+    state = TrainingState()
+    pieces = Pieces(cut=False)
+    for text in (*texts, "\n"):
+        for piece in pieces.feed(text.encode()):
+            state.read(piece, at_s)
+    return state.progress()

@@ -53,7 +53,7 @@ def test_one_process_is_started_for_each_gpu_with_the_published_settings(tmp_pat
     assert launch.finish() == 0, launch.err
     arguments = launch.arguments
     assert arguments[: arguments.index("janusvln.train") + 1][:6] == [
-        "-m", "torch.distributed.run", "--nnodes", "1", "--node_rank", "0",
+        "-m", "vggt_cache.cluster.torchrun", "--nnodes", "1", "--node_rank", "0",
     ]  # fmt: skip
     assert launch.flag("--nproc_per_node") == "8"
     expected = {
@@ -234,12 +234,56 @@ def test_a_signal_goes_to_the_processes_that_train_and_not_to_torchrun(tmp_path:
         ({"DS_CONFIG": "scripts/zero9.json"}, "DS_CONFIG scripts/zero9.json cannot be read"),
         ({"DS_CONFIG": "data/train.jsonl"}, "DS_CONFIG data/train.jsonl is no DeepSpeed configuration"),
         ({"OUTPUT_DIR": "model/config.json"}, "OUTPUT_DIR model/config.json cannot be written"),
+        ({"VGGT_CACHE_MISS": "fil"}, "VGGT_CACHE_MISS is 'fil', and encode, fill and error are known"),
+        ({"GRAD_ACCUM_STEPS": "x"}, "GRAD_ACCUM_STEPS is 'x', which is not a whole number"),
+        ({"NUM_WORKERS": "-1"}, "NUM_WORKERS is '-1', which is not a whole number"),
+        ({"MAX_STEPS": "all"}, "MAX_STEPS is 'all', which is no number of steps"),
+        ({"LEARNING_RATE": "2e-5x"}, "LEARNING_RATE is '2e-5x', which is not a number"),
+        ({"LAM": "half"}, "LAM is 'half', which is not a number"),
+        ({"BF16": "bf16"}, "BF16 is 'bf16', and True and False are known"),
+        ({"TUNE_MM_LLM": "ja"}, "TUNE_MM_LLM is 'ja', and True and False are known"),
+        # As the guide spells it: never passed over.
+        (
+            {"per_device_batch_size": "2"},
+            "per_device_batch_size is set to '2', and settings are read in capitals",
+        ),
+        ({"master_addr": "10.0.0.1"}, "write MASTER_ADDR=10.0.0.1 instead"),
     ],
 )
 def test_what_is_wrong_is_one_sentence_before_anything_is_started(
     settings: dict[str, str], sentence: str, tmp_path: Path
 ) -> None:
     assert sentence in refusal(Launch(tmp_path, **{**CPU, **settings}))
+
+
+def test_a_setting_behind_the_command_is_not_passed_over(tmp_path: Path) -> None:
+    launch = Launch(tmp_path, "per_device_batch_size=2", **CPU)
+    assert "write PER_DEVICE_BATCH_SIZE=2 before it" in refusal(launch)
+
+
+@pytest.mark.parametrize(
+    ("flag", "variable"),
+    [("--output_dir", "OUTPUT_DIR"), ("--per-device-batch-size=2", "PER_DEVICE_BATCH_SIZE")],
+)
+def test_a_flag_that_the_checks_before_the_start_would_not_see_is_refused(
+    flag: str, variable: str, tmp_path: Path
+) -> None:
+    sentence = f"what is checked before the start is {variable}: set that instead"
+    assert sentence in refusal(Launch(tmp_path, flag, "2", **CPU))
+    assert sentence in refusal(Launch(tmp_path, **CPU, EXTRA_ARGS=f"{flag} 2"))
+
+
+def test_a_lower_case_line_that_is_edited_into_the_script_is_refused(tmp_path: Path) -> None:
+    script = edited(tmp_path)
+    script.write_text(script.read_text().replace('\nNUM_EPOCHS="', '\nper_device_batch_size=2\nNUM_EPOCHS="'))
+    assert "write PER_DEVICE_BATCH_SIZE=2 instead" in refusal(Launch(tmp_path, script=script, **CPU))
+
+
+def test_all_other_spellings_of_numbers_and_truth_are_taken(tmp_path: Path) -> None:
+    launch = Launch(
+        tmp_path, **CPU, LEARNING_RATE=".5E-4", NUM_EPOCHS="2.5", TUNE_MM_MLP="yes", SAVE_STEPS="0.1"
+    )
+    assert launch.finish() == 0, launch.err
 
 
 def test_more_processes_than_gpus_are_refused(tmp_path: Path) -> None:

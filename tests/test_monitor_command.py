@@ -12,15 +12,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from monitor_kit import BANNER, ENDED, ORIGINAL_TRAINER, TOTAL, bar, metrics, training_log
 from vggt_cache.cli import main
 from vggt_cache.monitor import MonitorSettings
 from vggt_cache.monitor import run as run_module
 from vggt_cache.monitor.gpu import Gpu
+from vggt_cache.monitor.logs import WatchedLog
+from vggt_cache.monitor.progress import alarms_of
+from vggt_cache.monitor.render import Look, table_of
 from vggt_cache.monitor.run import monitor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,6 +98,7 @@ def test_json_is_valid_and_every_key_is_documented(tmp_path, capsys, text, age_s
     (line,) = out.splitlines()
     found = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert found["status"] == status
+    assert (found["left_s"] is None) == (status in ("stalled", "waiting"))
     assert [warning["kind"] for warning in found["warnings"]] == kinds
     assert code == bool(kinds)
     documented = set(re.findall(r"^\| `(\w+)`", DOCUMENT, re.MULTILINE))
@@ -117,6 +123,8 @@ def test_warnings_are_lines_and_an_exit_code(tmp_path, capsys):
     assert code == 1
     assert re.search(r"^\[WARN\] loss is nan near step 50 \(1 line of those read\)", out, re.MULTILINE)
     assert re.search(r"^\[WARN\] no new step for 1 h 6 min \(usual: 18.5 s\)", out, re.MULTILINE)
+    assert [line.startswith("[WARN]") for line in out.splitlines()] == [True, True, False]  # they stand first
+    assert "Left" not in out  # no time is left over for a run that does not go on
 
 
 @pytest.mark.parametrize("name", ["nowhere.log", "nothing_*.log", "."])
@@ -351,6 +359,49 @@ def test_a_terminal_gets_a_table_that_is_drawn_over(tmp_path):
     ):
         assert part in text, part
     assert "[2026" not in text
+
+
+def on_a_terminal(look: Look) -> list[str]:
+    """The lines of the table on 80 x 24, as tmux begins with."""
+    console = Console(width=80, height=24, file=StringIO())
+    console.print(table_of(look))
+    return console.file.getvalue().splitlines()
+
+
+def test_all_that_matters_of_8_gpus_fits_80_by_24_with_warnings_first(tmp_path):
+    directory = f"/{'a long name/' * 12}"
+    text = f"[INFO] VGGT feature cache enabled: {directory}\n[INFO] Coverage of this data set: 600000/612000 images\n"
+    log = written(
+        tmp_path / f"{'train' * 30}.log", text + training_log(150, **CACHED) + metrics(loss=float("nan"))
+    )
+    watched = WatchedLog(str(log))
+    watched.refresh(1e9)
+    progress = watched.progress(None)
+    watched.tail.close()
+    alarms = tuple(alarms_of(progress, MonitorSettings(logs=("x",)), 1e9 + 5000))
+    assert [alarm.kind for alarm in alarms] == ["not_finite", "stall"]
+    cards = [
+        Gpu(
+            index=n,
+            name="NVIDIA H800",
+            memory_used_bytes=(61 + n) << 30,
+            memory_total_bytes=80 << 30,
+            use_percent=100,
+        )
+        for n in range(8)
+    ]
+    look = Look(progress=progress, alarms=alarms, gpus=cards, notes=[], now_s=1e9)
+    lines = on_a_terminal(look)
+    assert len(lines) <= 24
+    shown = " ".join(" ".join(lines).split())
+    for part in (
+        "150 of 28710", "18.5s/it recent", "3.4 samples/s", "146:", "gradient norm 1.5", "learning rate 2e-05",
+        "hit rate 99.9%", "wait 1.25 ms", "encode 0 ms", "read 900 MB/s", "5, 18.9 s per step", "600000 of 612000",
+        *(f"{n}: {61 + n}.0 of 80.0 GiB 100%" for n in range(8)),
+    ):  # fmt: skip
+        assert part in shown, part
+    assert lines[1].startswith("[WARN] loss is nan")
+    assert shown.rindex("[WARN]") < shown.index("150 of 28710")
 
 
 # ---------------------------------------------------------------- the script

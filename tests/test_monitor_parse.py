@@ -111,6 +111,9 @@ def test_the_announcement_gives_total_and_batch() -> None:
 
 
 def test_our_own_lines_about_the_cache() -> None:
+    assert events("[INFO] No feature cache: VGGT runs in every step; causal-644-l-1-1234abcd") == [
+        Announced(no_cache="VGGT runs in every step")
+    ]
     assert events("[INFO] VGGT feature cache enabled: /data/my cache") == [
         Announced(cache_dir="/data/my cache")
     ]

@@ -7,24 +7,14 @@ from dataclasses import replace
 
 import pytest
 
-from monitor_kit import BANNER, ENDED, ORIGINAL_TRAINER, TOTAL, bar, metrics, training_log
+from monitor_kit import BANNER, ENDED, ORIGINAL_TRAINER, TOTAL, bar, metrics, told, training_log
 from vggt_cache.errors import SettingsError
 from vggt_cache.monitor import MonitorSettings
 from vggt_cache.monitor.progress import Progress, alarms_of, stall_threshold_s
+from vggt_cache.monitor.render import plain_line
 from vggt_cache.monitor.state import TrainingState
-from vggt_cache.monitor.tail import Pieces
 
 SETTINGS = MonitorSettings(logs=("train.log",))
-
-
-def told(*texts: str, at_s: float = 1000.0) -> Progress:
-    """What is known after these parts of a log."""
-    state = TrainingState()
-    pieces = Pieces(cut=False)
-    for text in (*texts, "\n"):
-        for piece in pieces.feed(text.encode()):
-            state.read(piece, at_s)
-    return state.progress()
 
 
 def kinds(progress: Progress, now_s: float = 1000.0, **settings: float) -> list[str]:
@@ -159,8 +149,28 @@ def test_samples_per_second_follow_from_the_announced_batch() -> None:
     assert known.samples_per_s == pytest.approx(64 / 18.5, rel=0.01)
 
 
+def test_the_trainers_own_count_of_samples_goes_before_what_was_announced() -> None:
+    """Announced is a full batch; the trainer has counted."""
+    assert told(BANNER, training_log(40, samples_per_s=3.2)).samples_per_s == 3.2
+
+
+def test_no_cache_is_not_a_hit_rate_of_0_and_what_an_earlier_run_had_is_over() -> None:
+    cached = "[INFO] VGGT feature cache enabled: /data/cache\n[INFO] Coverage of this data set: 9/10 images\n"
+    live = "[INFO] No feature cache: VGGT runs in every step; causal-644\n"
+    known = told(cached, training_log(10, cache_hit_rate=1.0), live, training_log(10, encode_ms=900.0))
+    assert (known.no_cache, known.cache_dir, known.coverage) == ("VGGT runs in every step", None, None)
+    assert (known.cache_hit_rate, known.cache_wait_ms, known.encode_ms) == (None, None, 900.0)
+    assert "No cache: VGGT runs in every step" in plain_line(known)
+    assert "Hit rate" not in plain_line(known)
+    known = told(live, cached)
+    assert (known.no_cache, known.cache_dir, known.coverage) == (None, "/data/cache", (9, 10))
+
+
 def test_the_original_trainers_log_is_understood() -> None:
     known = told(ORIGINAL_TRAINER)
+    assert (known.cache_hit_rate, known.cache_wait_ms, known.encode_ms, known.slowest_rank) == (None,) * 4
+    assert (known.cache_dir, known.no_cache, known.coverage) == (None,) * 3
+    assert known.left_s == pytest.approx(78 * (TOTAL - 30))
     assert (known.step, known.total) == (30, TOTAL)
     assert known.s_per_it == pytest.approx(78)
     assert known.loss == pytest.approx(1.6)

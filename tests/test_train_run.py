@@ -73,7 +73,7 @@ def test_losses_and_gradients_are_those_of_live_training(
     live, cached = logged(tmp_path / "live"), logged(tmp_path / "cached")
     assert len(live) == STEPS
     assert largest_difference(live, cached) < SAME
-    assert {entry["cache_hit_rate"] for entry in live} == {0.0}
+    assert not [entry for entry in live if "cache_hit_rate" in entry]  # no cache is not a hit rate of 0
     assert {entry["cache_hit_rate"] for entry in cached} == {1.0}
     assert {entry["encode_ms"] for entry in cached} == {0.0}
 

@@ -1,9 +1,15 @@
-"""What is printed: names of files are bytes, and not every terminal and log can show every one of them."""
+"""What is printed: names of files are bytes, and not every terminal and log can show every one of them.
+
+And a progress bar ends without a line end, so that whatever is printed next would stand behind it, on the same line.
+"""
 
 from __future__ import annotations
 
 import io
 import sys
+from typing import TextIO
+
+_bar_is_drawn = False
 
 
 def print_any_name() -> None:
@@ -15,3 +21,20 @@ def print_any_name() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def expect_bar(drawn: bool) -> None:
+    """Whether a process of this run, perhaps another one, draws a bar into the terminal and the log of this one."""
+    global _bar_is_drawn
+    _bar_is_drawn = drawn
+
+
+def print_line(level: str, text: str, stream: TextIO | None = None) -> None:
+    """`[LEVEL] text` on a line of its own, on stdout unless said otherwise.
+
+    In one piece: several processes may say something at the same moment, into the same log.
+    """
+    stream = stream or sys.stdout
+    begin = "\n" if _bar_is_drawn else ""
+    stream.write(f"{begin}[{level}] {text}\n")
+    stream.flush()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from vggt_cache.requirements import TRAINER, require
+
+require(TRAINER)
+
 import sys
 
 from janusvln.demo.compare import compare

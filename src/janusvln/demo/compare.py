@@ -38,7 +38,8 @@ class MeasuredRun:
         return [float(step[name]) for step in self.steps if name in step]
 
     def mean(self, name: str) -> float:
-        return statistics.mean(self.column(name))
+        """Of a figure that is logged; 0 where it never is, as for a cache that is not there."""
+        return statistics.mean(self.column(name) or [0.0])
 
     @property
     def losses(self) -> list[float]:

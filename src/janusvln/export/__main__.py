@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from vggt_cache.requirements import TRAINER, require
+
+require(TRAINER)
+
 import argparse
 import sys
 from collections.abc import Sequence

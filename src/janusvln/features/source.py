@@ -35,6 +35,7 @@ class Counts:
     hits: int = 0
     misses: int = 0
     batches: int = 0
+    """Micro-batches."""
     wait_s: float = 0.0
     """Of the training step, for features that were still being read."""
     encode_s: float = 0.0

@@ -253,8 +253,12 @@ def _check_loggers(names: Any) -> None:
             )
 
 
-OLD_SPELLINGS = {"evaluation_strategy": "eval_strategy", "warmup_ratio": "warmup_steps"}
-"""Flags of transformers 4. A share of all steps is given to --warmup_steps as a number below 1."""
+OLD_SPELLINGS = {
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps",
+    "per_device_batch_size": "per_device_train_batch_size",
+}
+"""Flags of transformers 4, and of the guide. A share of all steps is given to --warmup_steps as a number below 1."""
 
 _OF_VIDEO = "it belongs to video files, which no VLN data set has: leave it out"
 MEANINGLESS = {

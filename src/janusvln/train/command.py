@@ -23,9 +23,9 @@ from janusvln.train.arguments import parse_arguments
 from janusvln.train.ranks import Ranks
 from janusvln.train.run import TrainingRun
 from janusvln.train.stop import EXIT_CODES, StopRequest
-from vggt_cache.cluster.network import free_port
-from vggt_cache.environment import rank_of
-from vggt_cache.errors import VggtCacheError
+from vggt_cache.cluster.network import MEET_TIMEOUT_S, free_port, resolve, wait_for_node_0
+from vggt_cache.environment import rank_of, seconds_of
+from vggt_cache.errors import SettingsError, VggtCacheError
 from vggt_cache.output import print_any_name
 
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
@@ -79,7 +79,29 @@ def _launched_rank() -> int:
         rank_of(name, 0)
         if not os.environ.get(name, "").strip():
             os.environ.pop(name, None)
-    return rank_of("RANK", 0)
+    rank, world_size = rank_of("RANK", 0), rank_of("WORLD_SIZE", 1)
+    if rank >= world_size:
+        raise SettingsError(
+            f"the environment's RANK is {rank} and WORLD_SIZE {world_size}, and ranks are 0 to WORLD_SIZE - 1: unset "
+            "both for a process alone, or let a launcher set them"
+        )
+    if world_size > 1:
+        _check_meeting_point(rank)
+    return rank
+
+
+def _check_meeting_point(rank: int) -> None:
+    """Raises SettingsError where this process cannot meet the others; torch would wait for half an hour."""
+    host, port = os.environ.get("MASTER_ADDR", "").strip(), rank_of("MASTER_PORT", 0)
+    if not host or not 0 < port < 65536:
+        raise SettingsError(
+            f"the environment's WORLD_SIZE is more than 1, MASTER_ADDR {host or 'not set'} and MASTER_PORT "
+            f"{port or 'not set'}, so the processes cannot meet: set both to where rank 0 runs and a free port there"
+        )
+    if rank:
+        wait_for_node_0(host, port, patience_s=seconds_of("MEET_TIMEOUT_S", MEET_TIMEOUT_S))
+    else:
+        resolve(host)
 
 
 def _prepare_engine(flags: Sequence[str]) -> None:

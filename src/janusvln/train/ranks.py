@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
 from vggt_cache.errors import CacheAccessError
+from vggt_cache.output import print_line
 from vggt_cache.store import FeatureCache
 
 POLL_S = 0.2
@@ -122,10 +123,7 @@ class Ranks:
         return int(content["exit_code"])
 
     def _print(self, level: str, sentence: str) -> None:
-        where = f" [rank {self.rank}]" if self.rank else ""
-        # In one piece: several ranks say it at the same moment, into the same log.
-        sys.stderr.write(f"[{level}]{where} {sentence}\n")
-        sys.stderr.flush()
+        print_line(level, f"[rank {self.rank}] {sentence}" if self.rank else sentence, sys.stderr)
 
     def _wait_until_all_have_said_it(self, store: Store) -> None:
         """A launcher kills the others as soon as one process has ended; and the store ends with its host."""

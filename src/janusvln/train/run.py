@@ -38,6 +38,7 @@ from janusvln.train.workers import check_shared_memory, lost_workers_told
 from vggt_cache.delivery import ReadAhead
 from vggt_cache.errors import DataError, SettingsError, VggtCacheError
 from vggt_cache.identity import FeatureSpec
+from vggt_cache.output import print_line
 from vggt_cache.samples import Problem, Sources
 from vggt_cache.store import FeatureCache, list_stores
 from vggt_cache.store.directory import describe_spec
@@ -281,7 +282,7 @@ class TrainingRun:
 
     def _say(self, text: str, level: str = "INFO") -> None:
         if self.ranks.rank == 0:
-            print(f"[{level}] {text}", flush=True)
+            print_line(level, text)
 
     def _warn(self, sentences: Sequence[str]) -> None:
         for sentence in sentences:
@@ -289,4 +290,4 @@ class TrainingRun:
 
 
 def _say_hit(index: int) -> None:
-    print(f"[DEBUG] Using cached features for sample {index}", flush=True)
+    print_line("DEBUG", f"Using cached features for sample {index}")

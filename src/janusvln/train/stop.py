@@ -19,6 +19,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from janusvln.train.ranks import Ranks
+from vggt_cache.output import print_line
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143, signal.SIGHUP: 143}
 AGAIN_S = 0.5
@@ -70,7 +71,7 @@ class StopRequest:
                 self._end(f"{number.name} before the first step: there is nothing to keep")
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 text = f"{number.name}: what is trained is saved, then the run ends; Ctrl-C ends it at once"
-                print(f"[INFO] {text}", flush=True)
+                print_line("INFO", text)
             threading.Thread(target=self._ask_the_others, name="stop-answers", daemon=True).start()
         # A person at the terminal. Whoever else repeats himself only wants to be sure.
         elif signal.SIGINT in (number, self.signal) and time.monotonic() - self._heard_s > AGAIN_S:

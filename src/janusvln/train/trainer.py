@@ -26,6 +26,7 @@ from janusvln.train.ranks import Ranks
 from janusvln.train.stop import shielded
 from janusvln.train.workers import end_where_it_cannot_send
 from vggt_cache.errors import NotFiniteError, SettingsError
+from vggt_cache.output import expect_bar
 
 Batch = dict[str, Any]
 GROUPS_PER_POOL = 50
@@ -88,11 +89,12 @@ class FeatureTrainer(Trainer):
         if self._ahead is None or self._ahead.inner is not epoch_iterator:
             self.source.forget()
             self._ahead = _LookAhead(epoch_iterator, self.source)
-        began_s = time.perf_counter()
+        began_s = self.speed.begin()
         found: tuple[list[Batch], torch.Tensor | int | None] = super().get_batch_samples(
             self._ahead, num_batches, device
         )
         self.speed.data_s += time.perf_counter() - began_s
+        self.speed.steps += bool(found[0])
         return found
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
@@ -211,12 +213,18 @@ class FeatureTrainer(Trainer):
 
 
 class EpochCallback(TrainerCallback):
-    """At the start of an epoch: its order of samples, and what has been stored so far."""
+    """At the start of an epoch: its order of samples, and what has been stored so far. Knows when a bar is drawn."""
 
     def __init__(self, trainer: FeatureTrainer, ranks: Ranks, *, fills: bool) -> None:
         self._trainer = trainer
         self._ranks = ranks
         self._fills = fills
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        expect_bar(not args.disable_tqdm)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        expect_bar(False)
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         epoch = int(state.epoch or 0)
@@ -342,34 +350,43 @@ class Speed:
     """What the log says beside the loss, of one logging interval over all ranks: how features and samples arrive."""
 
     def __init__(self) -> None:
-        self.samples = 0
+        self.steps = self.samples = 0
         self.data_s = 0.0
         """This rank's waiting for the DataLoader."""
-        self._began_s = time.perf_counter()
+        self._began_s: float | None = None
         self._bytes_before, self._read_s_before = 0, 0.0
+
+    def begin(self) -> float:
+        """The time. The first call begins the first interval: what came before was no step."""
+        now_s = time.perf_counter()
+        self._began_s = self._began_s or now_s
+        return now_s
 
     def take(self, source: FeatureSource, device: torch.device) -> dict[str, float]:
         """The figures since the last call. Every rank logs at the same steps.
 
-        `cache_wait_ms` and `encode_ms` are of one micro-batch on the rank where it is longest, which all others
-        wait for; `slowest_rank` is the one that waited longest for data, features and encoder. `features_not_stored`,
-        where a cache is filled, is of all ranks since the run began.
+        `cache_wait_ms`, `encode_ms` and `slowest_rank_s` are of one optimizer step, all its micro-batches together, on
+        the rank where it is longest, which all others wait for; `slowest_rank` is the one that waited longest for data,
+        features and encoder. Without a cache, nothing is said of one; nor of its hit rate where no feature was needed.
+        `features_not_stored`, where a cache is filled, is of all ranks since the run began.
         """
-        counts = source.take_counts()
-        batches = max(counts.batches, 1)
+        counts, now_s, steps = source.take_counts(), self.begin(), max(self.steps, 1)
+        elapsed_s = now_s - (self._began_s or now_s)
         own = [counts.hits, counts.misses, *self._reading(source), self.samples, source.not_stored or 0]
-        own += [1e3 * counts.wait_s / batches, 1e3 * counts.encode_s / batches]
-        ranks = _gathered([*own, self.data_s + counts.wait_s + counts.encode_s], device)
+        own += [1e3 * counts.wait_s / steps, 1e3 * counts.encode_s / steps]
+        ranks = _gathered([*own, (self.data_s + counts.wait_s + counts.encode_s) / steps], device)
         hits, misses, read_bytes, read_s, samples, not_stored, *_ = ranks.sum(0).tolist()
         *_, wait_ms, encode_ms, slowest_s = ranks.max(0).values.tolist()
-        elapsed_s = time.perf_counter() - self._began_s
-        self.samples, self.data_s, self._began_s = 0, 0.0, time.perf_counter()
-        logs = {
-            "cache_hit_rate": round(hits / (hits + misses), 6) if hits + misses else 0.0,
-            "cache_wait_ms": round(wait_ms, 3),
-            "cache_read_mb_per_s": round(read_bytes / read_s / 1e6, 1) if read_s else 0.0,
+        self.steps, self.samples, self.data_s, self._began_s = 0, 0, 0.0, now_s
+        logs: dict[str, float] = {}
+        if source.cache is not None:
+            if hits + misses:
+                logs["cache_hit_rate"] = round(hits / (hits + misses), 6)
+            logs["cache_wait_ms"] = round(wait_ms, 3)
+            logs["cache_read_mb_per_s"] = round(read_bytes / read_s / 1e6, 1) if read_s else 0.0
+        logs |= {
             "encode_ms": round(encode_ms, 3),
-            "samples_per_s": round(samples / elapsed_s, 4),
+            "samples_per_s": round(samples / elapsed_s, 4) if elapsed_s else 0.0,
             "slowest_rank": int(ranks[:, -1].argmax()),
             "slowest_rank_s": round(slowest_s, 3),
         }

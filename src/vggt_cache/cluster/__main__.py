@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from vggt_cache.requirements import CACHE, fault_of, require
+
+require([])  # an old Python cannot even import what follows
+
 import argparse
 import sys
 from collections.abc import Callable, Sequence
@@ -71,6 +75,8 @@ def _rendezvous(nccl: str, gloo: str, **place: Any) -> int:
 
 
 def _check(timeout_s: int, **settings: Any) -> int:
+    if fault := fault_of(CACHE):
+        raise SettingsError(fault)
     # torch is loaded here and not above: the other commands answer at once without it.
     from vggt_cache.cluster.check import Places, check_cluster
     from vggt_cache.doctor.findings import format_findings

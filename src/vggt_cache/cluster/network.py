@@ -6,6 +6,7 @@ import fcntl
 import ipaddress
 import socket
 import struct
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from operator import itemgetter
@@ -13,6 +14,8 @@ from pathlib import Path
 
 from vggt_cache.errors import SettingsError, os_errors_as
 
+MEET_TIMEOUT_S = 600.0
+"""How long nodes wait for each other, unless the environment's MEET_TIMEOUT_S says otherwise."""
 _SIOCGIFADDR = 0x8915
 
 
@@ -152,6 +155,33 @@ def _interface_by_route(address: str) -> str | None:
         if wanted & mask == destination:
             matches.append((mask, entry[0]))
     return max(matches, key=itemgetter(0), default=(0, None))[1]
+
+
+def wait_for_node_0(host: str, port: int, *, patience_s: float) -> None:
+    """Return as soon as something listens there. Raises SettingsError where that does not come to pass in time.
+
+    torch would ask for half an hour without a word, and then print pages. What is wrong at first may be that node 0
+    has not been started yet, so it is said at once and asked again.
+    """
+    address, deadline_s, told = resolve(host), time.monotonic() + patience_s, False
+    while True:
+        left_s = max(0.1, deadline_s - time.monotonic())
+        try:
+            socket.create_connection((address, port), timeout=min(5.0, left_s)).close()
+            return
+        except OSError as error:
+            reason = error.strerror or error
+        if time.monotonic() >= deadline_s:
+            raise SettingsError(
+                f"nothing answers at MASTER_ADDR {host}, MASTER_PORT {port} ({reason}), after {patience_s:.0f} s "
+                "(MEET_TIMEOUT_S): start node 0 too, give every node the same address and port, and see that no "
+                "firewall closes it"
+            )
+        if not told:
+            told = True
+            where = f"{host}:{port}, where nothing answers yet ({reason})"
+            print(f"[INFO] waiting up to {patience_s:.0f} s for node 0 at {where}", flush=True)
+        time.sleep(0.5)
 
 
 def free_port() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from vggt_cache.errors import (
     os_errors_as,
 )
 from vggt_cache.identity import FeatureSpec
+from vggt_cache.requirements import TRAINER, fault_of
 from vggt_cache.store import list_stores
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -201,15 +201,11 @@ def _output(path: str) -> str:
 
 
 def _check_packages(launch: Launch) -> None:
-    wanted = ["torch", "transformers", "accelerate"]
+    wanted = list(TRAINER)
     wanted += [] if launch.ds_config == "none" else ["deepspeed"]
     wanted += ["tensorboard"] if launch.report_to in ("tensorboard", "all") else []
-    for name in wanted:
-        if importlib.util.find_spec(name) is None:
-            raise SettingsError(
-                f"the package {name} is not installed for {sys.executable}, and training needs it: run "
-                f"{sys.executable} -m pip install '.[train]' in the project, or set PYTHON to another interpreter"
-            )
+    if fault := fault_of(wanted):
+        raise SettingsError(fault)
     if launch.device == "cuda" and version("torch").endswith("+cpu"):
         raise SettingsError(
             f"torch {version('torch')} of {sys.executable} is a build without CUDA, so it would not see the GPUs: "

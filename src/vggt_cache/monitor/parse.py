@@ -40,6 +40,8 @@ class Announced(NamedTuple):
     total_steps: int | None = None
     samples_per_step: int | None = None
     cache_dir: str | None = None
+    no_cache: str | None = None
+    """What is done instead."""
     coverage: tuple[int, int] | None = None
     """Features that the cache has, features that the data needs."""
 
@@ -72,6 +74,7 @@ _ANNOUNCED = {
     "total_steps": re.compile(rf"Total optimization steps *= *{_COUNT}"),
     "samples_per_step": re.compile(rf"(?:{_BATCH}) *{_COUNT}"),
     "cache_dir": re.compile(r"\[INFO\] VGGT feature cache enabled: (.*\S)"),
+    "no_cache": re.compile(r"\[INFO\] No feature cache: ([^;]*[^;\s])"),
     "coverage": re.compile(rf"\[INFO\] Coverage of this data set: {_COUNT}/{_COUNT}"),
 }
 _DEEPSPEED_SPEED = re.compile(r"RunningAvgSamplesPerSec=(\d+(?:\.\d+)?(?:e[-+]?\d+)?)")
@@ -123,7 +126,7 @@ def _announced(text: str) -> Iterator[Announced]:
     for name, pattern in _ANNOUNCED.items():
         if found := pattern.search(text):
             said: list[Any] = list(found.groups())
-            if name != "cache_dir":
+            if name not in ("cache_dir", "no_cache"):
                 said = [int(digits.replace(",", "")) for digits in said]
             value: Any = tuple(said) if name == "coverage" else said[0]
             yield Announced(**{name: value})

@@ -52,6 +52,7 @@ class Progress:
     slowest_rank: int | None = None
     slowest_rank_s: float | None = None
     cache_dir: str | None = None
+    no_cache: str | None = None
     coverage: tuple[int, int] | None = None
     ended: bool = False
     train_runtime_s: float | None = None

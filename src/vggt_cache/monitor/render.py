@@ -17,6 +17,8 @@ if TYPE_CHECKING:  # what draws the table is slow to import, and not needed in a
     from rich.console import RenderableType
 
 _BAR_COLUMNS = 30
+_ON_ONE_LINE = ("Cache", "Log")
+"""Paths may be long, and a terminal has few lines."""
 
 
 def speed_text(s_per_it: float | None) -> str:
@@ -58,16 +60,18 @@ _FIELDS: tuple[tuple[str, str, str, Callable[[Any], str]], ...] = (
     ("Overall", "", "s_per_it_overall", speed_text),
     ("Samples", "", "samples_per_s", lambda value: f"{value:.3g}/s"),
     ("Loss", "Loss", "loss", number_text),
-    ("Grad norm", "Gradient norm", "grad_norm", number_text),
-    ("LR", "Learning rate", "learning_rate", number_text),
-    ("Hit rate", "Hit rate", "cache_hit_rate", percent_text),
-    ("Wait", "Cache wait", "cache_wait_ms", milliseconds_text),
-    ("Encode", "Encode", "encode_ms", milliseconds_text),
-    ("Read", "Read", "cache_read_mb_per_s", lambda value: f"{value:.0f} MB/s"),
+    ("Grad norm", "Loss/gradient norm", "grad_norm", number_text),
+    ("LR", "Loss/learning rate", "learning_rate", number_text),
+    ("Hit rate", "Features/hit rate", "cache_hit_rate", percent_text),
+    ("Wait", "Features/wait", "cache_wait_ms", milliseconds_text),
+    ("Encode", "Features/encode", "encode_ms", milliseconds_text),
+    ("Read", "Features/read", "cache_read_mb_per_s", lambda value: f"{value:.0f} MB/s"),
     ("Slowest rank", "", "slowest_rank", str),
+    ("No cache", "", "no_cache", str),
     ("Left", "", "left_s", clock_text),
 )
-"""The name in the line; the name in the table, if it says just this; the name in `Progress`; how it is written."""
+"""The name in the line; the row in the table, with the name there, if it says just this; the name in `Progress`; how it
+is written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,29 +129,43 @@ def json_line(look: Look) -> str:
 
 
 def table_of(look: Look) -> RenderableType:
-    """The run, the cards of this machine, and what deserves attention."""
+    """What deserves attention, the run, and the cards of this machine: 8 of them and all else within 80 x 24.
+
+    A terminal that is too small cuts off the end, so what matters most stands first.
+    """
+    from rich.columns import Columns
     from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
 
     progress = look.progress
-    run = Table(title=Text(f"{progress.log or 'no log'}: {look.status}"), show_header=False)
+    lines = [Text(f"[WARN] {alarm.text}", style="bold yellow") for alarm in look.alarms]
+    lines += [Text(f"[INFO] {note}") for note in look.notes]
+    run = Table(show_header=False)
     run.add_column(style="cyan", no_wrap=True)
     run.add_column()
     if progress.step is not None and progress.total:
         run.add_row("Progress", ProgressBar(progress.total, progress.step, width=_BAR_COLUMNS))
     for name, text in _rows(progress, look.now_s):
-        run.add_row(name, Text(text))
-    cards = Table("GPU", "Name", "Memory", "Use", title=Text("GPUs of this machine"))
-    for gpu in look.gpus:
-        memory = (gpu.memory_used_bytes, gpu.memory_total_bytes)
-        texts = ("-" if size is None else bytes_text(size) for size in memory)
-        use = "-" if gpu.use_percent is None else f"{gpu.use_percent:.0f}%"
-        cards.add_row(str(gpu.index), Text(gpu.name), " of ".join(texts), use)
-    warnings = [Text(f"[WARN] {alarm.text}", style="bold yellow") for alarm in look.alarms]
-    notes = [Text(f"[INFO] {note}") for note in look.notes]
-    return Group(run, *([cards] if look.gpus else []), *warnings, *notes)
+        # Of a path, the end tells most.
+        run.add_row(name, Text(text, no_wrap=name in _ON_ONE_LINE, overflow="ellipsis"))
+    parts: list[RenderableType] = [Text(f"Training: {look.status}", style="bold"), *lines, run]
+    if look.gpus:
+        names = ", ".join(dict.fromkeys(gpu.name for gpu in look.gpus))
+        parts.append(Text(f"GPUs of this machine: {names}", no_wrap=True, overflow="ellipsis"))
+        parts.append(Columns([Text(_card_text(gpu)) for gpu in look.gpus], padding=(0, 2)))
+    return Group(*parts)
+
+
+def _card_text(gpu: Gpu) -> str:
+    """`3: 61.2 of 79.6 GiB 97%`"""
+    used, total = (
+        "-" if size is None else bytes_text(size) for size in (gpu.memory_used_bytes, gpu.memory_total_bytes)
+    )
+    if used.split()[1:] == total.split()[1:]:
+        used = used.split()[0]
+    return f"{gpu.index}: {used} of {total} {'-' if gpu.use_percent is None else f'{gpu.use_percent:.0f}%'}"
 
 
 def _rows(progress: Progress, now_s: float) -> Iterator[tuple[str, str]]:
@@ -160,16 +178,28 @@ def _rows(progress: Progress, now_s: float) -> Iterator[tuple[str, str]]:
         yield "Speed", f"{recent} recent, {overall} overall"
         samples = f", {progress.samples_per_s:.3g} samples/s" if progress.samples_per_s is not None else ""
         yield "Throughput", f"{number_text(progress.steps_per_s)} steps/s{samples}"
-    covered = f", {progress.coverage[0]} of {progress.coverage[1]} features" if progress.coverage else ""
+    covered = f"{progress.coverage[0]} of {progress.coverage[1]} features in " if progress.coverage else ""
     loss = f", mean loss {number_text(progress.train_loss)}" if progress.train_loss is not None else ""
     took = f", {progress.slowest_rank_s:.3g} s per step" if progress.slowest_rank_s is not None else ""
     left_s = None if progress.finished else progress.left_s
     rows: list[tuple[str, Any, Callable[[Any], str]]] = [
-        *((name, getattr(progress, known), text) for _, name, known, text in _FIELDS if name),
-        ("Slowest rank", progress.slowest_rank, lambda value: f"{value}{took}"),
-        ("Cache", progress.cache_dir, lambda value: value + covered),
-        ("Ended", progress.train_runtime_s, lambda value: f"after {seconds_text(value)}{loss}"),
         ("Time left", left_s, lambda value: f"{clock_text(value)}, until {time_text(now_s + value)}"),
+        ("Ended", progress.train_runtime_s, lambda value: f"after {seconds_text(value)}{loss}"),
         ("Last step", progress.last_step_at_s, lambda value: f"{seconds_text(max(0.0, now_s - value))} ago"),
+        ("Loss", _joined(progress, "Loss") or None, str),
+        ("Features", _joined(progress, "Features") or None, str),
+        ("Slowest rank", progress.slowest_rank, lambda value: f"{value}{took}"),
+        ("Cache", progress.cache_dir, lambda value: covered + value),
+        ("Cache", progress.no_cache, lambda value: f"no cache: {value}"),
+        ("Log", progress.log, str),
     ]
     yield from ((name, text(value)) for name, value, text in rows if value is not None)
+
+
+def _joined(progress: Progress, row: str) -> str:
+    """All fields of one row of the table, those of which something is known."""
+    parts = []
+    for _, place, known, text in _FIELDS:
+        if place.split("/")[0] == row and (value := getattr(progress, known)) is not None:
+            parts.append(f"{place.partition('/')[2]} {text(value)}".strip())
+    return ", ".join(parts)

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 
 from vggt_cache.errors import SettingsError
 from vggt_cache.monitor import MonitorSettings
@@ -51,6 +52,8 @@ def _look(settings: MonitorSettings, logs: LogSet, gpus: GpuReader, now_s: float
     logs.refresh(now_s)
     progress = logs.progress(settings.samples_per_step)
     alarms = tuple(alarms_of(progress, settings, now_s))
+    if any(alarm.kind == "stall" for alarm in alarms):
+        progress = replace(progress, left_s=None)  # no time is left over for a run that does not go on
     notes = tuple(_notes(settings, progress))
     return Look(progress=progress, alarms=alarms, gpus=gpus.read(), notes=notes, now_s=now_s)
 
@@ -82,20 +85,20 @@ def _display(*, json: bool) -> Iterator[Callable[[Look], None]]:
 
 
 class _NewLines:
-    """A line for each look at which there was a new step; warnings and notes when they come up."""
+    """Warnings and notes when they come up; then a line, where there was a new step."""
 
     def __init__(self) -> None:
         self._shown: tuple[str | None, int | None] = (None, None)
         self._said: set[str] = set()
 
     def show(self, look: Look) -> None:
-        step = (look.progress.log, look.progress.step)
-        if look.progress.step is not None and step != self._shown:
-            self._shown = step
-            print(plain_line(look.progress, look.gpus), flush=True)
         current = {alarm.kind: f"[WARN] {alarm.text}" for alarm in look.alarms}
         current |= {note: f"[INFO] {note}" for note in look.notes}
         for subject, line in current.items():
             if subject not in self._said:
                 print(line, flush=True)
         self._said = set(current)
+        step = (look.progress.log, look.progress.step)
+        if look.progress.step is not None and step != self._shown:
+            self._shown = step
+            print(plain_line(look.progress, look.gpus), flush=True)

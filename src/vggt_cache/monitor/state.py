@@ -45,7 +45,7 @@ class Track:
             return True
         return bar.elapsed_s < last.elapsed_s - max(30, last.elapsed_s // 10)
 
-    def known(self, samples_per_step: int | None) -> dict[str, Any]:
+    def known(self) -> dict[str, Any]:
         """What the bar tells, under the names of `Progress`."""
         last, before = self.last, self.last
         for before in reversed(self._states):
@@ -56,8 +56,6 @@ class Track:
         known |= {"s_per_it": recent, "s_per_it_overall": _s_per_it(self.first, last)}
         if recent:
             known["left_s"] = (last.total - last.step) * recent
-            if samples_per_step:
-                known["samples_per_s"] = samples_per_step / recent
         return known
 
 
@@ -97,7 +95,6 @@ class LoggedLines:
     def known(self) -> dict[str, Any]:
         """What the lines tell, under the names of `Progress`."""
         known: dict[str, Any] = dict(self._values)
-        known.setdefault("samples_per_s", known.pop("deepspeed_samples_per_s", None))
         rank = known.get("slowest_rank", math.nan)
         known["slowest_rank"] = int(rank) if math.isfinite(rank) else None
         return known | {"not_finite": tuple(self._not_finite.values()), "failure": self.failure}
@@ -137,19 +134,25 @@ class TrainingState:
             self.lines.failure = self.lines.failure or event.text
         else:
             said = {name: value for name, value in event._asdict().items() if value}
+            if event.cache_dir or event.no_cache:  # what an earlier run in the same log had is over
+                said = {"cache_dir": None, "no_cache": None, "coverage": None, **said}
             self._announced = self._announced._replace(**said)
 
     def progress(self, samples_per_step: int | None = None) -> Progress:
-        """What is known now; `samples_per_step` is taken for what the log says, where it is given."""
+        """What is known now; `samples_per_step` is taken for what the log announces, where it is given."""
         said, ended = self._announced, self.lines.ended
         known = {**self.lines.known(), "total": said.total_steps}
         if self.training:
-            known |= self.training.known(samples_per_step or said.samples_per_step)
+            known |= self.training.known()
+        counted, s_per_it = known.pop("deepspeed_samples_per_s", None), known.get("s_per_it")
+        if (per_step := samples_per_step or said.samples_per_step) and s_per_it:
+            counted = per_step / s_per_it
+        known.setdefault("samples_per_s", counted)  # else the trainer has counted them itself
         if ended:
             known |= {"ended": True, "left_s": 0.0}
             known |= {"train_runtime_s": ended.runtime_s, "train_loss": ended.train_loss}
         known |= {"last_step_at_s": self._step_at_s, "last_progress_at_s": self.progress_at_s}
-        return Progress(**known, cache_dir=said.cache_dir, coverage=said.coverage)
+        return Progress(**known, cache_dir=said.cache_dir, no_cache=said.no_cache, coverage=said.coverage)
 
     def _fold_bar(self, bar: Bar, at_s: float) -> None:
         before = self._tracks.get(bar.total)
