@@ -103,6 +103,7 @@ LOW = {
         "flags",
         "small_files",
         "output",
+        "call_spec",
     ),
 }
 """Modules at the bottom: nothing above is imported by them."""
