@@ -71,7 +71,7 @@ def train_from(kit: Kit, model: object, output_dir: Path, *more: object) -> None
 
 def check_usable_alone(saved: Path, source: Path) -> None:
     assert torch.equal(QwenPixels(str(saved))._table, QwenPixels(str(source))._table)
-    assert QwenPixels(str(saved))._limits == QwenPixels(str(source))._limits
+    assert QwenPixels(str(saved)).limits == QwenPixels(str(source)).limits
     assert list(Qwen2VLImageProcessorPil.from_pretrained(saved).image_std) == STD
     texts = [path.read_text() for path in saved.glob("*processor_config.json")]
     assert texts

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from janusvln.export.directory import appearing, as_json, new_directory
 from janusvln.model import checkpoints, lora
-from janusvln.model.checkpoints import LEFT_OUT, name_in_model
+from janusvln.model.checkpoints import ADAPTER_CONFIG, LEFT_OUT, name_in_model
 from janusvln.model.config import JanusVLNConfig
 from janusvln.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenerationForJanusVLN as JanusVLN
 from vggt_cache.encoder.files import INDEX, TensorFile, find_files, read_json
@@ -38,10 +38,10 @@ def merge(checkpoint: str, out: str, base: str | None = None) -> None:
     target, trained = new_directory(out), Path(checkpoint).expanduser()
     if not lora.is_adapter(trained):
         raise SettingsError(
-            f"{checkpoint} holds no LoRA adapters ({lora.ADAPTER_CONFIG} and {lora.ADAPTER_WEIGHTS}), so there is "
+            f"{checkpoint} holds no LoRA adapters ({ADAPTER_CONFIG} and {lora.ADAPTER_WEIGHTS}), so there is "
             "nothing to merge: give a checkpoint that was trained with --lora_enable True"
         )
-    named = base or str(read_json(trained / lora.ADAPTER_CONFIG).get("base_model_name_or_path"))
+    named = base or str(read_json(trained / ADAPTER_CONFIG).get("base_model_name_or_path"))
     try:
         source = checkpoints.find_directory(named)
     except CheckpointError as error:
@@ -50,9 +50,10 @@ def merge(checkpoint: str, out: str, base: str | None = None) -> None:
         ) from error
     lora.check_base(trained, named, lora.digest_of(source))
     config = JanusVLNConfig.from_pretrained(str(trained))
+    dtype: torch.dtype = getattr(torch, str(config.dtype).removeprefix("torch."))
     files = list(find_files(source))
-    with appearing(target, _values(files) * config.dtype.itemsize) as directory:
-        _write_weights(files, trained, directory, config.dtype)
+    with appearing(target, _values(files) * dtype.itemsize) as directory:
+        _write_weights(files, trained, directory, dtype)
         for path in trained.iterdir():
             if (
                 path.is_file()

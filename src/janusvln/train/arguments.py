@@ -93,12 +93,13 @@ class ModelArguments:
             raise SettingsError(
                 f"--lora_bias {self.lora_bias} is not supported, biases stay as they are: give none, or leave it out"
             )
+        rank, alpha, dropout = self.lora_r, self.lora_alpha, self.lora_dropout
         for name, allowed, fits in (
-            ("lora_r", "1 or more", lambda value: value >= 1),
-            ("lora_alpha", "more than 0", lambda value: 0 < value < math.inf),
-            ("lora_dropout", "0 or more, and less than 1", lambda value: 0 <= value < 1),
+            ("lora_r", "1 or more", rank is None or rank >= 1),
+            ("lora_alpha", "more than 0", alpha is None or 0 < alpha < math.inf),
+            ("lora_dropout", "0 or more, and less than 1", dropout is None or 0 <= dropout < 1),
         ):
-            if name in values and not fits(values[name]):
+            if not fits:
                 raise SettingsError(f"--{name} {values[name]} is out of range: give {allowed}")
 
 
