@@ -66,7 +66,8 @@ def test_everything_imports_and_trains_with_the_lowest_declared_versions(python:
     """
     install(python, *lowest(*PROJECT["dependencies"]))
     import_everything(python, "vggt_cache")
-    training = [name for name in PROJECT["optional-dependencies"]["train"] if "deepspeed" not in name]
+    extras = PROJECT["optional-dependencies"]
+    training = [name for name in (*extras["train"], *extras["lora"]) if "deepspeed" not in name]
     torch = [name for name in PROJECT["dependencies"] if name.startswith("torch>=")]
     install(python, *lowest(*torch, *training), "pytest", "psutil")
     import_everything(python, "vggt_cache", "janusvln")
@@ -77,8 +78,9 @@ def test_everything_imports_and_trains_with_the_lowest_declared_versions(python:
         "-p",
         "no:cacheprovider",
         "tests/test_train_run.py",
+        "tests/test_train_lora.py",
         "-k",
-        "features_matter",
+        "features_matter or the_merged_model",
     ]
     found = subprocess.run(
         run, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": "src"}

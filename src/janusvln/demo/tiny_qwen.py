@@ -14,6 +14,8 @@ from tokenizers import pre_tokenizers
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from janusvln.model.checkpoints import share
+
 SPECIAL_TOKENS = (
     "<|endoftext|>",
     "<|im_start|>",
@@ -79,6 +81,7 @@ def write_tiny_qwen(directory: str | Path, *, seed: int = 0) -> Path:
         model = Qwen2_5_VLForConditionalGeneration(tiny_config())
     model.config.spatial_hidden_size = SPATIAL_HIDDEN_SIZE
     model.save_pretrained(path)
+    share(path)
     specials: dict[str, Any] = {
         "eos_token": "<|im_end|>",
         "additional_special_tokens": list(SPECIAL_TOKENS[1:]),

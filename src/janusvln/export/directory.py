@@ -37,7 +37,7 @@ def export(checkpoint: str, out: str, vggt_model_path: str) -> list[str]:
     a directory or a hub id. Weights keep their dtypes. Raises CheckpointError, SettingsError, DiskSpaceError and
     FileAccessError; then there is no `out`.
     """
-    target = _new_directory(out)
+    target = new_directory(out)
     found = checkpoints.open_checkpoint(checkpoint)
     config = checkpoints.configure(found, None, {})
     _check_features(found, config, vggt_model_path)
@@ -45,9 +45,9 @@ def export(checkpoint: str, out: str, vggt_model_path: str) -> list[str]:
     own, vggt = _own_weights(found), _vggt_weights(vggt_model_path)
     texts = processor_files(found.directory)
     _check_dtypes(own | vggt)
-    texts[CONFIG] = _json(published_config(config, _dtype_of(own)))
-    with _appearing(target, _bytes(own | vggt)) as directory:
-        texts[INDEX] = _json(_write_weights(own | vggt, directory))
+    texts[CONFIG] = as_json(published_config(config, _dtype_of(own)))
+    with appearing(target, _bytes(own | vggt)) as directory:
+        texts[INDEX] = as_json(_write_weights(own | vggt, directory))
         for name, text in texts.items():
             (directory / name).write_text(text, encoding="utf-8")
     told = differences(config)
@@ -145,7 +145,7 @@ def _write_file(target: Path, source: Path, weights: Weights) -> None:
         os.fsync(file.fileno())
 
 
-def _new_directory(out: str) -> Path:
+def new_directory(out: str) -> Path:
     target = Path(out).expanduser().absolute()
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise SettingsError(
@@ -155,7 +155,7 @@ def _new_directory(out: str) -> Path:
 
 
 @contextmanager
-def _appearing(target: Path, needed_bytes: int) -> Iterator[Path]:
+def appearing(target: Path, needed_bytes: int) -> Iterator[Path]:
     """A directory to fill, which then becomes `target`; all of it goes where that fails."""
     pending = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
     try:
@@ -178,5 +178,5 @@ def _appearing(target: Path, needed_bytes: int) -> Iterator[Path]:
         raise
 
 
-def _json(fields: Mapping[str, Any]) -> str:
+def as_json(fields: Mapping[str, Any]) -> str:
     return json.dumps(fields, indent=2) + "\n"

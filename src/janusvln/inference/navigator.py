@@ -94,12 +94,13 @@ class Navigator:
         those of `Navigator`. Raises CheckpointError and SettingsError.
         """
         chosen = choose_device(device)
-        config = checkpoints.configure(checkpoints.open_checkpoint(model), None, {})
+        found = checkpoints.open_checkpoint(model)
+        config = checkpoints.configure(found, None, {})
         spec = features_of(model, config.feature_spec)
         vggt = encoder_of(model, spec, vggt_model_path)
-        pixels = QwenPixels(model)
+        pixels = QwenPixels(str(found.directory))
         try:
-            tokenizer = AutoTokenizer.from_pretrained(model)
+            tokenizer = AutoTokenizer.from_pretrained(found.directory)
         except (OSError, ValueError) as error:
             raise SettingsError(
                 f"{model} has no tokenizer that can be read ({' '.join(str(error).split())[:200]}): copy its files "

@@ -27,6 +27,15 @@ Shapes = Mapping[str, tuple[int, ...]]
 MAY_BE_FRESH = [r"^merger\.", r"^action_head\."]
 LEFT_OUT = [r"^vggt\.", r"rotary_emb\.inv_freq$"]
 """VGGT's weights in a released checkpoint, and buffers that old versions of transformers saved."""
+HUB_FILES = ["*.json", "*.jinja", "*.txt", "*.safetensors"]
+ADAPTER_CONFIG = "adapter_config.json"
+SETTINGS = (
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "chat_template.json",
+    "chat_template.jinja",
+)  # fmt: skip
+"""Of images, videos and prompts; transformers 5 writes the first ones into processor_config.json."""
+_EARLY_PROCESSOR = '"Qwen2_5_VLImageProcessor"', '"Qwen2VLImageProcessor"'
+"""What the first Qwen2.5-VL directories call their image processor, and its name since, under which it is found."""
 _OLD_LAYOUT = (
     (re.compile(r"^visual\."), "model.visual."),
     (re.compile(r"^model\.(?!language_model\.|visual\.)"), "model.language_model."),
@@ -64,7 +73,12 @@ def open_checkpoint(location: str | os.PathLike[str], **hub: Any) -> ModelCheckp
 
     location: a directory, or a hub id, which is downloaded; `hub`: cache_dir, revision, token for that.
     """
-    directory = _directory(os.fspath(location), hub)
+    directory = find_directory(os.fspath(location), **hub)
+    if (directory / ADAPTER_CONFIG).is_file() and not (directory / WEIGHTS).is_file():
+        raise CheckpointError(
+            f"{location} holds LoRA adapters and no whole model: make one of both with python -m janusvln.export.merge "
+            f"{location} OUT, and give OUT"
+        )
     try:
         fields = read_json(directory / CONFIG)
         stored = _stored_shapes(directory)
@@ -141,7 +155,11 @@ def check(found: ModelCheckpoint, config: JanusVLNConfig, expected: Shapes) -> N
         )
 
 
-def _directory(location: str, hub: Mapping[str, Any]) -> Path:
+def find_directory(location: str, **hub: Any) -> Path:
+    """`location` as a local directory; a hub id is downloaded, with all that tokenizer and processor are made of.
+
+    hub: cache_dir, revision, token for that. Raises CheckpointError.
+    """
     path = Path(location).expanduser()
     if path.is_dir():
         return path
@@ -151,7 +169,7 @@ def _directory(location: str, hub: Mapping[str, Any]) -> Path:
             f"{WEIGHTS}), or a hub id such as Qwen/Qwen2.5-VL-3B-Instruct"
         )
     try:
-        return Path(snapshot_download(location, allow_patterns=["*.json", "*.safetensors"], **hub))
+        return Path(snapshot_download(location, allow_patterns=HUB_FILES, **hub))
     # Whatever the network library of the installed version raises, it means the same to the user.
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0][:200]
@@ -159,6 +177,21 @@ def _directory(location: str, hub: Mapping[str, Any]) -> Path:
             f"{location} is neither an existing directory nor could it be downloaded from the Hugging Face hub "
             f"({type(error).__name__}: {reason}): correct the path, or check the id, the network and your login"
         ) from error
+
+
+def copy_settings(source: Path, target: Path) -> None:
+    """Put the settings of a model's processor, which no model or tokenizer saves, beside another model."""
+    for path in map(source.joinpath, SETTINGS):
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            (target / path.name).write_text(text.replace(*_EARLY_PROCESSOR), encoding="utf-8")
+
+
+def share(directory: Path) -> None:
+    """Give weights, which safetensors keeps to their owner (0600), the mode that the umask leaves config.json."""
+    mode = (directory / CONFIG).stat().st_mode & 0o777
+    for path in directory.glob("*.safetensors"):
+        path.chmod(mode)
 
 
 def _stored_shapes(directory: Path) -> dict[str, tuple[int, ...]]:

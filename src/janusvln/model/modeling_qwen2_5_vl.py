@@ -5,8 +5,10 @@ Features come in as a batch field. Where they were computed, and whether they we
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import set_zero3_state
 from transformers.utils.generic import can_return_tuple
 
-from janusvln.model import checkpoints
+from janusvln.model import checkpoints, lora
 from janusvln.model.attention import attend_by_length, tower_inputs
 from janusvln.model.config import JanusVLNConfig
 from janusvln.model.fusion import (
@@ -87,6 +89,16 @@ class Qwen2_5_VLForConditionalGenerationForJanusVLN(_Qwen):  # type: ignore[misc
         model._weight_conversions = None
         return (model, info) if wanted else model
 
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *args: Any, state_dict: Any = None, **kwargs: Any
+    ) -> None:
+        """As transformers', readable for whom the umask allows. With LoRA, what was trained: see `lora`."""
+        if lora.is_adapted(self):
+            lora.save(self, Path(save_directory), state_dict)
+        else:
+            super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+        checkpoints.share(Path(save_directory))
+
     @classmethod
     def _shapes(cls, config: JanusVLNConfig) -> dict[str, tuple[int, ...]]:
         # set_zero3_state: parts of the model would otherwise be spread over processes, which meta tensors cannot be.
@@ -112,6 +124,7 @@ class Qwen2_5_VLForConditionalGenerationForJanusVLN(_Qwen):  # type: ignore[misc
         action_labels: Tensor | None = None,
         action_positions: Tensor | None = None,
         loss_weights: Tensor | None = None,
+        loss_shares: Tensor | None = None,
         cache: Any = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
@@ -123,6 +136,7 @@ class Qwen2_5_VLForConditionalGenerationForJanusVLN(_Qwen):  # type: ignore[misc
         action_labels, action_positions: int64 [samples], classes 0 to 3 (-100: none) and the token whose hidden
             state they are read from, as an index into [B * L].
         loss_weights: [B, L], weight of each token in the language loss.
+        loss_shares: [2], factors of the language loss and of the action head's.
 
         With image_positions, and image_grid_thw as numbers, nothing here waits for the device. Raises
         SpatialFeatureError where images and features do not belong together.
@@ -159,8 +173,11 @@ class Qwen2_5_VLForConditionalGenerationForJanusVLN(_Qwen):  # type: ignore[misc
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=vocab_size, **kwargs)
             else:
                 loss = weighted_token_loss(logits, labels, loss_weights)
+            if loss_shares is not None:
+                loss = loss * loss_shares[0]
             if self.config.action_head:
-                loss = loss + self._action_loss(hidden, action_labels, action_positions)
+                own = self._action_loss(hidden, action_labels, action_positions)
+                loss = loss + (own if loss_shares is None else own * loss_shares[1])
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -278,6 +295,16 @@ def action_loss(logits: Tensor, labels: Tensor) -> Tensor:
     kept = labels != NOT_LEARNED
     total = F.cross_entropy(logits.float(), labels, ignore_index=NOT_LEARNED, reduction="sum")
     return total / kept.sum().clamp(min=1)
+
+
+def learned(batch: Mapping[str, Any]) -> Tensor:
+    """float64 [2]: what the two losses of a batch are means over, the (weighted) learned tokens and the actions."""
+    labels, weights, actions = batch["labels"][:, 1:], batch.get("loss_weights"), batch.get("action_labels")
+    tokens = labels != NOT_LEARNED
+    counted = tokens if weights is None else tokens * weights[:, 1:]
+    none = tokens.new_zeros((), dtype=torch.float64)
+    chosen = none if actions is None else (actions != NOT_LEARNED).sum()
+    return torch.stack([counted.sum().double(), chosen.double()])
 
 
 def _refuse_right_padding(attention_mask: Tensor | None) -> None:

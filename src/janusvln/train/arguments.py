@@ -7,6 +7,7 @@ belongs to the published trainer and means nothing here, is refused with the rea
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from janusvln.data.dataset import DataOptions, flag
 from janusvln.features.resolve import AS_PUBLISHED, WantedFeatures
 from janusvln.features.source import MISS_POLICIES
+from janusvln.model import lora
 from janusvln.train.samples import BAD_SAMPLES
 from vggt_cache.delivery import THREADS
 from vggt_cache.errors import SettingsError
@@ -45,6 +47,14 @@ class ModelArguments:
     distill_loss_weight: float = flag(1.0, "weight of the action head's loss")
     reference_frame: str = flag("first", "only `first` is supported")
     attn_implementation: str | None = flag(None, "default: flash_attention_2 if installed, else sdpa")
+    lora_enable: bool = flag(False, "the language model learns by LoRA; its own weights stay as they are")
+    lora_r: int | None = flag(None, "rank of LoRA's matrices (default: 64)")
+    lora_alpha: float | None = flag(None, "what LoRA adds is weighed by this over the rank (default: 128)")
+    lora_dropout: float | None = flag(None, "of LoRA's input (default: 0)")
+    lora_target_modules: str | None = flag(
+        None, f"linear layers of the language model, with commas (default: all, {','.join(lora.TARGETS)})"
+    )
+    lora_bias: str = flag("none", "only `none` is supported")
 
     def __post_init__(self) -> None:
         if not self.model_name_or_path:
@@ -62,11 +72,35 @@ class ModelArguments:
                 f"one of them is missing: run {sys.executable} -m pip install flash-attn --no-build-isolation, or "
                 "leave the flag out"
             )
+        self._check_lora()
         if self.distill_loss_weight != 1.0 and not self.action_head:
             raise SettingsError(
                 f"--distill_loss_weight {self.distill_loss_weight} weighs the action head's loss, and there is no "
                 "action head: add --action_head True, or leave it out"
             )
+
+    def _check_lora(self) -> None:
+        names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+        values = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.lora_enable:
+            lora.need_peft()
+        elif values:
+            name, value = next(iter(values.items()))
+            raise SettingsError(
+                f"--{name} {value} has no effect without LoRA: add --lora_enable True, or leave it out"
+            )
+        if self.lora_bias != "none":
+            raise SettingsError(
+                f"--lora_bias {self.lora_bias} is not supported, biases stay as they are: give none, or leave it out"
+            )
+        rank, alpha, dropout = self.lora_r, self.lora_alpha, self.lora_dropout
+        for name, allowed, fits in (
+            ("lora_r", "1 or more", rank is None or rank >= 1),
+            ("lora_alpha", "more than 0", alpha is None or 0 < alpha < math.inf),
+            ("lora_dropout", "0 or more, and less than 1", dropout is None or 0 <= dropout < 1),
+        ):
+            if not fits:
+                raise SettingsError(f"--{name} {values[name]} is out of range: give {allowed}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +171,10 @@ class TrainingArguments(transformers.TrainingArguments):
     vision_tower_lr: float | None = flag(None, "learning rate of the vision tower (default: --learning_rate)")
     group_by_modality_length: bool = flag(False, "batches of samples of similar length")
     cache_dir: str | None = flag(None, "where models from the hub are kept")
+    loss_mean_over: str = flag(
+        "micro_batch",
+        "of a step, the loss is the mean of micro-batches' means, or over all its tokens (step)",
+    )
 
     def __post_init__(self) -> None:
         self.remove_unused_columns = False  # the collator needs fields that the model does not take
@@ -157,6 +195,8 @@ class TrainingArguments(transformers.TrainingArguments):
                 "--use_liger_kernel True would replace the model's forward by plain Qwen2.5-VL's, which takes no "
                 "spatial features: leave it out"
             )
+        if self.loss_mean_over not in LOSS_MEANS:
+            raise SettingsError(f"--loss_mean_over {self.loss_mean_over} is none of {', '.join(LOSS_MEANS)}")
         sampling, smoothing = self.train_sampling_strategy, self.label_smoothing_factor
         # Flags of transformers that would do nothing here, or undo something.
         if sampling != "random":
@@ -253,12 +293,24 @@ def _check_loggers(names: Any) -> None:
             )
 
 
+<<<<<<< HEAD
 OLD_SPELLINGS = {
     "evaluation_strategy": "eval_strategy",
     "warmup_ratio": "warmup_steps",
     "per_device_batch_size": "per_device_train_batch_size",
 }
 """Flags of transformers 4, and of the guide. A share of all steps is given to --warmup_steps as a number below 1."""
+=======
+LOSS_MEANS = ("micro_batch", "step")
+
+OLD_SPELLINGS = {
+    "evaluation_strategy": "eval_strategy",
+    "warmup_ratio": "warmup_steps",
+    "use_lora": "lora_enable",
+    "lora_rank": "lora_r",
+}
+"""Flags of transformers 4 and of other launchers. A share of all steps is given to --warmup_steps as below 1."""
+>>>>>>> w-save
 
 _OF_VIDEO = "it belongs to video files, which no VLN data set has: leave it out"
 MEANINGLESS = {
@@ -309,6 +361,8 @@ MEANINGLESS = {
     "logging_dir": "where TensorBoard's files go is said by the environment's TENSORBOARD_LOGGING_DIR: set that",
     "save_safetensors": "models are always saved as safetensors: leave it out",
     "include_tokens_per_second": "the log has samples_per_s: leave it out",
+    "lora_weight_path": "adapters are gone on from with --resume_from_checkpoint; or merge them first "
+    "(python -m janusvln.export.merge), and give the result to --model_name_or_path",
     "overwrite_output_dir": "a directory with checkpoints is resumed; to start anew, give an empty one",
 }
 

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from janusvln.model import lora
 from janusvln.model.checkpoints import name_in_model
 from janusvln.train.arguments import TrainingArguments, zero_settings
 from janusvln.train.ranks import Ranks
@@ -207,6 +208,9 @@ def load_weights(model: nn.Module, directory: str) -> None:
     transformers' Trainer takes the names in the files for the model's, which they are not (files keep Qwen2.5-VL's
     published names), and goes on from random weights with a warning.
     """
+    if lora.is_adapted(model):
+        lora.load(model, Path(directory))
+        return
     weights: dict[str, torch.Tensor] = {}
     for path in find_files(Path(directory)):
         weights |= {name_in_model(name): weight for name, weight in load_file(path).items()}

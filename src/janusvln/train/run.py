@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -19,7 +20,9 @@ from janusvln.features.resolve import (
     summary,
 )
 from janusvln.features.source import FeatureSource
+from janusvln.model import lora
 from janusvln.model.attention import attention_implementation
+from janusvln.model.checkpoints import find_directory
 from janusvln.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenerationForJanusVLN as _Model
 from janusvln.train.arguments import Arguments
 from janusvln.train.checkpoints import (
@@ -43,7 +46,6 @@ from vggt_cache.samples import Problem, Sources
 from vggt_cache.store import FeatureCache, list_stores
 from vggt_cache.store.directory import describe_spec
 
-COMPANIONS = ("preprocessor_config.json", "chat_template.json", "chat_template.jinja")
 _MAX_PROBLEMS_TOLD = 10
 
 
@@ -72,7 +74,7 @@ class TrainingRun:
         dataset = NavigationDataset(
             index,
             tokenizer,
-            model_dir=self.model_path,
+            model_dir=str(self.model_dir),
             spec=spec,
             options=self.data,
             action_head=self.model_arguments.action_head,
@@ -184,11 +186,15 @@ class TrainingRun:
         check_shared_memory(dataset, self.training)
         return dataset
 
+    @cached_property
+    def model_dir(self) -> Path:
+        """Where --model_name_or_path lies: one download for all that read from it. Raises CheckpointError."""
+        return find_directory(self.model_path, cache_dir=self.training.cache_dir)
+
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        settings = {"cache_dir": self.training.cache_dir, "model_max_length": self.data.model_max_length}
         try:
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                self.model_path, padding_side="right", **settings
+                self.model_dir, padding_side="right", model_max_length=self.data.model_max_length
             )
         except (OSError, ValueError) as error:
             raise SettingsError(
@@ -204,8 +210,7 @@ class TrainingRun:
         attention = arguments.attn_implementation or attention_implementation()
         try:
             model: _Model = _Model.from_pretrained(
-                self.model_path,
-                cache_dir=self.training.cache_dir,
+                str(self.model_dir),
                 attn_implementation=attention,
                 # DeepSpeed keeps float32 copies of bfloat16 weights. Without it they are float32, under autocast.
                 dtype=torch.bfloat16 if self.training.bf16 and self.training.deepspeed else torch.float32,
@@ -222,12 +227,26 @@ class TrainingRun:
         self._warn(check_trained_with(model.config.feature_spec, spec, self.model_path))
         model.config.feature_spec = summary(spec)
         model.config.use_cache = False
+        if arguments.lora_enable:
+            self._add_adapters(model)
         freeze(model, arguments)
         if self.training.vision_tower_lr is not None and not arguments.tune_mm_vision:
             self._warn(
                 ["--vision_tower_lr has no effect: the vision tower is not trained (--tune_mm_vision)"]
             )
         return model
+
+    def _add_adapters(self, model: _Model) -> None:
+        given, path = self.model_arguments, Path(self.model_path)
+        lora.add_adapters(
+            model,
+            str(path.absolute()) if path.exists() else self.model_path,
+            self.model_dir,
+            r=given.lora_r,
+            alpha=given.lora_alpha,
+            dropout=given.lora_dropout,
+            targets=given.lora_target_modules,
+        )
 
     def _train(
         self,
@@ -248,9 +267,7 @@ class TrainingRun:
             source=source,
             pixels=dataset.pixels,
             record=record,
-            companions=[
-                str(path) for path in map(Path(self.model_path).joinpath, COMPANIONS) if path.is_file()
-            ],
+            settings_from=self.model_dir,
         )
         trainer.add_callback(EpochCallback(trainer, self.ranks, fills=self.fills))
         if checkpoint and is_finished(checkpoint, self.training):
@@ -259,6 +276,7 @@ class TrainingRun:
                 copy_model(checkpoint, self.output_dir)
             return 0
         if checkpoint:
+            lora.check_resumed(model, Path(checkpoint))
             self._say(f"Resuming from {checkpoint}")
         stopping = StopCallback(self.stop, self.ranks)
         trainer.add_callback(stopping)
@@ -277,7 +295,10 @@ class TrainingRun:
         trainer.save_state()
         model.config.use_cache = True
         trainer.save_model()
-        self._say(f"Model saved in {os.path.abspath(self.output_dir)}", "SUCCESS")
+        saved = os.path.abspath(self.output_dir)
+        if self.model_arguments.lora_enable:
+            self._say(f"To make one model of it: python -m janusvln.export.merge {saved} OUT")
+        self._say(f"Model saved in {saved}", "SUCCESS")
         return 0
 
     def _say(self, text: str, level: str = "INFO") -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -20,6 +19,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from janusvln.data.images import QwenPixels
 from janusvln.features.source import FeatureSource
+from janusvln.model import lora
+from janusvln.model.checkpoints import copy_settings
+from janusvln.model.modeling_qwen2_5_vl import learned
 from janusvln.train.arguments import ModelArguments, TrainingArguments
 from janusvln.train.checkpoints import TRAINER_STATE, RunRecord, load_weights
 from janusvln.train.ranks import Ranks
@@ -45,16 +47,15 @@ class FeatureTrainer(Trainer):
         source: FeatureSource,
         pixels: QwenPixels,
         record: RunRecord,
-        companions: Sequence[str] = (),
+        settings_from: Path | None = None,
         **kwargs: Any,
     ) -> None:
-        """`record` is written beside every saved model, and the files `companions` are copied there, so that it can be
-        used alone."""
+        """Beside every saved model: `record`, and the processor's settings of the model in `settings_from`."""
         super().__init__(*args, **kwargs)
         self.source = source
         self.pixels = pixels.on(self.args.device)
         self.record = record
-        self.companions = companions
+        self.settings_from = settings_from
         self.order = EpochOrder(0, seed=0)
         self.speed = Speed()
         self._group_rates: list[float] = []
@@ -94,16 +95,34 @@ class FeatureTrainer(Trainer):
             self._ahead, num_batches, device
         )
         self.speed.data_s += time.perf_counter() - began_s
+<<<<<<< HEAD
         self.speed.steps += bool(found[0])
+=======
+        if self.args.loss_mean_over == "step" and found[0]:
+            self._share_loss(found[0])
+>>>>>>> w-save
         return found
+
+    def _share_loss(self, batches: list[Batch]) -> None:
+        """Weigh micro-batches so that the mean over them, and over ranks, is one over all tokens of the step."""
+        counts = torch.stack([learned(batch) for batch in batches]).to(self.args.device)
+        total = torch.cat([counts.sum(0), counts.new_tensor([len(batches)])])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(total)
+        shares = counts * total[2] / total[:2].where(total[:2] > 0, 1.0)
+        for batch, share in zip(batches, shares, strict=True):
+            batch["loss_shares"] = share
 
     def _prepare_inputs(self, inputs: Batch) -> Batch:
         inputs = dict(inputs)
+        shares = inputs.pop("loss_shares", None)  # which would be rounded to the engine's dtype
         if requests := inputs.pop("feature_requests", None):
             frames = [request.frames.to(self.args.device, non_blocking=True) for request in requests]
             inputs["pixel_values"] = torch.cat([self.pixels.values(frame) for frame in frames])
             inputs["spatial_features"] = self.source.take(requests)
         prepared: Batch = super()._prepare_inputs(inputs)
+        if shares is not None:
+            prepared["loss_shares"] = shares
         return prepared
 
     def training_step(self, model: nn.Module, inputs: Batch, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -208,8 +227,8 @@ class FeatureTrainer(Trainer):
         if self.args.should_save:
             directory = output_dir or str(self.args.output_dir)
             self.record.write(directory)
-            for path in self.companions:
-                shutil.copy2(path, os.path.join(directory, os.path.basename(path)))
+            if self.settings_from is not None:
+                copy_settings(self.settings_from, Path(directory))
 
 
 class EpochCallback(TrainerCallback):
@@ -309,7 +328,8 @@ def freeze(model: nn.Module, arguments: ModelArguments) -> None:
         "added": True,
         "projector": arguments.tune_mm_mlp,
         "vision": arguments.tune_mm_vision,
-        "language": arguments.tune_mm_llm,
+        "language": arguments.tune_mm_llm and not arguments.lora_enable,
+        "adapter": True,
     }
     for name, parameter in model.named_parameters():
         parameter.requires_grad = trained[part_of(name)]
@@ -317,6 +337,8 @@ def freeze(model: nn.Module, arguments: ModelArguments) -> None:
 
 def part_of(name: str) -> str:
     """The part of the model that a parameter belongs to, by its name."""
+    if lora.MARK in name:
+        return "adapter"
     steps = name.split(".")
     if "visual" in steps:
         return "projector" if "merger" in steps else "vision"
@@ -331,7 +353,7 @@ def parameter_groups(
     `decaying`: names of the parameters that weight decay applies to. Empty groups are left out.
     """
     mergers, vision = arguments.mm_projector_lr, arguments.vision_tower_lr
-    rates = {"added": mergers, "projector": mergers, "vision": vision, "language": None}
+    rates = {"added": mergers, "projector": mergers, "vision": vision, "language": None, "adapter": None}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
