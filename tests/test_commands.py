@@ -311,6 +311,32 @@ def test_the_demo_runs_from_nothing_and_again(tmp_path, capsys, monkeypatch):
     assert (tmp_path / "demo" / "features_causal.png").exists()
 
 
+@pytest.mark.parametrize("named", ["flag", "environment"])
+def test_a_command_takes_the_cache_that_the_fingerprint_names(made, capsys, tmp_path, monkeypatch, named):
+    """As training does: VGGT_CACHE_FINGERPRINT names one for every command that looks into a cache."""
+    stores = json.loads(run(capsys, "info", made / "cache", "--json")[1])["stores"]
+    (fingerprint,) = [one["fingerprint"] for one in stores if one["spec"]["context"] == "causal"]
+    data = ["--data_root", made / "data"]
+    commands = [
+        ["verify", made / "cache"],
+        ["verify", made / "cache", *data],
+        ["view", made / "cache", *data, "-o", tmp_path / "view.png"],
+        ["convert", made / "cache", "--codec", "none"],
+        ["precompute", "--verify", "--cache_dir", made / "cache", *data],
+    ]
+    for command in commands if named == "environment" else commands[:4]:
+        assert run(capsys, *command)[0] == 2
+        if named == "flag":
+            command += ["--fingerprint", fingerprint[:6]]
+        else:
+            monkeypatch.setenv("VGGT_CACHE_FINGERPRINT", fingerprint[:6])
+        assert run(capsys, *command)[0] == 0
+        if named == "environment":
+            monkeypatch.setenv("VGGT_CACHE_FINGERPRINT", "0" * 8)
+            assert "0" * 8 in run(capsys, *command)[2]
+            monkeypatch.delenv("VGGT_CACHE_FINGERPRINT")
+
+
 def test_a_second_specification_is_told_and_one_can_be_removed(own, capsys, small_checkpoint):
     cache_dir, data = own / "cache", own / "data"
     flags = ["--vggt_model_path", small_checkpoint, "--data_root", data, "--cache_dir", cache_dir, *SIZE]

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 
+from janusvln.data import sentence_of, sources_of
+from janusvln.data.check import SampleCheck
 from janusvln.features import computed
 from janusvln.train.command import main
 from janusvln.train.run import TrainingRun
+from janusvln.train.trainer import FeatureTrainer
 from small_data import write_image
-from train_data_kit import talk, write_frames, write_records
+from train_data_kit import make_dataset, talk, write_frames, write_records
 from train_kit import Kit, logged, write_kit
 from train_processes_kit import ROOT, start
+from vggt_cache.errors import DataError
 from vggt_cache.precompute.run import precompute
 from vggt_cache.precompute.settings import PrecomputeSettings
+from vggt_cache.samples import iter_samples
 
 FRAMES = 8
 Record = dict[str, Any]
@@ -202,6 +211,137 @@ def test_what_is_left_out_is_told_and_stays_the_same_when_the_run_is_resumed(
     sentence = refusal(capfd, flags)
     assert "2.png: it is empty" in sentence
     assert "mend them, since a run that is resumed goes on with the samples it began with" in sentence
+
+
+def test_a_run_that_leaves_samples_out_and_is_stopped_goes_on_with_the_same_ones(
+    base: Kit, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    write_data(data, "cut short")
+    assert cached(base, data, tmp_path / "cache") == 3
+    skipping = ["--bad_samples", "skip", "--per_device_train_batch_size", 1, "--num_train_epochs", 2]
+
+    def flags(name: str) -> list[str]:
+        return flags_of(base, data, tmp_path / "cache", tmp_path / name, *skipping)
+
+    assert main(flags("whole")) == 0
+    (checkpoint,) = stopped_at(3, flags("out"), monkeypatch, tmp_path / "out")
+    list_file = tmp_path / "out" / "skipped_samples.jsonl"
+    listed = list_file.read_text()
+    write_image(data / "1.png", 1)
+    for other in ("", listed.replace('"number": 1', '"number": 2')):
+        list_file.write_text(other)
+        if not other:
+            list_file.unlink()  # with the image mended, one sample more would be seen
+        sentence = refusal(capfd, flags("out"))
+        assert f"{checkpoint} was written by a skipped_samples.jsonl of 1 sample (digest " in sentence
+        assert "some samples of this epoch would come twice and others never" in sentence
+    list_file.write_text(listed)
+    assert main(flags("out")) == 0
+    assert "[WARN] 1 of 8 samples are left out" in capfd.readouterr().out
+    losses = [[entry["loss"] for entry in logged(tmp_path / name)] for name in ("whole", "out")]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 14
+
+
+def stopped_at(step: int, flags: list[str], monkeypatch: pytest.MonkeyPatch, output_dir: Path) -> list[Path]:
+    """Train until this step, in which SIGTERM comes; returns the checkpoints."""
+    real = FeatureTrainer.training_step
+
+    def train(self: FeatureTrainer, *given: Any, **more: Any) -> Any:
+        if self.state.global_step + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureTrainer, "training_step", train)
+        assert main(flags) == 143
+    return list(output_dir.glob("checkpoint-*"))
+
+
+def test_an_unreadable_list_of_what_is_left_out_is_told(
+    base: Kit, tmp_path: Path, capfd: pytest.CaptureFixture[str], no_model: None
+) -> None:
+    (tmp_path / "skipped_samples.jsonl").write_text('{"number"')
+    sentence = refusal(capfd, base.flags(tmp_path))
+    assert "skipped_samples.jsonl cannot be read" in sentence
+    assert "give it back, or start anew" in sentence
+
+
+# ---------------------------------------------------------------- the longest samples
+
+
+TEXTS = (
+    "go on ",
+    "walk",
+    "x" * 150,
+    "走到厨房左转，然后停下。" * 5,
+    "e\u0301\u0958\ufb2c" * 8,
+    "=-" * 30,
+    "\n\n 12 ",
+)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["sizes known", "sizes not known"])
+def test_the_samples_that_are_too_long_are_those_that_a_step_would_refuse(
+    tmp_path: Path, known: bool
+) -> None:
+    """Whatever they are written in: the number of words tells little of the number of tokens."""
+    random = Random(0)
+    names = write_frames(tmp_path, 3)
+    records: list[Record] = []
+    for _ in range(40):
+        images = names[: random.randint(0, 3)]
+        text = "".join(random.choices(TEXTS, k=random.randint(1, 6)))
+        records.append({"images": images, "conversations": talk("<image>" * len(images) + text, "STOP")})
+    write_records(tmp_path, records)
+    dataset = make_dataset(tmp_path)
+    lengths = sorted(len(dataset[at]["input_ids"]) for at in range(len(dataset)))
+    for limit in (lengths[0] - 1, *lengths[::4], lengths[-2], lengths[-1], 100_000):
+        dataset = make_dataset(tmp_path, model_max_length=limit)
+        refused = {}
+        for at in range(len(dataset)):
+            try:
+                dataset[at]
+            except DataError as error:
+                refused[at] = sentence_of(error)
+        sources = sources_of(str(tmp_path), None, None)
+        check = SampleCheck(iter_samples(sources, on_problem=lambda problem: None), str(tmp_path), dataset)
+        if known:
+            check.grids.note(np.arange(len(check.plan.frames)), (3, 4))
+        to_be_made = check.judge_lengths()
+        found = {at: f"the sample {dataset.index[at].source} {reason}" for at, reason in check.unfit.items()}
+        if known:
+            assert not to_be_made
+            assert found == refused
+        else:
+            assert found.items() <= refused.items()
+            assert refused.keys() <= found.keys() | set(to_be_made)
+            assert all(records[at]["images"] for at in to_be_made)
+    assert not refused
+
+
+@pytest.mark.parametrize("way", ["cached", "live"])
+def test_a_sample_of_few_words_and_many_tokens_is_too_long_before_the_run_begins(
+    base: Kit, tmp_path: Path, capfd: pytest.CaptureFixture[str], no_model: None, way: str
+) -> None:
+    write_frames(tmp_path / "data", FRAMES)
+    wordy = good(1) | {"conversations": talk("<image>go " + "on and on " * 20, "STOP")}
+    long = good(2) | {"conversations": talk("<image>" + "走到厨房左转，然后停下。" * 12, "STOP")}
+    write_records(tmp_path / "data", [wordy, long, *(good(number) for number in range(3, FRAMES))])
+    dataset = make_dataset(tmp_path / "data")
+    words, tokens = dataset.lengths, [len(dataset[at]["input_ids"]) for at in (0, 1)]
+    assert words[0] > words[1]
+    assert tokens[0] < tokens[1]
+    assert cached(base, tmp_path / "data", tmp_path / "cache") == 0
+    more = ["--train_data_root", tmp_path / "data", "--model_max_length", tokens[1] - 1]
+    if way == "cached":
+        flags = flags_of(base, tmp_path / "data", tmp_path / "cache", tmp_path / "out", *more)
+    else:
+        flags = base.flags(tmp_path / "out", *more, cached=False)
+    sentence = refusal(capfd, flags)
+    assert f"train.jsonl:2 has {tokens[1]} tokens with its 1 frames" in sentence
+    assert "1 of the 7 samples" in sentence
 
 
 # ---------------------------------------------------------------- coverage, and an encoder that will be needed

@@ -439,6 +439,11 @@ class TestResuming:
             ({"drop_last": True}, "--dataloader_drop_last True"),
             ({"samples": 33}, "a number of samples of 32, and this run has a number of samples of 33"),
             ({"samples_digest": "other"}, "annotations of digest d, and this run has annotations of digest other"),
+            (
+                {"skipped": "1 sample (digest 0)"},
+                "a skipped_samples.jsonl of no samples, and this run has a skipped_samples.jsonl of 1 sample (digest "
+                "0): some samples of this epoch would",
+            ),
         ],
     )  # fmt: skip
     def test_what_another_run_wrote_is_never_begun_anew_nor_gone_on_from(
@@ -496,7 +501,7 @@ class _Answers(Ranks):
 
 ALONE = RunRecord(
     world_size=1, zero_stage=None, batch_size=1, accumulation=1, seed=42, by_length=False, drop_last=False, samples=32,
-    samples_digest="d",
+    samples_digest="d", skipped="no samples",
 )  # fmt: skip
 
 

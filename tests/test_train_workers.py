@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Iterator
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from janusvln.data import PaddedCollator
 from janusvln.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenerationForJanusVLN as Model
 from janusvln.train.command import main
+from janusvln.train.workers import _end
 from train_kit import Kit, logged, write_kit
 
 
@@ -118,6 +121,44 @@ def test_a_batch_that_cannot_be_sent_ends_the_run_in_one_sentence(
     assert "[WARN] a batch cannot be sent to the training process: unable to allocate shared memory" in err
     (sentence,) = [line for line in err.splitlines() if line.startswith("[ERROR] ")]
     assert "a process that reads samples has ended, out of shared memory" in sentence
+
+
+def test_each_worker_is_shielded_and_ends_where_it_cannot_send_also_when_a_run_goes_on(
+    kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loader that goes on within an epoch is another one, made of the first."""
+    seen = tmp_path / "seen"
+    collate = PaddedCollator.__call__
+
+    def noting(*given: Any) -> Any:
+        ignored = {
+            one.name for one in (signal.SIGINT, signal.SIGUSR1) if signal.getsignal(one) == signal.SIG_IGN
+        }
+        blocked = signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+        threads = {thread.name for thread in threading.enumerate()}
+        state = [
+            os.getpid(),
+            sorted(ignored),
+            blocked,
+            "shield" in threads,
+            Queue._on_queue_feeder_error is _end,
+        ]
+        with open(seen, "a") as file:
+            file.write(json.dumps(state) + "\n")
+        return collate(*given)
+
+    monkeypatch.setattr(PaddedCollator, "__call__", noting)
+    saving = ["--dataloader_num_workers", 2, "--save_strategy", "steps", "--save_steps", 2, "--max_steps"]
+    pids: set[int] = set()
+    for steps in (2, 4):
+        assert main(kit.flags(tmp_path / "out", *saving, steps)) == 0
+        states = [json.loads(line) for line in seen.read_text().splitlines()]
+        seen.unlink()
+        assert {pid for pid, *_ in states}.isdisjoint({os.getpid(), *pids})
+        pids |= {pid for pid, *_ in states}
+        assert all(state == [["SIGINT", "SIGUSR1"], True, True, True] for _, *state in states)
+    assert len(pids) == 4
+    assert Queue._on_queue_feeder_error is not _end  # of this process
 
 
 def test_too_little_shared_memory_is_told_before_the_run_begins(

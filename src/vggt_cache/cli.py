@@ -7,6 +7,7 @@ loaded by the command that needs them, so that `--help` is quick.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -82,7 +83,8 @@ class _Parser(argparse.ArgumentParser):
 
     def choice_of_spec(self) -> None:
         self.flag("context", choices=CONTEXTS, help="which cache is meant, where several share the directory")
-        self.flag("fingerprint", help="the same, by the first digits of its fingerprint (vggt-cache info)")
+        text = "the same, by the first digits of its fingerprint (vggt-cache info); VGGT_CACHE_FINGERPRINT sets it too"
+        self.flag("fingerprint", help=text, default=_named_cache())
 
     def parse_known_args(self, *given: Any) -> Any:  # type: ignore[override]
         """A command's own parser answers for the flags after it: it knows what may have been meant."""
@@ -98,6 +100,10 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"[ERROR] {message}; {self.prog} --help lists the flags\n")
+
+
+def _named_cache() -> str | None:
+    return os.environ.get("VGGT_CACHE_FINGERPRINT") or None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -209,7 +215,8 @@ def _precompute(**given: Any) -> int:
         )
     from vggt_cache.inspection import verify_cache
 
-    return verify_cache(**{"num_workers": PrecomputeSettings.num_workers, **given})
+    unsaid = {"num_workers": PrecomputeSettings.num_workers, "fingerprint": _named_cache()}
+    return verify_cache(**{**unsaid, **given})
 
 
 def _doctor(directory: str) -> int:

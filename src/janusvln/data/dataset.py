@@ -99,7 +99,7 @@ class NavigationDataset(Dataset[Item]):
         self.options = options
         self._action_head = action_head
         self._weighted = any(weight != 1.0 for weight in options.section_weights)
-        self._chat = ChatEncoder(tokenizer)
+        self.chat = ChatEncoder(tokenizer)
         self._positions = RopePositions(_config(model_dir))
         self.pixels = QwenPixels(model_dir, min_pixels=options.min_pixels, max_pixels=options.max_pixels)
 
@@ -130,8 +130,8 @@ class NavigationDataset(Dataset[Item]):
         check_dialogue(dialogue, len(sample.frames))
         frames = load_frames(sample, self.spec.preprocessing)
         grids = [self.pixels.grid(frame.pixels) for frame in frames]
-        tokens = self._chat.encode(dialogue, [self.pixels.image_tokens(grid) for grid in grids])
-        self._check_length(len(tokens.input_ids), len(frames))
+        tokens = self.chat.encode(dialogue, [self.pixels.image_tokens(grid) for grid in grids])
+        self.check_length(len(tokens.input_ids), len(frames))
         input_ids = torch.tensor(tokens.input_ids)
         thw = torch.tensor([(1, h, w) for h, w in grids]) if grids else None
         item: Item = {
@@ -145,11 +145,12 @@ class NavigationDataset(Dataset[Item]):
             item["loss_weights"] = torch.tensor(tokens.weights, dtype=torch.float32)
         if thw is not None:
             item["image_grid_thw"] = thw
-            item["image_positions"] = (input_ids == self._chat.image_token).nonzero()[:, 0]
+            item["image_positions"] = (input_ids == self.chat.image_token).nonzero()[:, 0]
             item["feature_request"] = request_feature(at, frames, self.spec)
         return item
 
-    def _check_length(self, length: int, frames: int) -> None:
+    def check_length(self, length: int, frames: int) -> None:
+        """Raises UnfitSampleError."""
         limit = self.options.model_max_length
         if length > limit:
             raise UnfitSampleError(

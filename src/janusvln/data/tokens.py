@@ -59,6 +59,10 @@ class ChatEncoder:
                 tokens.add(ids, hidden=len(ids))
         return tokens
 
+    def text_length(self, dialogue: Dialogue, images: int) -> int:
+        """Tokens without those that stand for what the images hold."""
+        return len(self.encode(dialogue, [0] * images).input_ids)
+
     def _question(self, turn: Turn, places: Iterator[int]) -> list[int]:
         shown = turn.text.replace(IMAGE_TAG, _IMAGE) if turn.role == "user" else turn.text
         ids: list[int] = []
@@ -78,6 +82,16 @@ class ChatEncoder:
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
+
+
+def text_at_most(dialogue: Dialogue) -> int:
+    """No less than `ChatEncoder.text_length`, and quick: no token is shorter than a byte.
+
+    Before they become tokens texts are brought into Unicode's form C, in which UTF-8 is at most three times as long.
+    """
+    texts = [SYSTEM_MESSAGE, *(turn.text for turn in dialogue.turns)]
+    header_and_end = len(_HEADER + _END) + len("assistant")
+    return sum(header_and_end + len(text) * (1 if text.isascii() else 3 * 4) for text in texts)
 
 
 class RopePositions:

@@ -42,11 +42,16 @@ class RunRecord:
     by_length: bool
     drop_last: bool
     samples: int
+    """Those that are left out count too."""
     samples_digest: str
     """Of the annotations, in their order; see `SampleIndex.digest`."""
+    skipped: str
+    """Which samples are left out; see `skipped_text`."""
 
     @classmethod
-    def of(cls, arguments: TrainingArguments, *, samples: int, samples_digest: str) -> RunRecord:
+    def of(
+        cls, arguments: TrainingArguments, *, samples: int, samples_digest: str, skipped: str
+    ) -> RunRecord:
         zero = zero_settings(arguments)
         return cls(
             world_size=arguments.world_size,
@@ -58,6 +63,7 @@ class RunRecord:
             drop_last=arguments.dataloader_drop_last,
             samples=samples,
             samples_digest=samples_digest,
+            skipped=skipped,
         )
 
     def write(self, directory: str) -> None:
@@ -104,6 +110,7 @@ _FLAGS = {
     "drop_last": "--dataloader_drop_last",
     "samples": "a number of samples of",
     "samples_digest": "annotations of digest",
+    "skipped": "a skipped_samples.jsonl of",
 }
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -34,7 +36,7 @@ from janusvln.train.checkpoints import (
     trained_features,
 )
 from janusvln.train.ranks import Ranks, agree_on_snapshot
-from janusvln.train.samples import settle_samples
+from janusvln.train.samples import listed_samples, settle_samples, skipped_text
 from janusvln.train.stop import EXIT_CODES, StopCallback, StopRequest
 from janusvln.train.trainer import EpochCallback, FeatureTrainer, freeze
 from janusvln.train.workers import check_shared_memory, lost_workers_told
@@ -80,7 +82,10 @@ class TrainingRun:
             action_head=self.model_arguments.action_head,
         )
         encoder = LiveEncoder(self.features.vggt_model_path, spec, self.device)
-        dataset = self._settled(dataset, sources, problems, cache, encoder, resumed=checkpoint is not None)
+        dataset, skipped = self._settled(
+            dataset, sources, problems, cache, encoder, resumed=checkpoint is not None
+        )
+        record = replace(record, skipped=skipped_text(skipped))
         model = self._model(spec)
         source = self._source(spec, cache, encoder)
         try:
@@ -112,9 +117,9 @@ class TrainingRun:
 
     def _record(self, index: SampleIndex) -> RunRecord:
         """As rank 0 sees the data: one rank reads the annotations once more, and not all of them."""
-        own = "" if self.ranks.rank else index.digest()
-        digest = self.ranks.exchange("samples", own)[0]
-        return RunRecord.of(self.training, samples=len(index), samples_digest=digest)
+        own = ["", ""] if self.ranks.rank else [index.digest(), skipped_text(listed_samples(self.output_dir))]
+        digest, skipped = json.loads(self.ranks.exchange("samples", json.dumps(own))[0])
+        return RunRecord.of(self.training, samples=len(index), samples_digest=digest, skipped=skipped)
 
     def _checkpoint(self, spec: FeatureSpec, record: RunRecord) -> str | None:
         """What this run goes on from, if anything: a checkpoint of the same run, trained with the same features."""
@@ -160,8 +165,9 @@ class TrainingRun:
         encoder: LiveEncoder,
         *,
         resumed: bool,
-    ) -> NavigationDataset:
-        """The samples that are trained on; and an encoder that can be had, where features are missing."""
+    ) -> tuple[NavigationDataset, Sequence[int]]:
+        """The samples that are trained on, and the numbers of the others; and an encoder that can be had, where
+        features are missing."""
         miss = self.features.vggt_cache_miss
         settled = settle_samples(
             dataset,
@@ -184,7 +190,7 @@ class TrainingRun:
                 self._warn([f"should one of them be missing, this run ends: {error}"])
         dataset = dataset.without(settled.skipped) if settled.skipped else dataset
         check_shared_memory(dataset, self.training)
-        return dataset
+        return dataset, settled.skipped
 
     @cached_property
     def model_dir(self) -> Path:

@@ -7,17 +7,18 @@ should it fail, they hear that too. The list of those that are left out belongs 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from janusvln.data.check import SampleCheck
 from janusvln.data.dataset import NavigationDataset, sentence_of
-from janusvln.features.coverage import Coverage, measure_coverage
+from janusvln.features.coverage import READING_S, Coverage, measure_coverage
 from janusvln.train.ranks import Ranks
 from vggt_cache.errors import DataError
 from vggt_cache.precompute.report import standing_failures
@@ -64,7 +65,7 @@ def settle_samples(
     answer = ""
     if ranks.rank == 0:
         desk = _Desk(dataset, sources, cache, say, skip=skip)
-        kept_out = desk.kept_out(Path(output_dir)) if resumed else []
+        kept_out = listed_samples(output_dir) if resumed else []
         desk.look(kept_out)
         skipped = desk.settle(Path(output_dir), problems, kept_out, resumed=resumed)
         desk.tell_absent(miss)
@@ -97,8 +98,7 @@ class _Desk:
         check = SampleCheck(
             samples,
             self.sources.root,
-            options=self.dataset.options,
-            spec=self.dataset.spec,
+            self.dataset,
             left_out=left_out,
             on_progress=lambda done: self.say(f"Checked {done} of {count} samples", "INFO"),
         )
@@ -118,22 +118,25 @@ class _Desk:
                 say=lambda text: self.say(text, "INFO"),
             )
             self.say(self.coverage.sentence(cache.spec.context_rule.noun), "INFO")
-        check.judge_frames(self.dataset.pixels.limits)
-        self.unfit = check.unfit
-        self._make_the_longest(left_out)
+        check.judge_frames()
+        long, self.unfit = check.judge_lengths(), check.unfit
+        self._make(long)
 
-    def _make_the_longest(self, left_out: Sequence[int]) -> None:
-        """As a step would: what is too long for the flags is most probably this one. Where it is, the next one too."""
-        lengths = self.dataset.lengths
-        for at in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
-            if at not in self.unfit and at not in left_out:
-                try:
-                    self.dataset[at]
-                    return
-                except DataError as error:
-                    self.unfit[at] = self._reason(at, sentence_of(error))
-                if not self.skip:
-                    return
+    def _make(self, samples: Sequence[int]) -> None:
+        """As a step would, for the images whose sizes nobody knows: as many as the start of a run has time for."""
+        until_s = time.monotonic() + READING_S
+        for number, at in enumerate(samples):
+            if time.monotonic() > until_s:
+                self.say(
+                    f"{len(samples) - number} samples could be over --model_max_length, and the sizes of their images "
+                    "are not known yet: should one be, this run ends there; give more, or precompute them",
+                    "WARN",
+                )
+                return
+            try:
+                self.dataset[at]
+            except DataError as error:
+                self.unfit[at] = self._reason(at, sentence_of(error))
 
     def tell_absent(self, miss: str) -> None:
         """Features that are not in the cache. Raises DataError where none may be missing."""
@@ -159,17 +162,6 @@ class _Desk:
         return os.path.relpath(self._source(at), self.sources.root)
 
     # ------------------------------------------------------------ what is done about it
-
-    def kept_out(self, output_dir: Path) -> list[int]:
-        """The samples that a run, which is resumed, has left out so far. Raises DataError where they are not there."""
-        list_file = output_dir / SKIPPED_FILE
-        listed = _listed(list_file)
-        if listed != {at: self._place(at) for at in listed if at < len(self.dataset)}:
-            raise DataError(
-                f"{list_file} names samples that are not where they were, so this is not the data that the run began "
-                "with: give that data, or an empty --output_dir"
-            )
-        return sorted(listed)
 
     def settle(
         self, output_dir: Path, problems: Sequence[Problem], kept_out: Sequence[int], *, resumed: bool
@@ -219,7 +211,9 @@ class _Desk:
             path.unlink(missing_ok=True)
             if unfit:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+                new = path.with_suffix(".tmp")  # whoever is killed here leaves no half of a list
+                new.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+                new.replace(path)
         except OSError as error:
             raise DataError(
                 f"{path} cannot be written ({error.strerror}), and it is to say which samples the run leaves out: give "
@@ -227,19 +221,23 @@ class _Desk:
             ) from error
 
 
-def _listed(path: Path) -> dict[int, str]:
-    """Number and place of the samples that the run left out when it began."""
-    listed: dict[int, str] = {}
-    with suppress(FileNotFoundError):
-        try:
-            for line in path.read_text().splitlines():
-                entry = json.loads(line)
-                listed[int(entry["number"])] = str(entry["sample"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            raise DataError(
-                f"{path} cannot be read ({error}), and it says which samples this run leaves out: give it back, or "
-                "start anew in an empty --output_dir"
-            ) from error
-    return listed
+def listed_samples(output_dir: str) -> list[int]:
+    """The numbers of the samples that the run of this directory left out when it began. Raises DataError."""
+    path = Path(output_dir) / SKIPPED_FILE
+    try:
+        return sorted(int(json.loads(line)["number"]) for line in path.read_text().splitlines())
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} cannot be read ({error}), and it says which samples this run leaves out: give it back, or "
+            "start anew in an empty --output_dir"
+        ) from error
+
+
+def skipped_text(numbers: Sequence[int]) -> str:
+    """For people, and to compare."""
+    if not numbers:
+        return "no samples"
+    digest = hashlib.sha256(json.dumps(list(numbers)).encode()).hexdigest()
+    return f"{len(numbers)} sample{'s' if len(numbers) > 1 else ''} (digest {digest[:16]})"

@@ -165,7 +165,7 @@ class _Command:
             if others and self.spec not in others and self.reporter.rank == 0:
                 self.reporter.warn(
                     f"{self.settings.cache_dir} holds {'; '.join(map(describe_spec, others))}, and now gets "
-                    f"{describe_spec(self.spec)} beside it: say which one is meant, by --context, or when training by "
+                    f"{describe_spec(self.spec)} beside it: say which one is meant, by --context, or by "
                     f"VGGT_CACHE_FINGERPRINT={self.spec.fingerprint[:8]}; `vggt-cache prune {self.settings.cache_dir} "
                     "--spec FINGERPRINT` removes one"
                 )
