@@ -293,24 +293,17 @@ def _check_loggers(names: Any) -> None:
             )
 
 
-<<<<<<< HEAD
-OLD_SPELLINGS = {
-    "evaluation_strategy": "eval_strategy",
-    "warmup_ratio": "warmup_steps",
-    "per_device_batch_size": "per_device_train_batch_size",
-}
-"""Flags of transformers 4, and of the guide. A share of all steps is given to --warmup_steps as a number below 1."""
-=======
 LOSS_MEANS = ("micro_batch", "step")
 
 OLD_SPELLINGS = {
     "evaluation_strategy": "eval_strategy",
     "warmup_ratio": "warmup_steps",
+    "per_device_batch_size": "per_device_train_batch_size",
     "use_lora": "lora_enable",
     "lora_rank": "lora_r",
 }
-"""Flags of transformers 4 and of other launchers. A share of all steps is given to --warmup_steps as below 1."""
->>>>>>> w-save
+"""Flags of transformers 4, of the guide and of other launchers. A share of all steps is given to --warmup_steps as a
+number below 1."""
 
 _OF_VIDEO = "it belongs to video files, which no VLN data set has: leave it out"
 MEANINGLESS = {

@@ -95,12 +95,9 @@ class FeatureTrainer(Trainer):
             self._ahead, num_batches, device
         )
         self.speed.data_s += time.perf_counter() - began_s
-<<<<<<< HEAD
         self.speed.steps += bool(found[0])
-=======
         if self.args.loss_mean_over == "step" and found[0]:
             self._share_loss(found[0])
->>>>>>> w-save
         return found
 
     def _share_loss(self, batches: list[Batch]) -> None:
