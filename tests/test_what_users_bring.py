@@ -234,8 +234,9 @@ COMMANDS: dict[str, list[str]] = {
     "view": ["view", CACHE, "--data_root", DATA, "-o", "picture.png"],
     "prune": ["prune", CACHE, "--yes"],
     "convert": ["convert", CACHE, "--codec", "none", "--yes"],
+    "doctor": ["doctor", CACHE],
 }
-READERS = [name for name in COMMANDS if name not in ("precompute", "precompute --dry_run")]
+READERS = [name for name in COMMANDS if name not in ("precompute", "precompute --dry_run", "doctor")]
 
 
 def _dangling(cache: Path) -> None:
