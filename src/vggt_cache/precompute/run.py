@@ -193,8 +193,8 @@ class _Command:
             info(f"Already in the cache: {len(plan) - len(missing)}")
         if plan.history_only:
             info(
-                f"{count_of(plan.history_only, 'image')} of the data are only history of samples: their features are "
-                "made too, but training reads that of each sample's last image alone"
+                f"Images that are only history of samples: {plan.history_only}; their features are made too, but "
+                "training reads that of each sample's last image alone"
             )
         info(f"Unique {self.settings.noun}s to process: {len(missing)}")
         if self.absent:
