@@ -104,6 +104,8 @@ def test_16_bit_grey_is_one_warning_a_run(root, small_checkpoint, capsys):
     for name in ("a", "b"):
         Image.fromarray(np.full((48, 64), 1500, np.uint16)).save(root / f"{name}.png")
     put(root, "x.jsonl", "a.png", "b.png", "c.png")
+    code, said = precompute(capsys, small_checkpoint, root, "--dry_run")
+    assert (code, said.count("values over 255 are white; a depth map?")) == (0, 1), "told before it is begun"
     code, said = precompute(capsys, small_checkpoint, root)
     assert code == 0
     assert said.count("values over 255 are white; a depth map?") == 1
@@ -127,3 +129,23 @@ def test_a_sample_that_speaks_of_frames_and_names_none_is_told(root, small_check
     code, said = precompute(capsys, small_checkpoint, root)
     assert code == 3
     assert f"[WARN] {root / 'x.json'}:2: has video but names no frame" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("plain name.png", "{root}/plain name.png"),
+        ("起点.png", "{root}/起点.png"),
+        ("blank.png ", "'{root}/blank.png '"),
+        ("ep1\\0.png", "'{root}/ep1\\\\0.png'"),
+        ("two\nlines.png", "'{root}/two\\nlines.png'"),
+    ],
+)
+def test_a_name_that_could_be_taken_for_another_is_quoted(root, small_checkpoint, capsys, name, shown):
+    put(root, "x.jsonl", "a.png", name)
+    shown = shown.format(root=root)
+    code, said = precompute(capsys, small_checkpoint, root, "--verify")
+    assert code == 3
+    assert f"[WARN] 1 image does not exist: the first is {shown}; " in said
+    assert f"[WARN] {shown}: it does not exist" in said
+    assert f"[WARN] invalid: {shown}: " in said

@@ -176,11 +176,22 @@ def test_a_root_with_one_file_of_each_kind_loses_no_sample_and_mentions_every_fi
     for number, (name, data, _) in enumerate(LEFT_OUT.values()):
         (tmp_path / f"bad{number:02d}").mkdir()
         (tmp_path / f"bad{number:02d}" / name).write_bytes(data)
-    assert sorted(names_in(tmp_path)) == ["a.png"] * len(READ) + ["b.png"] * len(READ)
+    episode = tmp_path / "episode"
+    (episode / "inner").mkdir(parents=True)
+    for name in ("milestones_result.json", "step_0000_STOP.png", "step_0000_STOP.json"):
+        (episode / name).write_bytes(b"{}")
+    (episode / "again.jsonl").write_bytes(lines(A))
+    (episode / "inner" / "more.jsonl").write_bytes(lines(B))
+    found = sorted(set(names_in(tmp_path))), len(names_in(tmp_path))
+    assert found == (["a.png", "b.png", "step_0000_STOP.png"], 2 * len(READ) + 9)
     sources = find_sources(tmp_path)
     told = {problem.path for problem in sources.left_out} | {*sources.files}
-    assert told == {str(path) for path in tmp_path.rglob("*") if path.is_file()}
-    assert len([line for line in sources.remarks() if line.startswith("left out: ")]) == len(LEFT_OUT)
+    files = {str(path) for path in tmp_path.rglob("*") if path.is_file() and path.parent != episode}
+    assert told == files - {str(episode / "inner" / "more.jsonl")} | {str(episode / "again.jsonl")}
+    left_out = [line for line in sources.remarks() if line.startswith("left out: ")]
+    assert len(left_out) == len(LEFT_OUT) + 1
+    reason = "is in an episode folder, of which only the steps are read, and 1 more there"
+    assert f"left out: {episode / 'again.jsonl'} ({reason})" in left_out
 
 
 def test_many_files_that_are_left_out_are_counted(tmp_path):

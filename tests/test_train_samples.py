@@ -148,6 +148,18 @@ def test_a_sample_that_cannot_be_trained_on_ends_the_run_before_it_begins(
     assert "--bad_samples skip" in sentence
 
 
+def test_files_that_are_left_out_are_told_by_training_too(
+    base: Kit, tmp_path: Path, capfd: pytest.CaptureFixture[str], no_model: None
+) -> None:
+    write_data(tmp_path / "data", "missing")
+    (tmp_path / "data" / "episodes.json").write_text('{"episodes": []}')
+    cached(base, tmp_path / "data", tmp_path / "cache")
+    capfd.readouterr()
+    assert main(flags_of(base, tmp_path / "data", tmp_path / "cache", tmp_path / "out")) == 2
+    reason = "is one JSON object, not a list of samples or JSON Lines"
+    assert capfd.readouterr().out.count(f"[INFO] left out: {tmp_path}/data/episodes.json ({reason})") == 1
+
+
 def test_frames_of_a_sample_that_differ_in_size_are_found_in_the_cache(
     base: Kit, tmp_path: Path, capfd: pytest.CaptureFixture[str], no_model: None
 ) -> None:

@@ -234,8 +234,9 @@ COMMANDS: dict[str, list[str]] = {
     "view": ["view", CACHE, "--data_root", DATA, "-o", "picture.png"],
     "prune": ["prune", CACHE, "--yes"],
     "convert": ["convert", CACHE, "--codec", "none", "--yes"],
+    "doctor": ["doctor", CACHE],
 }
-READERS = [name for name in COMMANDS if name not in ("precompute", "precompute --dry_run")]
+READERS = [name for name in COMMANDS if name not in ("precompute", "precompute --dry_run", "doctor")]
 
 
 def _dangling(cache: Path) -> None:
@@ -328,7 +329,7 @@ def test_images_that_training_never_reads_are_told_of(run: Run, data: Path) -> N
     assert "only history" not in run()[1], "each image is the last one of a sample"
     write_episode(data, "历史", 2, seed=7)
     write_annotations(data / "more.jsonl", [["历史/0000.png", "历史/0001.png"]])
-    assert "[INFO] 1 image of the data are only history" in run()[1]
+    assert "[INFO] Images that are only history of samples: 1;" in run()[1]
 
 
 @pytest.mark.parametrize(

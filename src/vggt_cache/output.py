@@ -6,9 +6,11 @@ And a progress bar ends without a line end, so that whatever is printed next wou
 from __future__ import annotations
 
 import io
+import re
 import sys
 from typing import TextIO
 
+_MISLEADING = re.compile(r"^\s|\s$|[\\'\"]|^$")
 _bar_is_drawn = False
 
 
@@ -38,3 +40,11 @@ def print_line(level: str, text: str, stream: TextIO | None = None) -> None:
     begin = "\n" if _bar_is_drawn else ""
     stream.write(f"{begin}[{level}] {text}\n")
     stream.flush()
+
+
+def name_text(name: str) -> str:
+    """A file's name where a line begins with it: as it stands, in quotes where it could be taken for another.
+
+    Blanks at its ends, quotes, backslashes and what cannot be printed would not be seen otherwise, or break the line.
+    """
+    return name if name.isprintable() and not _MISLEADING.search(name) else repr(name)

@@ -165,7 +165,7 @@ _ALL = (
     ),
     Trial(
         name="hostile_images", count=100_000, exercises=("errors.py", "frames.py"), run=hostile_images.hostile_images,
-        about="a PNG, JPEG, WebP or BMP with parts changed, repeated, moved, spliced, enlarged, cut or bombs put in",
+        about="a PNG, JPEG, WebP, BMP or GIF: parts changed, repeated, moved, spliced, enlarged, cut, or bombs put in",
     ),
     Trial(
         name="hostile_annotations", count=100_000, exercises=("errors.py", "samples"),

@@ -89,12 +89,40 @@ def _split_bmp(data: bytes) -> list[bytes]:
     return [data[:2], data[2:14], data[14:54], data[54:offset], data[offset:]]
 
 
+def _split_gif(data: bytes) -> list[bytes]:
+    """Signature, screen with its palette, then extensions and images, each with its data, and the end."""
+    parts, at = [data[:6]], 6
+    end = at + 7 + _palette_bytes(data[at + 4])
+    while at < len(data):
+        parts.append(data[at:end])
+        at = end
+        if data[at : at + 1] == b"!":
+            end = _behind_blocks(data, at + 2)
+        elif data[at : at + 1] == b",":
+            end = _behind_blocks(data, at + 11 + _palette_bytes(data[at + 9]))
+        else:
+            end = len(data)
+    return parts
+
+
+def _palette_bytes(flags: int) -> int:
+    return 3 << (flags % 8 + 1) if flags & 0x80 else 0
+
+
+def _behind_blocks(data: bytes, at: int) -> int:
+    while data[at]:
+        at += 1 + data[at]
+    return at + 1
+
+
 _SPLIT: dict[str, Callable[[bytes], list[bytes]]] = {
     "PNG": _split_png,
     "JPEG": _split_jpeg,
     "WEBP": _split_webp,
     "BMP": _split_bmp,
+    "GIF": _split_gif,
 }
+FORMATS = tuple(_SPLIT)
 
 
 def join(form: str, parts: Sequence[bytes], *, correct: bool) -> bytes:
@@ -116,7 +144,7 @@ def _png_chunk(kind: bytes, content: bytes) -> bytes:
 
 def hostile_image(random: Random) -> bytes:
     """A file of some format: parts changed, dropped, repeated, moved, taken from others; numbers set; bytes spoilt."""
-    form = random.choice(("PNG", "JPEG", "WEBP", "BMP"))
+    form = random.choice(FORMATS)
     files = sound_files()[form]
     parts = split(form, random.choice(files))
     if random.random() < _LARGE_SHARE:
@@ -136,6 +164,7 @@ def _enlarge(form: str, parts: list[bytes], random: Random) -> list[bytes]:
     sizes = {
         "PNG": (1, 8, struct.pack(">II", width, height)),
         "BMP": (2, 4, struct.pack("<ii", width, height)),
+        "GIF": (1, 0, struct.pack("<HH", width, height)),
         "WEBP": (1, 12, (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")),
         "JPEG": (_frame_header(parts), 5, struct.pack(">HH", height, width)),
     }
@@ -237,7 +266,15 @@ def _bombs() -> dict[str, list[bytes]]:
         for content in (b"", bytes(24), b"\xff" * 24, bytes(100_000))
     ]
     bmp = [b"\0\0" * 50_000, b"\xff\0" * 50_000, b"\0\2\xff\xff" * 20_000, b"\xff" * 50_000]
-    return {"PNG": png, "JPEG": jpeg, "WEBP": webp, "BMP": bmp}
+    image = b",\0\0\0\0" + struct.pack("<HHB", 2**16 - 1, 2**16 - 1, 0) + b"\x08"
+    gif = [
+        b"!\xfe" + b"\xff" * 60_000 + b"\0",
+        b"!\xff\x0bNETSCAPE2.0\3\1\0\0\0",
+        image + b"\0",
+        b"!\xf9\4\xff\0\0\xff\0",
+    ]
+    gif += [image + (b"\xff" + b"\x5a" * 255) * 1000 + b"\0"]
+    return {"PNG": png, "JPEG": jpeg, "WEBP": webp, "BMP": bmp, "GIF": gif}
 
 
 def _cut(data: bytes, random: Random) -> bytes:
@@ -253,5 +290,5 @@ def _spoil(data: bytes, random: Random) -> bytes:
 
 def _splice(data: bytes, random: Random) -> bytes:
     """The beginning of it and the end of another file."""
-    other = random.choice(sound_files()[random.choice(("PNG", "JPEG", "WEBP", "BMP"))])
+    other = random.choice(sound_files()[random.choice(FORMATS)])
     return data[: random.randrange(len(data) + 1)] + other[random.randrange(len(other)) :]

@@ -50,6 +50,12 @@ def sound_files() -> dict[str, list[bytes]]:
     ]
     files["BMP"] = [_encoded(_picture(mode, 6), "BMP") for mode in ("RGB", "RGBA", "L", "P", "1")]
     files["BMP"] += [_run_lengths(8), _run_lengths(4)]
+    files["GIF"] = [
+        _encoded(_picture("P", 7), "GIF"),
+        _encoded(_picture("L", 7), "GIF", interlace=0, comment=b"x"),
+        _encoded(_picture("P", 8), "GIF", transparency=3),
+        _encoded(three[0], "GIF", **more),
+    ]
     return files
 
 

@@ -145,6 +145,8 @@ class TrainingRun:
     # ------------------------------------------------------------ data
 
     def _index(self, sources: Sources, problems: list[Problem]) -> SampleIndex:
+        for remark in sources.remarks():
+            self._say(remark)
         index = SampleIndex(sources, on_problem=problems.append)
         told = [f"{problem.where} {problem.reason}" for problem in problems[:_MAX_PROBLEMS_TOLD]]
         if len(problems) > len(told):

@@ -81,6 +81,11 @@ def _nearest_readable(asked: Path) -> Path:
             with os.scandir(place) as entries:
                 next(entries, None)
             return place
+        if place.is_symlink():
+            fault = (
+                f"{place} is a link that leads nowhere (to {os.readlink(place)}), so no cache can be there"
+            )
+            raise CacheAccessError(f"{fault}: name another place, or remove it")
     return Path("/")
 
 

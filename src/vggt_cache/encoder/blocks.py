@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from vggt_cache.encoder import fused
 from vggt_cache.encoder.config import EncoderConfig
 
 ROPE_BASE = 100.0
@@ -128,12 +127,16 @@ class Block(nn.Module):
 
     def project(self, x: Tensor, rope: Rope | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each [b, n, heads, head_dim]."""
+        from vggt_cache.encoder import fused  # brings Triton, 70 MB, which only encoding needs
+
         if fused.available(x.device, self.dtype):
             return fused.project(self, x, rope)
         return self.attn.project(self.norm1(x).to(self.dtype), rope)
 
     def finish(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`k`, `v` may have more tokens than `x` and `q`: those of earlier frames."""
+        from vggt_cache.encoder import fused  # brings Triton, 70 MB, which only encoding needs
+
         if fused.available(x.device, self.dtype):
             return fused.finish(self, x, q, k, v)
         x = x + self.ls1(self.attn.attend(q, k, v))

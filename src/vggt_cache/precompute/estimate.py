@@ -16,7 +16,8 @@ import torch
 from vggt_cache.codec import INT8, ITEM_BYTES, LOSSLESS, codec_for, shard_codec
 from vggt_cache.errors import DiskSpaceError
 from vggt_cache.identity import FeatureSpec, fits
-from vggt_cache.precompute.decode import decode_file, read_digest
+from vggt_cache.output import name_text
+from vggt_cache.precompute.decode import DecodedFrame, decode_file, read_digest
 from vggt_cache.precompute.encode import BatchEncoder, Pixels
 from vggt_cache.precompute.plan import KnownKeys, Plan
 from vggt_cache.precompute.report import Reporter, bytes_text, count_of, seconds_text
@@ -45,10 +46,11 @@ def absent_sentence(plan: Plan, absent: Sequence[int], features: int, noun: str)
     """How many images there are not, where, and what that costs."""
     paths = [plan.frames.paths[frame] for frame in absent]
     are = "image does" if len(paths) == 1 else "images do"
-    below = f", all below {os.path.commonpath(map(os.path.dirname, paths))}" if len(paths) > 1 else ""
+    folder = name_text(os.path.commonpath(map(os.path.dirname, paths)))
+    below = f", all below {folder}" if len(paths) > 1 else ""
     return (
-        f"{len(paths)} {are} not exist: the first is {paths[0]}{below}; {count_of(features, noun)} cannot be computed "
-        "and the estimates leave them out: check --data_root, and whether all of the data was copied"
+        f"{len(paths)} {are} not exist: the first is {name_text(paths[0])}{below}; {count_of(features, noun)} cannot "
+        "be computed and the estimates leave them out: check --data_root, and whether all of the data was copied"
     )
 
 
@@ -83,12 +85,13 @@ class DiskNeed:
     plan: Plan
     spec: FeatureSpec
     settings: PrecomputeSettings
+    reporter: Reporter
 
     def feature_bytes(self, pending: Sequence[int]) -> float:
         """Of one feature on average; what `lossless` saves depends on the values and is not counted."""
         spread = sorted({pending[len(pending) * part // _SAMPLED_FRAMES] for part in range(_SAMPLED_FRAMES)})
         decoded = [
-            (decode_file(self.plan.paths_of(one)[-1], self.spec.preprocessing), len(self.plan.frames_of(one)))
+            (_decoded(self.plan.paths_of(one)[-1], self.spec, self.reporter), len(self.plan.frames_of(one)))
             for one in spread
         ]
         sizes = [
@@ -102,13 +105,13 @@ class DiskNeed:
         need = self.feature_bytes(pending) * len(pending) * _OVERHEAD if pending else 0.0
         return self.settings.force or need <= free_bytes(self.settings.cache_dir)
 
-    def check(self, pending: Sequence[int], reporter: Reporter) -> None:
+    def check(self, pending: Sequence[int]) -> None:
         """A dry run is told the figures. Raises DiskSpaceError where they do not fit, but not with --force."""
         settings, feature = self.settings, self.feature_bytes(pending)
         total, free = feature * len(pending) * _OVERHEAD, free_bytes(settings.cache_dir)
         if settings.dry_run:
             packed = shard_codec(self.spec.feature_dtype, settings.codec) == LOSSLESS
-            reporter.info(
+            self.reporter.info(
                 f"Disk: {bytes_text(total)} for {count_of(len(pending), settings.noun)} of {bytes_text(feature)}"
                 f"{' at most (codec lossless)' if packed else ''}; {bytes_text(free)} free"
             )
@@ -134,9 +137,11 @@ def free_bytes(directory: str) -> int:
     return shutil.disk_usage(at).free
 
 
-def time_estimate(plan: Plan, spec: FeatureSpec, pending: Sequence[int], encoder: BatchEncoder) -> str:
+def time_estimate(
+    plan: Plan, spec: FeatureSpec, pending: Sequence[int], encoder: BatchEncoder, reporter: Reporter
+) -> str:
     """A sentence, extrapolated from a few pending features that are encoded twice: the first time warms up."""
-    features, pixels = _measurable(plan, spec, pending)
+    features, pixels = _measurable(plan, spec, pending, reporter)
     if not features:
         return "No time estimate: none of the sampled images can be read"
 
@@ -172,17 +177,27 @@ def time_sentence(*, precompute_s: float, live_epoch_s: float, measured_passes: 
     )
 
 
-def _measurable(plan: Plan, spec: FeatureSpec, pending: Sequence[int]) -> tuple[list[int], dict[int, Pixels]]:
+def _measurable(
+    plan: Plan, spec: FeatureSpec, pending: Sequence[int], reporter: Reporter
+) -> tuple[list[int], dict[int, Pixels]]:
     """Neighbours from the middle of the pending features, all of whose frames have the grid of the first; pixels."""
     middle = max(0, len(pending) // 2 - _MEASURED_LISTS)
     lists = {
         feature: plan.frames_of(feature).tolist() for feature in pending[middle : middle + _MEASURED_LISTS]
     }
     used = dict.fromkeys(frame for frames in lists.values() for frame in frames)
-    decoded = {frame: decode_file(plan.frames.paths[frame], spec.preprocessing) for frame in used}
+    decoded = {frame: _decoded(plan.frames.paths[frame], spec, reporter) for frame in used}
     good = {frame: one for frame, one in decoded.items() if not one.error}
     grid = next((one.grid for one in good.values()), None)
     pixels = {
         frame: one.pixels for frame, one in good.items() if one.grid == grid and fits(spec.pool, one.grid)
     }
     return [feature for feature, frames in lists.items() if all(frame in pixels for frame in frames)], pixels
+
+
+def _decoded(path: str, spec: FeatureSpec, reporter: Reporter) -> DecodedFrame:
+    """What a run would warn of is said before it is begun."""
+    frame = decode_file(path, spec.preprocessing)
+    if frame.remark:
+        reporter.remark(path, frame.remark)
+    return frame

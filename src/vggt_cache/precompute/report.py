@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from vggt_cache.environment import rank_of
 from vggt_cache.errors import SmallFileError
+from vggt_cache.output import name_text
 from vggt_cache.small_files import SmallFolder
 
 EXIT_OK, EXIT_INVALID, EXIT_INCOMPLETE = 0, 1, 3
@@ -101,7 +102,7 @@ class Reporter:
             return
         self.failures.add(path)
         rest = f"all of them are listed in {self._folder.of(FAILURES_FILE)}" if self._folder else ""
-        self.warn_of(len(self.failures), f"{path}: {reason}", rest or "the others are not shown")
+        self.warn_of(len(self.failures), f"{name_text(path)}: {reason}", rest or "the others are not shown")
         if self._listed.get((self._of, path)) != reason:
             self._write_down(path, reason)
 

@@ -124,7 +124,7 @@ class _Command:
         except (CacheNotFoundError, NotACacheError, SpecMismatchError):
             possible = self._tell(None, list(range(len(self.plan))))
         if possible:
-            self.reporter.info(time_estimate(self.plan, self.spec, possible, self.encoder))
+            self.reporter.info(time_estimate(self.plan, self.spec, possible, self.encoder, self.reporter))
         self.reporter.info("Dry run: nothing was computed or written")
         return EXIT_INCOMPLETE if self.reporter.failures or self.absent else EXIT_OK
 
@@ -174,7 +174,7 @@ class _Command:
         """What is missing, and whether the disk has room for it. Returns what of it can be computed."""
         spec, plan, info = self.spec, self.plan, self.reporter.info
         self.absent, possible = without_absent(plan, missing)
-        need = DiskNeed(plan, spec, self.settings)
+        need = DiskNeed(plan, spec, self.settings, self.reporter)
         if stored is not None and len(stored.cache) and (self.settings.dry_run or not need.fits(possible)):
             # Images that were only touched or copied have features already; only their bytes tell.
             hash_unknown(self.known, possible, self.reporter, keep=not self.settings.dry_run)
@@ -193,8 +193,8 @@ class _Command:
             info(f"Already in the cache: {len(plan) - len(missing)}")
         if plan.history_only:
             info(
-                f"{count_of(plan.history_only, 'image')} of the data are only history of samples: their features are "
-                "made too, but training reads that of each sample's last image alone"
+                f"Images that are only history of samples: {plan.history_only}; their features are made too, but "
+                "training reads that of each sample's last image alone"
             )
         info(f"Unique {self.settings.noun}s to process: {len(missing)}")
         if self.absent:
@@ -202,7 +202,7 @@ class _Command:
                 absent_sentence(plan, self.absent, len(missing) - len(possible), self.settings.noun)
             )
         if possible:
-            need.check(possible, self.reporter)
+            need.check(possible)
         return possible
 
     def _tell_result(self, run: Run) -> None:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from vggt_cache.encoder import Encoder
 from vggt_cache.errors import CorruptRecordError, OutOfMemoryError, StoreError
 from vggt_cache.identity import feature_key
+from vggt_cache.output import name_text
 from vggt_cache.precompute.decode import decode_file, read_digest
 from vggt_cache.precompute.digests import DigestTable
 from vggt_cache.precompute.encode import BatchEncoder
@@ -66,7 +67,9 @@ def tell_verdicts(verdicts: Iterable[Verdict], total: int, reporter: Reporter, n
             bar.update()
             if reason:
                 invalid += 1
-                reporter.warn_of(invalid, f"invalid: {label}: {reason}", "the others are only counted")
+                reporter.warn_of(
+                    invalid, f"invalid: {name_text(label)}: {reason}", "the others are only counted"
+                )
     reporter.info(f"Verification: {wanted - invalid}/{wanted} valid, {invalid} invalid")
     return invalid
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vggt_cache.errors import DataError, SettingsError
+from vggt_cache.output import name_text
 from vggt_cache.samples.annotations import named_lines
 from vggt_cache.samples.look import MENTIONED_EXTENSIONS, READ_EXTENSIONS, begins_a_list, look_into
 from vggt_cache.samples.paths import tidy
@@ -17,6 +19,7 @@ from vggt_cache.samples.sample import Problem
 EPISODE_FILE = "milestones_result.json"
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
+_STEP_TEXT = re.compile(r"step_.*\.json", re.IGNORECASE | re.DOTALL)
 _MAX_TOLD = 100
 _MOST_SIDECARS_OPENED = 100
 """In one folder: there may be one for each of a million images."""
@@ -51,7 +54,7 @@ class Sources:
 
     def remarks(self) -> Iterator[str]:
         """One line for each file that is left out, or read otherwise than its name says; not without end."""
-        yield from (f"{file.path} {file.reason}" for file in self.unlike_names[:_MAX_TOLD])
+        yield from (f"{name_text(file.path)} {file.reason}" for file in self.unlike_names[:_MAX_TOLD])
         yield from _left_out_lines(self.left_out, _MAX_TOLD)
 
 
@@ -93,7 +96,7 @@ def _sorted(problems: Sequence[Problem]) -> tuple[Problem, ...]:
 
 
 def _left_out_lines(left_out: Sequence[Problem], at_most: int) -> Iterator[str]:
-    yield from (f"left out: {file.path} ({file.reason})" for file in left_out[:at_most])
+    yield from (f"left out: {name_text(file.path)} ({file.reason})" for file in left_out[:at_most])
     if len(left_out) > at_most:
         yield f"left out: {len(left_out) - at_most} more files that look like annotations"
 
@@ -235,6 +238,7 @@ class _Walk:
         folders: list[str] = []
         links: list[str] = []
         annotations: list[str] = []
+        is_episode = False
         if not self._is_new(path):
             return folders, links
         with os.scandir(path) as entries:
@@ -242,7 +246,8 @@ class _Walk:
                 name = entry.name.lower()
                 if entry.name == EPISODE_FILE:
                     self.episodes.append(path)
-                    return [], []
+                    is_episode = True
+                    continue
                 if name.startswith(".") or name.endswith(IMAGE_EXTENSIONS):
                     continue
                 if entry.is_dir(follow_symlinks=False):
@@ -255,6 +260,9 @@ class _Walk:
                     (MENTIONED_EXTENSIONS[end] for end in MENTIONED_EXTENSIONS if name.endswith(end)), ""
                 ):
                     self._leave_out(entry.path, reason)
+        if is_episode:
+            self._leave_out_beside_steps(path, [*map(os.path.basename, [*folders, *links]), *annotations])
+            return [], []
         for name in self._without_sidecars(path, annotations):
             self._look_into(os.path.join(path, name))
         return folders, links
@@ -302,10 +310,19 @@ class _Walk:
         )
         lists = {name for name in beside[:_MOST_SIDECARS_OPENED] if begins_a_list(os.path.join(path, name))}
         sidecars = [name for name in beside if name not in lists]
-        if sidecars:
-            more = f", and {len(sidecars) - 1} more there" if len(sidecars) > 1 else ""
-            self._leave_out(os.path.join(path, sidecars[0]), f"describes the image of the same name{more}")
+        self._leave_out_all(path, sidecars, "describes the image of the same name")
         return sorted({*names} - {*sidecars})
+
+    def _leave_out_beside_steps(self, path: str, names: list[str]) -> None:
+        """What an episode folder holds beside its steps: samples that name the same images would double them."""
+        others = sorted(name for name in names if not _STEP_TEXT.fullmatch(name))
+        self._leave_out_all(path, others, "is in an episode folder, of which only the steps are read")
+
+    def _leave_out_all(self, path: str, names: list[str], reason: str) -> None:
+        """Those in one folder, in one line."""
+        if names:
+            more = f", and {len(names) - 1} more there" if len(names) > 1 else ""
+            self._leave_out(os.path.join(path, names[0]), f"{reason}{more}")
 
     def _leave_out(self, path: str, reason: str) -> None:
         self.left_out.append(Problem(path=path, line=0, reason=reason))
