@@ -57,7 +57,10 @@ def test_a_pickle_that_does_more_than_hold_weights_is_refused_and_does_nothing(
 ) -> None:
     torch.save({**official(small_checkpoint), "x": Harm(tmp_path / "made")}, tmp_path / "model.pt")
     assert main(["convert-checkpoint", str(tmp_path / "model.pt"), str(tmp_path / "out")]) == 2
-    assert "cannot be loaded as weights alone (it names posix.mkdir, which is no tensor)" in capsys.readouterr().err
+    assert (
+        "cannot be loaded as weights alone (it names posix.mkdir, which is no tensor)"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "made").exists()
     assert os.listdir(tmp_path / "out") == []
 

@@ -227,8 +227,8 @@ def below_prefix(location: object, weights: Mapping[str, T]) -> tuple[str, dict[
     if len(found) != 1:
         names = " and ".join(f"{prefix}*" for prefix in found) or _listed(sorted(weights))
         raise CheckpointError(
-            f"{location} has weights named {names}, where exactly one aggregator is needed ({VGGT_PREFIX}* as in VGGT, or "
-            f"vggt.{VGGT_PREFIX}* or the like of a model that holds one): it is not a VGGT checkpoint; get one from "
+            f"{location} has weights named {names}, where exactly one aggregator is needed ({VGGT_PREFIX}* as in VGGT, "
+            f"or vggt.{VGGT_PREFIX}* or the like of a model that holds one): it is not a VGGT checkpoint; get one from "
             "facebook/VGGT-1B"
         )
     start = len(found[0])

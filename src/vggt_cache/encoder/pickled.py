@@ -1,7 +1,7 @@
 """The aggregator's weights out of a pickle (`.pt`, `.pth`, `.bin`), into a checkpoint as it is read here.
 
-The one place that opens a pickle, because a user asks for it by name. torch's loader for weights alone builds tensors and
-plain containers, and refuses whatever else the file names; it runs in a process of its own, which ends with it.
+The one place that opens a pickle, because a user asks for it by name. torch's loader for weights alone builds tensors
+and plain containers, and refuses whatever else the file names; it runs in a process of its own, which ends with it.
 """
 
 from __future__ import annotations
@@ -33,9 +33,13 @@ def convert_checkpoint(source: str, directory: str) -> int:
     """
     target = Path(directory)
     if not os.path.isfile(source):
-        raise SettingsError(f"{source} is no file, so there is nothing to convert: give the .pt, .pth or .bin file")
+        raise SettingsError(
+            f"{source} is no file, so there is nothing to convert: give the .pt, .pth or .bin file"
+        )
     if (target / WEIGHTS).exists() or (target / CONFIG).exists():
-        raise SettingsError(f"{directory} holds a checkpoint already, which is not written over: name another place")
+        raise SettingsError(
+            f"{directory} holds a checkpoint already, which is not written over: name another place"
+        )
     target.mkdir(parents=True, exist_ok=True)
     spawned = multiprocessing.get_context("spawn")
     here, there = spawned.Pipe(duplex=False)
@@ -57,7 +61,9 @@ def convert_checkpoint(source: str, directory: str) -> int:
     os.replace(target / f"{CONFIG}.partial", target / CONFIG)
     os.replace(target / _PARTIAL, target / WEIGHTS)
     config = Checkpoint.open(directory).config
-    print(f"[SUCCESS] {directory} holds the VGGT of {source}: {config.depth} pairs, {config.embed_dim} channels")
+    print(
+        f"[SUCCESS] {directory} holds the VGGT of {source}: {config.depth} pairs, {config.embed_dim} channels"
+    )
     return 0
 
 
@@ -68,9 +74,13 @@ def _write(source: str, directory: str, answer: Connection) -> None:
         _, weights = below_prefix(source, weights)
         config = infer_config(Path(source), {name: tuple(weight.shape) for name, weight in weights.items()})
         # Cloned: in the file, several weights may share their bytes.
-        official = {VGGT_PREFIX + name: weight.detach().clone().contiguous() for name, weight in weights.items()}
+        official = {
+            VGGT_PREFIX + name: weight.detach().clone().contiguous() for name, weight in weights.items()
+        }
         save_file(official, Path(directory) / _PARTIAL)
-        (Path(directory) / f"{CONFIG}.partial").write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+        (Path(directory) / f"{CONFIG}.partial").write_text(
+            json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+        )
     except (CheckpointError, OSError) as error:
         answer.send_bytes(str(error).encode())
     else:

@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -16,8 +16,8 @@ import torch
 from vggt_cache.codec import INT8, ITEM_BYTES, LOSSLESS, codec_for, shard_codec
 from vggt_cache.errors import DiskSpaceError
 from vggt_cache.identity import FeatureSpec, fits
-from vggt_cache.precompute.decode import decode_file, read_digest
-from vggt_cache.precompute.encode import BatchEncoder, Pixels
+from vggt_cache.precompute.decode import read_digest
+from vggt_cache.precompute.encode import BatchEncoder, Pixels, of_one_dtype
 from vggt_cache.precompute.plan import KnownKeys, Plan
 from vggt_cache.precompute.report import Reporter, bytes_text, count_of, seconds_text
 from vggt_cache.precompute.settings import PrecomputeSettings
@@ -88,8 +88,8 @@ class DiskNeed:
         """Of one feature on average; what `lossless` saves depends on the values and is not counted."""
         spread = sorted({pending[len(pending) * part // _SAMPLED_FRAMES] for part in range(_SAMPLED_FRAMES)})
         decoded = [
-            (decode_file(self.plan.paths_of(one)[-1], self.spec.preprocessing), len(self.plan.frames_of(one)))
-            for one in spread
+            (self.plan.frames.decode(int(frames[-1]), self.spec.preprocessing), len(frames))
+            for frames in map(self.plan.frames_of, spread)
         ]
         sizes = [
             self._stored_bytes(self.spec.shape(frame.grid, frames))
@@ -172,17 +172,19 @@ def time_sentence(*, precompute_s: float, live_epoch_s: float, measured_passes: 
     )
 
 
-def _measurable(plan: Plan, spec: FeatureSpec, pending: Sequence[int]) -> tuple[list[int], dict[int, Pixels]]:
+def _measurable(
+    plan: Plan, spec: FeatureSpec, pending: Sequence[int]
+) -> tuple[list[int], Mapping[int, Pixels]]:
     """Neighbours from the middle of the pending features, all of whose frames have the grid of the first; pixels."""
     middle = max(0, len(pending) // 2 - _MEASURED_LISTS)
     lists = {
         feature: plan.frames_of(feature).tolist() for feature in pending[middle : middle + _MEASURED_LISTS]
     }
     used = dict.fromkeys(frame for frames in lists.values() for frame in frames)
-    decoded = {frame: decode_file(plan.frames.paths[frame], spec.preprocessing) for frame in used}
+    decoded = {frame: plan.frames.decode(frame, spec.preprocessing) for frame in used}
     good = {frame: one for frame, one in decoded.items() if not one.error}
     grid = next((one.grid for one in good.values()), None)
-    pixels = {
-        frame: one.pixels for frame, one in good.items() if one.grid == grid and fits(spec.pool, one.grid)
-    }
+    pixels = of_one_dtype(
+        {frame: one.pixels for frame, one in good.items() if one.grid == grid and fits(spec.pool, one.grid)}
+    )
     return [feature for feature, frames in lists.items() if all(frame in pixels for frame in frames)], pixels
