@@ -55,10 +55,10 @@ def precompute(
 
     `lists`: each an iterable of frames: paths; the bytes of image files and PIL images, preprocessed as files are; or
     pixels as the encoder sees them, arrays or tensors [3, H, W] or [H, W, 3], uint8 or floats in [0, 1]. A tensor
-    [S, 3, H, W] is such a list. Read once, from first to last. Lists of paths alone are identified by the bytes of their
-    files, all others by their pixels; trainers find both by either.
-    `encoder`: a checkpoint's directory, or a hub id. `settings`: the flags of `vggt-cache precompute` by their names, such
-    as `image_size`, `layers="11,17"`, `tokens`, `batch_size`, `dry_run`; `data_path` is where relative names start from.
+    [S, 3, H, W] is such a list. Read once, from first to last. Lists of paths alone are identified by the bytes of
+    their files, all others by their pixels; trainers find both by either.
+    `encoder`: a checkpoint's directory, or a hub id. `settings`: the flags of `vggt-cache precompute` by their names,
+    such as `image_size`, `layers="11,17"`, `tokens`, `dry_run`; `data_path` is where relative names start from.
     Several processes may work on one cache at the same time; each goes through all of `lists`, and computes its share.
     SIGINT and SIGTERM commit what is done and raise StoppedError; the same call goes on from there.
 
@@ -66,8 +66,8 @@ def precompute(
     """
     if unfit := [name for name in _OF_THE_COMMAND if name in settings]:
         raise SettingsError(
-            f"{unfit[0]} was given with lists, and is of the command alone: choose lists before they are handed over, and "
-            "check a cache by vggt-cache verify"
+            f"{unfit[0]} was given with lists, and is of the command alone: choose lists before they are handed over, "
+            "and check a cache by vggt-cache verify"
         )
     wanted = PrecomputeSettings(
         vggt_model_path=os.fspath(encoder), cache_dir=os.fspath(cache_dir), context=context, **settings

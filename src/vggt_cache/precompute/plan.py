@@ -78,8 +78,8 @@ class Plan:
     ) -> None:
         """Goes through all samples, and the metadata of all images; takes seconds for 100,000 samples.
 
-        `root`: what processes that share the work may have mounted in different places. `frames`: of `samples` that name
-        no files.
+        `root`: what processes that share the work may have mounted in different places. `frames`: of `samples` that
+        name no files.
         """
         self.root = root
         self.context = CONTEXTS[context]

@@ -15,6 +15,7 @@ from vggt_cache.precompute.encode import BatchEncoder, is_out_of_memory, out_of_
 from vggt_cache.precompute.estimate import (
     DiskNeed,
     absent_sentence,
+    break_even,
     hash_unknown,
     time_estimate,
     without_absent,
@@ -134,6 +135,7 @@ class Job:
             possible = self._tell(None, list(range(len(self.plan))))
         if possible:
             self.reporter.info(time_estimate(self.plan, self.spec, possible, self.encoder))
+            self._tell_whether_it_pays(possible)
         self.reporter.info("Dry run: nothing was computed or written")
         return EXIT_INCOMPLETE if self.reporter.failures or self.absent else EXIT_OK
 
@@ -144,7 +146,9 @@ class Job:
         create_store(settings.cache_dir, self.spec)
         with FeatureCache.open(settings.cache_dir, spec=self.spec) as cache:
             stored = Stored(self.known, cache, recompute=not settings.skip_existing)
-            self._tell(stored, stored.missing(range(len(self.plan))))
+            possible = self._tell(stored, stored.missing(range(len(self.plan))))
+            if possible and self._begun == 1 and self.reporter.rank == 0:
+                self._tell_whether_it_pays(possible)
             missing = stored.missing(range(len(self.plan)))
             run = Run(
                 stored=stored,
@@ -218,6 +222,10 @@ class Job:
         if possible:
             need.check(possible, self.reporter)
         return possible
+
+    def _tell_whether_it_pays(self, possible: list[int]) -> None:
+        need = DiskNeed(self.plan, self.spec, self.settings)
+        self.reporter.info(break_even(need, possible, self.encoder))
 
     def _tell_result(self, run: Run) -> None:
         settings, failures = self.settings, self.reporter.failures
