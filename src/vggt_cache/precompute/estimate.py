@@ -209,7 +209,7 @@ def time_sentence(*, precompute_s: float, live_epoch_s: float, measured_passes: 
 
 
 def _measurable(
-    plan: Plan, spec: FeatureSpec, pending: Sequence[int]
+    plan: Plan, spec: FeatureSpec, pending: Sequence[int], most: int
 ) -> tuple[list[int], Mapping[int, Pixels]]:
     """Neighbours from the middle of the pending features, all of whose frames have the grid of the first; pixels."""
     middle = max(0, len(pending) // 2 - most)
