@@ -56,7 +56,7 @@ def precompute(
     `lists`: each an iterable of frames: paths; the bytes of image files and PIL images, preprocessed as files are; or
     pixels as the encoder sees them, arrays or tensors [3, H, W] or [H, W, 3], uint8 or floats in [0, 1]. A tensor
     [S, 3, H, W] is such a list. Read once, from first to last. Lists of paths alone are identified by the bytes of
-    their files, all others by their pixels; trainers find both by either.
+    their files, all others by their pixels; who hands over pixels later finds both.
     `encoder`: a checkpoint's directory, or a hub id. `settings`: the flags of `vggt-cache precompute` by their names,
     such as `image_size`, `layers="11,17"`, `tokens`, `dry_run`; `data_path` is where relative names start from.
     Several processes may work on one cache at the same time; each goes through all of `lists`, and computes its share.
