@@ -1,4 +1,4 @@
-"""The recipes run as they stand in the page, on small data; foreign packages and the trainer's own step are stand-ins."""
+"""The recipes run as they stand in the page, on small data; foreign packages and the trainer's step are stand-ins."""
 
 from __future__ import annotations
 
@@ -19,12 +19,8 @@ from small_data import write_image
 from vggt_cache.precompute import lists as module
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipes.md"
-RECIPES = {
-    heading: block
-    for heading, block in re.findall(
-        r"^## (.+?)\n.*?```python\n(.*?)```", PAGE.read_text(), re.DOTALL | re.MULTILINE
-    )
-}
+RECIPE = re.compile(r"^## (.+?)\n.*?```python\n(.*?)```", re.DOTALL | re.MULTILINE)
+RECIPES = dict(RECIPE.findall(PAGE.read_text()))
 
 
 class Video:
@@ -50,10 +46,11 @@ def run(tmp_path: Path, small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch)
     """Run a recipe; returns its lists, the settings it gave, and what was done."""
     trainer, decord, zarr = (ModuleType(name) for name in ("your_trainer", "decord", "zarr"))
     shades = [torch.full((3, 28, 28), at / 255) for at in range(3)]
+    images = np.stack([np.full((28, 28, 3), at, np.uint8) for at in range(5)])
     stand_ins = {
         trainer: {"prepare": channels_first, "dataset": [{"geometry_encoder_inputs": shades}]},
         decord: {"VideoReader": Video},
-        zarr: {
+        zarr: {"open": lambda path, mode: {"data/img": images}},
             "open": lambda path, mode: {
                 "data/img": np.arange(5, dtype=np.uint8)[:, None, None, None]
                 .repeat(28, 1)
