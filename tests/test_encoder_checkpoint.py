@@ -366,7 +366,8 @@ def test_the_digest_depends_on_neither_prefix_nor_sharding_nor_order(tmp_path: P
     turned = dict(reversed(SHAPES.items()))
     plain = digest(make(tmp_path / "plain", values=values))
     assert digest(make(tmp_path / "turned", turned, values=values)) == plain
-    assert digest(make(tmp_path / "janusvln", prefix="vggt.aggregator.", values=values)) == plain
+    for prefix in ("vggt.", "spatial_encoder.vggt_model.", "geometry_encoder.vggt."):
+        assert digest(make(tmp_path / prefix, prefix=f"{prefix}aggregator.", values=values)) == plain
     shards = make_shards(tmp_path / "shards")
     index = json.loads((shards / "model.safetensors.index.json").read_text())["weight_map"]
     with (shards / index["aggregator.camera_token"]).open("r+b") as file:

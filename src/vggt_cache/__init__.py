@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vggt_cache.errors import VggtCacheError
     from vggt_cache.identity import EncoderSpec, FeatureSpec, Preprocessing
     from vggt_cache.pixel_cache import PixelCache
+    from vggt_cache.precompute.lists import precompute
     from vggt_cache.store.cache import FeatureCache
     from vggt_cache.wrap.aggregator import CachedAggregator
     from vggt_cache.wrap.cached_module import CachedModule
@@ -31,6 +32,7 @@ __all__ = [
     "Preprocessing",
     "VggtCacheError",
     "__version__",
+    "precompute",
 ]
 
 _HOME = {
@@ -47,6 +49,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "precompute":  # which can be called, see there
+        return import_module("vggt_cache.precompute")
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'vggt_cache' has no attribute {name!r}")

@@ -187,6 +187,13 @@ def _add_beside_a_cache(commands: Any) -> None:
     text = "Examine a file system: is it fit to hold a cache?"
     _command(commands, "doctor", _doctor, text, directory="a directory on the mount in question")
 
+    text = "Make a checkpoint as it is read here from a pickle (.pt, .pth, .bin), loaded as weights alone."
+    converter = _command(commands, "convert-checkpoint", _in("encoder.pickled", "convert_checkpoint"), text)
+    converter.add_argument("source", metavar="FILE", help="the pickle; nothing but tensors is loaded from it")
+    converter.add_argument(
+        "directory", metavar="DIR", help="where config.json and model.safetensors are written"
+    )
+
     text = "Make a small data set and encoder, and run every step on it."
     _command(commands, "demo", _in("demo.run", "run_demo"), text, directory="where to make it")
 

@@ -18,8 +18,9 @@ from vggt_cache.encoder import Encoder
 from vggt_cache.encoder.checkpoint import Checkpoint
 from vggt_cache.errors import CheckpointError, OutOfMemoryError, SettingsError, StoreError
 from vggt_cache.identity import FeatureSpec, pixel_key
+from vggt_cache.pixels import Pixels
 from vggt_cache.precompute.digests import DigestTable
-from vggt_cache.precompute.encode import BatchEncoder, Pixels
+from vggt_cache.precompute.encode import BatchEncoder
 from vggt_cache.precompute.write import FeatureWriter, shard_bytes
 from vggt_cache.store import ShardWriter, create_store
 from vggt_cache.store.siblings import SameTable

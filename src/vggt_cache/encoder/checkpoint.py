@@ -1,8 +1,8 @@
 """Checkpoints: checked against their architecture, identified and loaded.
 
-Accepted are VGGT checkpoints (names `aggregator.*`, architecture in config.json) and JanusVLN checkpoints
-(`vggt.aggregator.*`; their config.json describes the language model, so the architecture follows from
-the shapes). Other names, such as VGGT's heads, are not looked at.
+Accepted are VGGT checkpoints (names `aggregator.*`, architecture in config.json) and those of models that hold a VGGT
+(`vggt.aggregator.*`, `spatial_encoder.vggt_model.aggregator.*`; their config.json describes the language model, so the
+architecture follows from the shapes). Other names, such as VGGT's heads, are not looked at.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,8 +27,11 @@ from vggt_cache.encoder.model import Encoder
 from vggt_cache.errors import CheckpointError, SettingsError
 from vggt_cache.identity import EncoderSpec
 
-VGGT_PREFIX, JANUSVLN_PREFIX = PREFIXES = "aggregator.", "vggt.aggregator."
+VGGT_PREFIX = "aggregator."
+_PREFIX = re.compile(r"(?:.+?\.)?aggregator\.")
+"""What stands before a weight's own name: `aggregator.`, after the places of VGGT in a larger model."""
 _LISTED = 10
+T = TypeVar("T")
 
 
 class WeightsDigest:
@@ -184,8 +187,8 @@ def _available(device: torch.device | str) -> torch.device:
 def _checked_weights(directory: Path) -> tuple[EncoderConfig, dict[str, Entry]]:
     """The architecture, and the place of every weight by its name below `aggregator.`. Raises CheckpointError."""
     prefix, places = _find_places(directory)
-    if prefix == JANUSVLN_PREFIX:
-        config = _infer_config(directory, places)
+    if prefix != VGGT_PREFIX:
+        config = infer_config(directory, {name: place.shape for name, place in places.items()})
     elif (directory / CONFIG).is_file():
         config = EncoderConfig.from_dict(read_json(directory / CONFIG))
     else:
@@ -201,7 +204,7 @@ def _find_places(directory: Path) -> tuple[str, dict[str, Entry]]:
     """The prefix in use, and where each weight below it is stored, by its name without prefix."""
     places: dict[str, Entry] = {}
     for path, expected in find_files(directory).items():
-        if expected is not None and not any(name.startswith(PREFIXES) for name in expected):
+        if expected is not None and not any(map(_PREFIX.match, expected)):
             continue
         with TensorFile(path) as file:
             absent = sorted((expected or set()) - file.entries.keys())
@@ -212,15 +215,24 @@ def _find_places(directory: Path) -> tuple[str, dict[str, Entry]]:
                 )
             for name in file.entries if expected is None else expected:
                 places[name] = file.entries[name]
-    found = [prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in places)]
+    return below_prefix(directory, places)
+
+
+def below_prefix(location: object, weights: Mapping[str, T]) -> tuple[str, dict[str, T]]:
+    """The prefix of the one aggregator among these, and what is below it by its name without prefix.
+
+    Raises CheckpointError.
+    """
+    found = sorted({match[0] for name in weights if (match := _PREFIX.match(name))})
     if len(found) != 1:
-        names = " and ".join(f"{prefix}*" for prefix in found) or _listed(sorted(places))
+        names = " and ".join(f"{prefix}*" for prefix in found) or _listed(sorted(weights))
         raise CheckpointError(
-            f"{directory} has weights named {names}, where exactly one of {VGGT_PREFIX}* (VGGT) and "
-            f"{JANUSVLN_PREFIX}* (JanusVLN) is needed: it is not a VGGT checkpoint; get one from facebook/VGGT-1B"
+            f"{location} has weights named {names}, where exactly one aggregator is needed ({VGGT_PREFIX}* as in VGGT, "
+            f"or vggt.{VGGT_PREFIX}* or the like of a model that holds one): it is not a VGGT checkpoint; get one from "
+            "facebook/VGGT-1B"
         )
     start = len(found[0])
-    return found[0], {name[start:]: place for name, place in places.items() if name.startswith(found[0])}
+    return found[0], {name[start:]: one for name, one in weights.items() if name.startswith(found[0])}
 
 
 def config_of_shapes(shapes: Mapping[str, Sequence[int]]) -> EncoderConfig:
@@ -241,13 +253,14 @@ def config_of_shapes(shapes: Mapping[str, Sequence[int]]) -> EncoderConfig:
     )
 
 
-def _infer_config(directory: Path, places: Mapping[str, Entry]) -> EncoderConfig:
+def infer_config(directory: Path, shapes: Mapping[str, Sequence[int]]) -> EncoderConfig:
+    """The architecture that the shapes imply; `_check_weights` then compares every one of them with it."""
     try:
-        return config_of_shapes({name: place.shape for name, place in places.items()})
+        return config_of_shapes(shapes)
     except (LookupError, ValueError, ArithmeticError, CheckpointError) as error:
         raise CheckpointError(
             f"the VGGT in {directory} is not of a known architecture, or lacks the weights that show which: it is "
-            "damaged or of another model; use a complete JanusVLN checkpoint, or facebook/VGGT-1B"
+            "damaged or of another model; use a complete checkpoint of the model, or facebook/VGGT-1B"
         ) from error
 
 

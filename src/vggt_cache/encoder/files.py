@@ -90,8 +90,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def _why_no_pickle(name: str) -> str:
     return (
         f"{name} is a pickle, which can run any code when it is loaded, so it is never opened here; download "
-        f"{WEIGHTS} from facebook/VGGT-1B, or convert it once where you trust it (load it in torch with "
-        f"weights_only=True and write it with safetensors.torch.save_file to {WEIGHTS})"
+        f"{WEIGHTS} from facebook/VGGT-1B, or convert it once where you trust it: vggt-cache convert-checkpoint "
+        f"{name} DIRECTORY"
     )
 
 

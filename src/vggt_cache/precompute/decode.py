@@ -33,7 +33,9 @@ class DecodedFrame:
     """What a worker made of one file: digest and pixels of the same bytes, or the reason why not."""
 
     digest: bytes = b""
-    pixels: npt.NDArray[np.uint8] = field(default_factory=lambda: np.empty((0, 0, 3), np.uint8))
+    pixels: npt.NDArray[np.uint8] | npt.NDArray[np.float32] = field(
+        default_factory=lambda: np.empty((0, 0, 3), np.uint8)
+    )
     """[H, W, 3]"""
     pixel_digest: bytes = b""
     """Of `pixels`, see `identity.pixel_digest`."""

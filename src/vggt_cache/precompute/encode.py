@@ -8,15 +8,14 @@ from functools import partial
 from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from vggt_cache.encoder import Encoder
 from vggt_cache.encoder.causal import encode_lists
 from vggt_cache.errors import OutOfMemoryError
+from vggt_cache.pixels import Pixels
 from vggt_cache.store.tensors import TORCH_DTYPES
 
-Pixels = npt.NDArray[np.uint8]
 Encoded = tuple[Sequence[int], torch.Tensor]
 """Positions in the request, and their features [len, ...] (FeatureSpec.shape) on the encoder's device."""
 
@@ -198,6 +197,16 @@ class BatchEncoder:
                 return False
             raise
         return True
+
+
+def of_one_dtype(pixels: Mapping[int, Pixels]) -> Mapping[int, Pixels]:
+    """Frames that may share batches: where some are floats, uint8 ones become the floats that mean the same."""
+    if len({one.dtype for one in pixels.values()}) < 2:
+        return pixels
+    return {
+        frame: one if one.dtype == np.float32 else one.astype(np.float32) / np.float32(255)
+        for frame, one in pixels.items()
+    }
 
 
 def _only_frame(lists: Sequence[Sequence[int]], pixels: Mapping[int, Pixels], position: int) -> Pixels | None:

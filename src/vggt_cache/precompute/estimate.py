@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -15,10 +15,11 @@ import torch
 
 from vggt_cache.codec import INT8, ITEM_BYTES, LOSSLESS, codec_for, shard_codec
 from vggt_cache.errors import DiskSpaceError
-from vggt_cache.identity import FeatureSpec, fits
+from vggt_cache.identity import PATCH_SIZE, FeatureSpec, fits
 from vggt_cache.output import name_text
-from vggt_cache.precompute.decode import DecodedFrame, decode_file, read_digest
-from vggt_cache.precompute.encode import BatchEncoder, Pixels
+from vggt_cache.pixels import Pixels
+from vggt_cache.precompute.decode import DecodedFrame, read_digest
+from vggt_cache.precompute.encode import BatchEncoder, of_one_dtype
 from vggt_cache.precompute.plan import KnownKeys, Plan
 from vggt_cache.precompute.report import Reporter, bytes_text, count_of, seconds_text
 from vggt_cache.precompute.settings import PrecomputeSettings
@@ -91,11 +92,11 @@ class DiskNeed:
         """Of one feature on average; what `lossless` saves depends on the values and is not counted."""
         spread = sorted({pending[len(pending) * part // _SAMPLED_FRAMES] for part in range(_SAMPLED_FRAMES)})
         decoded = [
-            (_decoded(self.plan.paths_of(one)[-1], self.spec, self.reporter), len(self.plan.frames_of(one)))
-            for one in spread
+            (_decoded(self.plan, int(frames[-1]), self.spec, self.reporter), len(frames))
+            for frames in map(self.plan.frames_of, spread)
         ]
         sizes = [
-            self._stored_bytes(self.spec.shape(frame.grid, frames))
+            self.stored_bytes(self.spec.shape(frame.grid, frames))
             for frame, frames in decoded
             if not frame.error and fits(self.spec.pool, frame.grid)
         ]
@@ -122,7 +123,7 @@ class DiskNeed:
                 "anyway with --force"
             )
 
-    def _stored_bytes(self, shape: tuple[int, ...]) -> int:
+    def stored_bytes(self, shape: tuple[int, ...]) -> int:
         codec = shard_codec(self.spec.feature_dtype, self.settings.codec)
         if codec == INT8:
             return codec_for(codec).size_limits(math.prod(shape[:-1]), shape[-1])[1]
@@ -141,27 +142,62 @@ def time_estimate(
     plan: Plan, spec: FeatureSpec, pending: Sequence[int], encoder: BatchEncoder, reporter: Reporter
 ) -> str:
     """A sentence, extrapolated from a few pending features that are encoded twice: the first time warms up."""
-    features, pixels = _measurable(plan, spec, pending, reporter)
+    features, pixels = _measurable(plan, spec, pending, _MEASURED_LISTS, reporter)
     if not features:
         return "No time estimate: none of the sampled images can be read"
-
-    def seconds(lists: list[list[int]]) -> float:
-        for _ in range(2):
-            began_s = time.perf_counter()
-            list(spec.context_rule.encode(encoder, lists, pixels))
-            if encoder.device.type == "cuda":
-                torch.cuda.synchronize(encoder.device)
-        return time.perf_counter() - began_s
-
     lists = [plan.frames_of(feature).tolist() for feature in features]
     longest = max(lists, key=len)
-    shared_s, alone_s = seconds(lists), seconds([longest])
+    shared_s, alone_s = (_encoder_seconds(spec, encoder, some, pixels) for some in (lists, [longest]))
     (_, measured), (_, passes) = plan.passes(features), plan.passes(pending)
     return time_sentence(
         precompute_s=shared_s / measured * passes,
         live_epoch_s=alone_s / len(longest) * plan.passes_per_epoch,
         measured_passes=measured,
     )
+
+
+def break_even(need: DiskNeed, pending: Sequence[int], encoder: BatchEncoder) -> str:
+    """A sentence: the read speed below which a cache is slower than no cache, from one pending feature, encoded alone.
+
+    Alone, with all frames of its list, is how training without a cache computes it.
+    """
+    plan, spec = need.plan, need.spec
+    features, pixels = _measurable(plan, spec, pending, 1, need.reporter)
+    if not features:
+        return "Whether reading is faster than computing is not known: the sampled images cannot be used"
+    frames = plan.frames_of(features[0]).tolist()
+    seconds = _encoder_seconds(spec, encoder, [frames], pixels)
+    height, width, _ = pixels[frames[-1]].shape
+    size = need.stored_bytes(spec.shape((height // PATCH_SIZE, width // PATCH_SIZE), len(frames)))
+    device = torch.cuda.get_device_name(encoder.device) if encoder.device.type == "cuda" else "cpu"
+    total = need.feature_bytes(pending) * len(pending) * _OVERHEAD
+    return pays_sentence(size, total, count_of(len(pending), need.settings.noun), seconds, device)
+
+
+def pays_sentence(size: int, total: float, features: str, seconds: float, device: str) -> str:
+    """`size` in bytes is what a sample reads, and what the encoder takes `seconds` for."""
+    return (
+        f"A sample reads {megabytes(size)}, {features} are {bytes_text(total)}, and the encoder takes "
+        f"{1000 * seconds:.1f} ms for a sample on {device}: the cache pays where each such device reads more than "
+        f"{megabytes(size / max(seconds, 1e-9))}/s from it; below that, reading is slower than computing"
+    )
+
+
+def megabytes(count: float) -> str:
+    """In units of 10**6, as the speed of disks is told: three digits."""
+    return f"{count / 1e6:.{2 if count < 1e7 else 1 if count < 1e8 else 0}f} MB"
+
+
+def _encoder_seconds(
+    spec: FeatureSpec, encoder: BatchEncoder, lists: list[list[int]], pixels: Mapping[int, Pixels]
+) -> float:
+    """Of the second of two runs: the first one warms up."""
+    for _ in range(2):
+        began_s = time.perf_counter()
+        list(spec.context_rule.encode(encoder, lists, pixels))
+        if encoder.device.type == "cuda":
+            torch.cuda.synchronize(encoder.device)
+    return time.perf_counter() - began_s
 
 
 def time_sentence(*, precompute_s: float, live_epoch_s: float, measured_passes: int) -> str:
@@ -178,26 +214,24 @@ def time_sentence(*, precompute_s: float, live_epoch_s: float, measured_passes: 
 
 
 def _measurable(
-    plan: Plan, spec: FeatureSpec, pending: Sequence[int], reporter: Reporter
-) -> tuple[list[int], dict[int, Pixels]]:
+    plan: Plan, spec: FeatureSpec, pending: Sequence[int], most: int, reporter: Reporter
+) -> tuple[list[int], Mapping[int, Pixels]]:
     """Neighbours from the middle of the pending features, all of whose frames have the grid of the first; pixels."""
-    middle = max(0, len(pending) // 2 - _MEASURED_LISTS)
-    lists = {
-        feature: plan.frames_of(feature).tolist() for feature in pending[middle : middle + _MEASURED_LISTS]
-    }
+    middle = max(0, len(pending) // 2 - most)
+    lists = {feature: plan.frames_of(feature).tolist() for feature in pending[middle : middle + most]}
     used = dict.fromkeys(frame for frames in lists.values() for frame in frames)
-    decoded = {frame: _decoded(plan.frames.paths[frame], spec, reporter) for frame in used}
+    decoded = {frame: _decoded(plan, frame, spec, reporter) for frame in used}
     good = {frame: one for frame, one in decoded.items() if not one.error}
     grid = next((one.grid for one in good.values()), None)
-    pixels = {
-        frame: one.pixels for frame, one in good.items() if one.grid == grid and fits(spec.pool, one.grid)
-    }
+    pixels = of_one_dtype(
+        {frame: one.pixels for frame, one in good.items() if one.grid == grid and fits(spec.pool, one.grid)}
+    )
     return [feature for feature, frames in lists.items() if all(frame in pixels for frame in frames)], pixels
 
 
-def _decoded(path: str, spec: FeatureSpec, reporter: Reporter) -> DecodedFrame:
+def _decoded(plan: Plan, frame: int, spec: FeatureSpec, reporter: Reporter) -> DecodedFrame:
     """What a run would warn of is said before it is begun."""
-    frame = decode_file(path, spec.preprocessing)
-    if frame.remark:
-        reporter.remark(path, frame.remark)
-    return frame
+    decoded = plan.frames.decode(frame, spec.preprocessing)
+    if decoded.remark:
+        reporter.remark(plan.frames.paths[frame], decoded.remark)
+    return decoded

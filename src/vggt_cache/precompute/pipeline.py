@@ -19,7 +19,7 @@ from vggt_cache.errors import FrameError
 from vggt_cache.identity import FeatureSpec, feature_key, pixel_key
 from vggt_cache.precompute.claims import Claims
 from vggt_cache.precompute.decode import DecodedFrame, DecodePool
-from vggt_cache.precompute.encode import BatchEncoder
+from vggt_cache.precompute.encode import BatchEncoder, of_one_dtype
 from vggt_cache.precompute.plan import Block, KnownKeys
 from vggt_cache.precompute.report import Reporter, count_of, seconds_text
 from vggt_cache.precompute.settings import QwenLimits
@@ -148,7 +148,7 @@ class Run:
             self._found_elsewhere(len(block.features) - len(missing))
             if missing:
                 frames = dict.fromkeys(f for one in missing for f in self.plan.frames_of(one).tolist())
-                decoding = {frame: self._decoder.submit(self.plan.frames.paths[frame]) for frame in frames}
+                decoding = {frame: self.plan.frames.submit(frame, self._decoder) for frame in frames}
                 return replace(block, features=missing), decoding
             self._claims.release(block.block_id)
         return None
@@ -174,7 +174,7 @@ class Run:
         ]
         lists = [self.plan.frames_of(feature).tolist() for _, feature in work]
         self._waits_for = "the encoder"
-        pixels = {frame: one.pixels for frame, one in decoded.items()}
+        pixels = of_one_dtype({frame: one.pixels for frame, one in decoded.items()})
         for part, encoded in self.spec.context_rule.encode(self._encoder, lists, pixels):
             self._waits_for = "the disk"
             labels = [self.plan.label(work[at][1]) for at in part]
@@ -233,7 +233,10 @@ class Run:
         key = feature_key(self.spec, [one.digest for one in frames])
         by_pixels = pixel_key(self.spec, [one.pixel_digest for one in frames])
         elsewhere = None if key in self.stored else self.stored.by_pixels(by_pixels)
-        same.append((by_pixels, key, self.spec) if elsewhere is None else (key, *elsewhere))
+        if elsewhere is not None:
+            same.append((key, *elsewhere))
+        elif key != by_pixels:
+            same.append((by_pixels, key, self.spec))
         if elsewhere is not None or key in self.stored:
             self._found_elsewhere(1)
             return None

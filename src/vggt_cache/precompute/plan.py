@@ -9,19 +9,21 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from vggt_cache.context import CONTEXTS
 from vggt_cache.errors import DataError
-from vggt_cache.identity import DIGEST_BYTES, FeatureSpec, feature_key
+from vggt_cache.identity import DIGEST_BYTES, FeatureSpec, Preprocessing, feature_key
+from vggt_cache.precompute.decode import DecodedFrame, DecodePool, decode_file
 from vggt_cache.precompute.digests import DigestTable, state_hash
 from vggt_cache.precompute.report import Reporter, count_of
-from vggt_cache.samples import FrameTable, Sample, iter_samples, sources_of
+from vggt_cache.samples import FileState, FrameTable, iter_samples, sources_of
 from vggt_cache.samples.order import OrderWatch
 from vggt_cache.store.rows import hash_array
 
@@ -36,18 +38,53 @@ class Block:
     features: list[int]
 
 
+class FrameSource(Protocol):
+    """The frames that samples name, each once, as a FrameTable has them; and how one becomes pixels."""
+
+    @property
+    def paths(self) -> Sequence[str]: ...
+    def __len__(self) -> int: ...
+    def add(self, sample: Any) -> list[int]: ...
+    def resolve(self) -> None: ...
+    def frame_ids(self) -> array[int]: ...
+    def state(self, frame: int) -> FileState | None: ...
+    def submit(self, frame: int, decoder: DecodePool) -> Callable[[], DecodedFrame]:
+        """What is returned waits for the result."""
+
+    def decode(self, frame: int, preprocessing: Preprocessing) -> DecodedFrame:
+        """At once."""
+
+
+class ImageFiles(FrameTable):
+    """Frames that are files."""
+
+    def submit(self, frame: int, decoder: DecodePool) -> Callable[[], DecodedFrame]:
+        return decoder.submit(self.paths[frame])
+
+    def decode(self, frame: int, preprocessing: Preprocessing) -> DecodedFrame:
+        return decode_file(self.paths[frame], preprocessing)
+
+
 class Plan:
     """The features that samples need, in the order of their first appearance. Each belongs to a frame list."""
 
-    def __init__(self, samples: Iterable[Sample], root: str, context: str, max_samples: int = -1) -> None:
+    def __init__(
+        self,
+        samples: Iterable[Any],
+        root: str,
+        context: str,
+        max_samples: int = -1,
+        frames: FrameSource | None = None,
+    ) -> None:
         """Goes through all samples, and the metadata of all images; takes seconds for 100,000 samples.
 
-        `root`: what processes that share the work may have mounted in different places.
+        `root`: what processes that share the work may have mounted in different places. `frames`: of `samples` that
+        name no files.
         """
         self.root = root
         self.context = CONTEXTS[context]
         self.sample_count = self.text_only_count = 0
-        self.frames = FrameTable()
+        self.frames: FrameSource = ImageFiles() if frames is None else frames
         self._max_samples = max_samples
         references, offsets = array("q"), array("q", [0])
         for sample in samples:

@@ -87,6 +87,10 @@ class Reporter:
         self._folder, self._of = SmallFolder(cache_dir, may_be_link=True), of
         self._listed = standing_failures(cache_dir)
 
+    @property
+    def lists_failures(self) -> bool:
+        return self._folder is not None
+
     def earlier_failures(self) -> list[str]:
         """What stands in the list for this data, and has not failed in this run."""
         return [path for of, path in self._listed if of == self._of and path not in self.failures]

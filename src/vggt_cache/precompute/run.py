@@ -15,12 +15,13 @@ from vggt_cache.precompute.encode import BatchEncoder, is_out_of_memory, out_of_
 from vggt_cache.precompute.estimate import (
     DiskNeed,
     absent_sentence,
+    break_even,
     hash_unknown,
     time_estimate,
     without_absent,
 )
 from vggt_cache.precompute.pipeline import Run, Stored
-from vggt_cache.precompute.plan import KnownKeys, plan_and_tell
+from vggt_cache.precompute.plan import KnownKeys, Plan, plan_and_tell
 from vggt_cache.precompute.report import (
     EXIT_INCOMPLETE,
     EXIT_INVALID,
@@ -50,12 +51,25 @@ def precompute(settings: PrecomputeSettings, reporter: Reporter | None = None) -
     """
     stop = StopRequest()
     with stop.listening():
-        command = _Command(settings, reporter or Reporter())
-        return command.tell_what_it_takes() if settings.dry_run else command.execute(stop)
+        job = Job(settings, reporter or Reporter())
+        if not settings.dry_run:
+            data = settings.data_root or settings.annotation_path or ""
+            of = f"{os.path.abspath(data)} {job.spec_of_files.short_name}"
+            job.reporter.list_failures(settings.cache_dir, of)
+        plan = plan_and_tell(
+            settings.data_root,
+            settings.context,
+            settings.max_samples,
+            job.reporter,
+            annotation_path=settings.annotation_path,
+            data_path=settings.data_path,
+        )
+        job.begin(plan, job.spec_of_files)
+        return job.tell_what_it_takes() if settings.dry_run else job.execute(stop)
 
 
-class _Command:
-    """What is wanted, before anything is written: settings, data, and the specification of the features."""
+class Job:
+    """Settings and encoder, for one plan after the other: `begin`, then either of the other two."""
 
     def __init__(self, settings: PrecomputeSettings, reporter: Reporter) -> None:
         self.settings = settings
@@ -68,7 +82,7 @@ class _Command:
             self.limits = QwenLimits.read(settings.model_path, **limits)
         self.device = choose_device(settings.device)
         self.checkpoint = Checkpoint.open(settings.vggt_model_path, layer=settings.wanted_layers)
-        self.spec = FeatureSpec(
+        self.spec_of_files = FeatureSpec(
             encoder=self.checkpoint.spec(choose_compute_dtype(settings.compute_dtype, self.device)),
             preprocessing=settings.preprocessing,
             context=settings.context,
@@ -77,19 +91,15 @@ class _Command:
             tokens=settings.tokens,
             pool=settings.pool_size,
         )
-        if not settings.dry_run:
-            data = settings.data_root or settings.annotation_path or ""
-            of = f"{os.path.abspath(data)} {self.spec.short_name}"
-            reporter.list_failures(settings.cache_dir, of)
-        self.plan = plan_and_tell(
-            settings.data_root,
-            settings.context,
-            settings.max_samples,
-            reporter,
-            annotation_path=settings.annotation_path,
-            data_path=settings.data_path,
-        )
-        self.known = KnownKeys(self.plan, self.spec, DigestTable(settings.cache_dir))
+        self._begun = 0
+
+    def begin(self, plan: Plan, spec: FeatureSpec) -> None:
+        """What is wanted next, before anything is written."""
+        self.plan, self.spec = plan, spec
+        self.committed = 0
+        """Features of this plan on disk, written by this process."""
+        self._begun += 1
+        self.known = KnownKeys(plan, spec, DigestTable(self.settings.cache_dir))
 
     @cached_property
     def encoder(self) -> BatchEncoder:
@@ -97,9 +107,9 @@ class _Command:
         try:
             encoder = self.checkpoint.load(
                 device=self.device,
-                compute_dtype=self.spec.encoder.compute_dtype,
-                tokens=self.spec.tokens,
-                pool=self.spec.pool,
+                compute_dtype=self.spec_of_files.encoder.compute_dtype,
+                tokens=self.spec_of_files.tokens,
+                pool=self.spec_of_files.pool,
             )
         except RuntimeError as error:
             if is_out_of_memory(error):
@@ -110,7 +120,7 @@ class _Command:
             encoder,
             self.settings.batch_size,
             lambda size: self.reporter.warn(f"out of memory: going on with --batch_size {size}"),
-            feature_dtype=self.spec.feature_dtype,
+            feature_dtype=self.spec_of_files.feature_dtype,
             leave_out=True,
         )
 
@@ -125,16 +135,20 @@ class _Command:
             possible = self._tell(None, list(range(len(self.plan))))
         if possible:
             self.reporter.info(time_estimate(self.plan, self.spec, possible, self.encoder, self.reporter))
+            self._tell_whether_it_pays(possible)
         self.reporter.info("Dry run: nothing was computed or written")
         return EXIT_INCOMPLETE if self.reporter.failures or self.absent else EXIT_OK
 
     def execute(self, stop: StopRequest) -> int:
         settings = self.settings
-        self._tell_of_others()
+        if self._begun == 1:
+            self._tell_of_others()
         create_store(settings.cache_dir, self.spec)
         with FeatureCache.open(settings.cache_dir, spec=self.spec) as cache:
             stored = Stored(self.known, cache, recompute=not settings.skip_existing)
-            self._tell(stored, stored.missing(range(len(self.plan))))
+            possible = self._tell(stored, stored.missing(range(len(self.plan))))
+            if possible and self._begun == 1 and self.reporter.rank == 0:
+                self._tell_whether_it_pays(possible)
             missing = stored.missing(range(len(self.plan)))
             run = Run(
                 stored=stored,
@@ -146,6 +160,7 @@ class _Command:
             )
             if missing:
                 run.compute(self.plan.blocks_of(missing), self.encoder)
+            self.committed = run.committed
             if stop.requested:
                 return self._stopped(stop, run)
             self._tell_mended(stored)
@@ -179,10 +194,13 @@ class _Command:
             # Images that were only touched or copied have features already; only their bytes tell.
             hash_unknown(self.known, possible, self.reporter, keep=not self.settings.dry_run)
             missing, possible = stored.missing(missing), stored.missing(possible)
-        info(
-            f"Context: {spec.context} ({spec.context_rule.seen}); {spec.preprocessing.image_size} pixels wide, "
-            f"{spec.kept_text}, computed in {spec.encoder.compute_dtype}, stored in {spec.feature_dtype}"
-        )
+        if self._begun == 1:
+            wide = f"{spec.preprocessing.image_size} pixels wide"
+            info(
+                f"Context: {spec.context} ({spec.context_rule.seen}); "
+                f"{'pixels as given' if spec == spec.of_given_pixels else wide}, "
+                f"{spec.kept_text}, computed in {spec.encoder.compute_dtype}, stored in {spec.feature_dtype}"
+            )
         if spec.context_rule.shares_prefixes:
             unshared, shared = plan.passes(range(len(plan)))
             info(
@@ -205,6 +223,10 @@ class _Command:
             need.check(possible)
         return possible
 
+    def _tell_whether_it_pays(self, possible: list[int]) -> None:
+        need = DiskNeed(self.plan, self.spec, self.settings, self.reporter)
+        self.reporter.info(break_even(need, possible, self.encoder))
+
     def _tell_result(self, run: Run) -> None:
         settings, failures = self.settings, self.reporter.failures
         if run.elsewhere:
@@ -215,9 +237,10 @@ class _Command:
         self.reporter.success(f"Processed {run.committed} {settings.noun}s")
         self.reporter.info(f"Cache directory: {os.path.abspath(settings.cache_dir)}")
         if failures:
+            listed = os.path.join(settings.cache_dir, FAILURES_FILE) if self.reporter.lists_failures else ""
             self.reporter.warn(
-                f"{count_of(len(failures), 'input')} could not be used and what depends on them is not in the cache; "
-                f"they are listed in {os.path.join(settings.cache_dir, FAILURES_FILE)}"
+                f"{count_of(len(failures), 'input')} could not be used and what depends on them is not in the cache"
+                + (f"; they are listed in {listed}" if listed else "")
             )
 
     def _tell_mended(self, stored: Stored) -> None:

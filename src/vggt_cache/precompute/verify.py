@@ -17,7 +17,7 @@ from vggt_cache.encoder import Encoder
 from vggt_cache.errors import CorruptRecordError, OutOfMemoryError, StoreError
 from vggt_cache.identity import feature_key
 from vggt_cache.output import name_text
-from vggt_cache.precompute.decode import decode_file, read_digest
+from vggt_cache.precompute.decode import read_digest
 from vggt_cache.precompute.digests import DigestTable
 from vggt_cache.precompute.encode import BatchEncoder
 from vggt_cache.precompute.plan import Plan
@@ -82,7 +82,7 @@ def recompute_some(cache: FeatureCache, plan: Plan, encoder: Encoder, count: int
     batches = BatchEncoder(encoder, 1)
     compared, worst, label = 0, 0.0, "none stored"
     for feature in random.SystemRandom().sample(range(len(plan)), min(count, len(plan))):
-        decoded = [decode_file(path, cache.spec.preprocessing) for path in plan.paths_of(feature)]
+        decoded = [plan.frames.decode(f, cache.spec.preprocessing) for f in plan.frames_of(feature).tolist()]
         if any(frame.error for frame in decoded):
             continue
         try:
