@@ -227,11 +227,11 @@ def test_a_prefix_of_another_grid_is_refused(encoder: Encoder, images: Tensor) -
 @pytest.mark.parametrize(
     "pixels",
     [
-        torch.zeros(1, 28, 28, 3),
+        torch.zeros(1, 28, 28, 3, dtype=torch.float64),
         torch.zeros(28, 28, 3, dtype=torch.uint8),
         torch.zeros(1, 28, 30, 3, dtype=torch.uint8),
     ],
-    ids=["float", "no batch", "no multiple of 14"],
+    ids=["float64", "no batch", "no multiple of 14"],
 )
 def test_pixels_of_another_kind_are_refused(encoder: Encoder, pixels: Tensor) -> None:
     with pytest.raises(ValueError, match=r"must be"):

@@ -223,7 +223,7 @@ def test_a_shard_with_a_bad_header_is_left_out_with_one_warning(tmp_path: Path) 
         shard_path(tmp_path, name).write_bytes(b"garbage")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        cache = FeatureCache.open(tmp_path)
+        cache = FeatureCache.open(tmp_path, context="frame")
         cache.refresh()
     with cache:
         assert [name for name, _ in cache.damaged_shards] == names
