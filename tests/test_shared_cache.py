@@ -23,7 +23,7 @@ from vggt_cache.identity import Preprocessing, frame_digest
 from vggt_cache.precompute.digests import DigestTable, state_hash
 from vggt_cache.small_files import file_state
 
-INVALID, INCOMPLETE = 1, 3
+INVALID, REFUSED, INCOMPLETE = 1, 2, 3
 """The data has one image that is none: a run that did all it could ends with INCOMPLETE."""
 
 KINDS: dict[str, Callable[[Path, Path], object]] = {
@@ -43,15 +43,15 @@ PLACES = {
     "digests/000000000000-0000000000000000.rows": {INCOMPLETE},
     "same": {INCOMPLETE},
     "same/000000000000-0000000000000000.rows": {INCOMPLETE},
-    "STORE/claims": {INVALID, INCOMPLETE},
+    "STORE/claims": {REFUSED, INCOMPLETE},
     "STORE/claims/BLOCK.0": {INCOMPLETE},
-    "STORE/spec.json": {INVALID, INCOMPLETE},
+    "STORE/spec.json": {REFUSED, INCOMPLETE},
     "STORE/index": {INCOMPLETE},
     "STORE/index/rows": {INCOMPLETE},
     "STORE/shards/000000000000-0000000000000000.safetensors": {INCOMPLETE},
-    "STORE/shards": {INVALID, INCOMPLETE},
+    "STORE/shards": {REFUSED, INCOMPLETE},
 }
-"""And how precompute may end: INVALID in one sentence, where the place is one without which nothing can be stored."""
+"""And how precompute may end: REFUSED in one sentence, where the place is one without which nothing can be stored."""
 
 
 class Shared:
@@ -129,10 +129,10 @@ def test_whatever_stands_wherever_the_run_ends_and_writes_nowhere_else(
     code, err = shared.precompute()
     assert code in PLACES[place], err
     assert "Traceback" not in err
-    assert (code == INVALID) == ("[ERROR]" in err)
+    assert (code == REFUSED) == ("[ERROR]" in err)
     for command in (["verify"], ["info"], ["prune"], ["prune", "--damaged", "--yes"]):
         code, err = shared.run(command[0], str(shared.cache), *command[1:])
-        assert code in (0, INVALID)
+        assert code in (0, INVALID, REFUSED)
         assert "Traceback" not in err
     assert shared.is_untouched()
     assert shared.serves_nothing_wrong()
