@@ -45,7 +45,7 @@ CONSUMERS = (
         1_513,
         float(np.interp(32, [*VGGT_S], [*VGGT_S.values()])),
     ),
-    Consumer("JanusVLN", 9, (35, 46), 1, 1, 0, 612_000, 9 * VGGT_S[1]),
+    Consumer("JanusVLN", 9, (35, 46), 1, 1, 0, 612_000),
 )
 
 
