@@ -19,6 +19,7 @@ from janusvln.model import checkpoints
 from janusvln.model.checkpoints import ModelCheckpoint
 from janusvln.model.config import JanusVLNConfig
 from janusvln.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenerationForJanusVLN as JanusVLN
+from vggt_cache.context import CONTEXTS
 from vggt_cache.encoder.files import CONFIG, DTYPES, INDEX, Entry, TensorFile, find_directory, find_files
 from vggt_cache.errors import CheckpointError, DiskSpaceError, FileAccessError, SettingsError
 
@@ -62,7 +63,7 @@ def export(checkpoint: str, out: str, vggt_model_path: str) -> list[str]:
 def _check_features(found: ModelCheckpoint, config: JanusVLNConfig, vggt_model_path: str) -> None:
     """The features of JanusVLN's evaluation must be those that this model was trained with."""
     spec = features_of(found.location, config.feature_spec)
-    if spec["context"] != "causal":
+    if not CONTEXTS[spec["context"]].shares_prefixes:  # which frames that come one by one need
         raise CheckpointError(
             f"{found.location} was trained with features of context {spec['context']}, and JanusVLN's code computes "
             "causal ones, so its answers would be wrong without a word: evaluate it with python -m janusvln.serve"

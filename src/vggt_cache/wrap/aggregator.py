@@ -257,7 +257,7 @@ class CachedAggregator(ModuleInPlace):
         """As asked, in the feature_dtype of a cache that is there. Raises SpecMismatchError for other weights."""
         wanted = self._spec(context, compute_dtype, compute_dtype)
         there = list_stores(self._cache_dir) if os.path.isdir(self._cache_dir) else []
-        alike = [spec for spec in there if spec.context == context]
+        alike = [spec for spec in there if not spec.contradictions({"context": context})]
         own = wanted.encoder.weights_digest
         if alike and all(spec.encoder.weights_digest != own for spec in alike):
             other = alike[0].encoder
