@@ -56,3 +56,24 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"no tmpfs can be mounted here: {made.stderr.strip()}")
     yield mount
     subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+@pytest.fixture(autouse=True)
+def shelves_closed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a test of wrapped modules leaves open must not be inherited by processes that later tests fork."""
+    if not request.module.__name__.startswith("test_wrap"):
+        yield
+        return
+    from vggt_cache.wrap.shelf import Shelf
+
+    made: list[Shelf] = []
+    begin = Shelf.__init__
+
+    def noted(shelf: Shelf, *args: object, **kwargs: object) -> None:
+        made.append(shelf)
+        begin(shelf, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Shelf, "__init__", noted)
+    yield
+    for shelf in made:
+        shelf.close()
