@@ -6,6 +6,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from safetensors.torch import save_file
 
 import golden_recipe
 from vggt_cache.encoder import EncoderConfig, expected_shapes
+
+if TYPE_CHECKING:
+    from train_kit import Kit
 
 settings.register_profile("any machine", deadline=None)  # a busy one takes its time
 settings.load_profile("any machine")
@@ -56,6 +60,19 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip(f"no tmpfs can be mounted here: {made.stderr.strip()}")
     yield mount
     subprocess.run(["umount", "-l", str(mount)], check=True)
+
+
+@pytest.fixture(autouse=True)
+def no_cache_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VGGT_CACHE_DIR", raising=False)
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> Kit:
+    """What one training run needs; see train_kit."""
+    from train_kit import write_kit
+
+    return write_kit(tmp_path_factory.mktemp("kit"), small_checkpoint)
 
 
 @pytest.fixture(autouse=True)

@@ -9,18 +9,8 @@ import torch
 
 from janusvln.model.modeling_qwen2_5_vl import learned
 from janusvln.train.command import main
-from train_kit import Kit, largest_difference, logged, write_kit
+from train_kit import Kit, largest_difference, logged
 from train_processes_kit import train
-
-
-@pytest.fixture(scope="module")
-def kit(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> Kit:
-    return write_kit(tmp_path_factory.mktemp("kit"), small_checkpoint)
-
-
-@pytest.fixture(autouse=True)
-def no_cache_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("VGGT_CACHE_DIR", raising=False)
 
 
 def sizes(batch: int, accumulation: int) -> list[object]:

@@ -21,23 +21,13 @@ from janusvln.model.modeling_qwen2_5_vl import (  # noqa: E402
 )
 from janusvln.train.command import main  # noqa: E402
 from model_kit import images, prompt, rows  # noqa: E402
-from train_kit import Kit, largest_difference, logged, write_kit  # noqa: E402
+from train_kit import Kit, largest_difference, logged  # noqa: E402
 from train_processes_kit import train  # noqa: E402
 from vggt_cache.errors import CheckpointError  # noqa: E402
 
 LORA: list[object] = ["--lora_enable", "True", "--lora_r", 4, "--lora_alpha", 8, "--learning_rate", "1e-2"]
 SAVING: list[object] = ["--save_strategy", "steps", "--save_steps", 2]
 GRID = (2, 4)
-
-
-@pytest.fixture(scope="module")
-def kit(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> Kit:
-    return write_kit(tmp_path_factory.mktemp("kit"), small_checkpoint)
-
-
-@pytest.fixture(autouse=True)
-def no_cache_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("VGGT_CACHE_DIR", raising=False)
 
 
 @pytest.fixture(scope="module")

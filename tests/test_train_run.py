@@ -19,22 +19,12 @@ from safetensors.torch import load_file, save_file
 from janusvln.features.coverage import measure_coverage
 from janusvln.train.command import main
 from small_data import plan_of, write_image
-from train_kit import Kit, largest_difference, logged, write_kit
+from train_kit import Kit, largest_difference, logged
 from vggt_cache.store import FeatureCache
 
 STEPS = 30
 SAME = 1e-5
 """Relative; what float32 noise between batches of different composition may make."""
-
-
-@pytest.fixture(scope="module")
-def kit(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> Kit:
-    return write_kit(tmp_path_factory.mktemp("kit"), small_checkpoint)
-
-
-@pytest.fixture(autouse=True)
-def no_cache_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("VGGT_CACHE_DIR", raising=False)
 
 
 def refusal(capfd: pytest.CaptureFixture[str], flags: list[str]) -> str:

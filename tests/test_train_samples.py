@@ -38,11 +38,6 @@ def base(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> Ki
     return write_kit(tmp_path_factory.mktemp("base"), small_checkpoint)
 
 
-@pytest.fixture(autouse=True)
-def no_cache_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("VGGT_CACHE_DIR", raising=False)
-
-
 def good(number: int) -> Record:
     return {"images": [f"{number}.png"], "conversations": talk("<image>go", "STOP")}
 

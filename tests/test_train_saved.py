@@ -19,21 +19,11 @@ from janusvln.data.images import QwenPixels
 from janusvln.model import checkpoints
 from janusvln.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenerationForJanusVLN as JanusVLN
 from janusvln.train.command import main
-from train_kit import Kit, write_kit
+from train_kit import Kit
 
 SAVING: list[object] = ["--save_strategy", "steps", "--save_steps", 1, "--max_steps", 1]
 STD = [0.5, 0.25, 0.125]
 """Not the processor's own default: what is lost shows."""
-
-
-@pytest.fixture(scope="module")
-def kit(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> Kit:
-    return write_kit(tmp_path_factory.mktemp("kit"), small_checkpoint)
-
-
-@pytest.fixture(autouse=True)
-def no_cache_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("VGGT_CACHE_DIR", raising=False)
 
 
 def settings(directory: Path) -> dict[str, Any]:

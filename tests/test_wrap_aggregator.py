@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -379,3 +380,17 @@ def test_who_looks_at_keys_and_values_gets_the_modules(one_by_one: Aggregator, t
     cached = CachedAggregator(one_by_one, tmp_path)
     for found, live in zip(evaluate(cached), evaluate(one_by_one), strict=True):
         assert torch.equal(found, live)
+
+
+def test_close_puts_all_on_disk_and_ends_the_threads_and_a_later_call_goes_on(
+    aggregator: Aggregator, tmp_path: Path
+) -> None:
+    began, images = threading.active_count(), images_of(5)
+    cached = CachedAggregator(aggregator, tmp_path, layers=-2)
+    first = called(cached, images)
+    assert threading.active_count() > began
+    cached.close()
+    assert threading.active_count() == began
+    only_read = CachedAggregator(aggregator, tmp_path, layers=-2, miss="error")
+    assert differences(called(only_read, images), first, -2) == 0
+    assert differences(called(cached, images), first, -2) == 0

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from janusvln.data.images import FeatureRequest
-from vggt_cache.codec.quantise import decode_int8, quantised
+from vggt_cache.codec.quantise import as_stored
 from vggt_cache.encoder import Encoder
 from vggt_cache.encoder.checkpoint import Checkpoint
 from vggt_cache.errors import CheckpointError, OutOfMemoryError, SettingsError, StoreError
@@ -72,15 +72,8 @@ class LiveEncoder:
         return [features[position] for position in range(len(requests))]
 
     def as_stored(self, feature: torch.Tensor) -> torch.Tensor:
-        """A computed feature [h, w, C] as it would come back from the cache: a lossy storage dtype changes it.
-
-        One that is not finite is never stored, and stays as it is. Nothing waits for the device.
-        """
-        if self._spec.feature_dtype != "int8":
-            return feature
-        tokens = feature.flatten(0, 1)
-        record, finite = quantised(tokens)
-        return torch.where(finite, decode_int8(record, *tokens.shape), tokens).view(feature.shape)
+        """A computed feature [h, w, C] as it would come back from the cache."""
+        return as_stored(feature, self._spec.feature_dtype)
 
     def check(self) -> Checkpoint:
         """Open the checkpoint, whose weights are not loaded yet. Errors as of `encode`."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vggt_cache.codec import INT8
 from vggt_cache.codec.base import NORMALISER_BYTES, SCALE_BYTES
 from vggt_cache.errors import SettingsError
 
@@ -50,6 +51,18 @@ class EncodedFeature:
         """
         record = self.record.to(device, non_blocking=True)
         return decode_int8(record, math.prod(self.shape[:-1]), self.shape[-1]).view(self.shape)
+
+
+def as_stored(feature: Tensor, feature_dtype: str) -> Tensor:
+    """A computed feature [..., C] as it would come back from the cache: a lossy storage dtype changes it.
+
+    One that is not finite is never stored, and stays as it is. Nothing waits for the device.
+    """
+    if feature_dtype != INT8:
+        return feature
+    tokens = feature.flatten(0, -2)
+    record, finite = quantised(tokens)
+    return torch.where(finite, decode_int8(record, *tokens.shape), tokens).view(feature.shape)
 
 
 def encode_int8(values: Tensor) -> Tensor:

@@ -70,6 +70,15 @@ class RowTable:
             digests[known] = rows["digest"][known]
         return known, digests
 
+    def find(self, one: bytes) -> bytes | None:
+        """The value of a single hash, several times faster than `lookup`; None where it is not known."""
+        hi, lo = struct.unpack("<QQ", one)
+        at = int(self._rows["hi"].searchsorted(np.uint64(hi)))
+        if at == len(self._rows) or (row := self._rows[at])["hi"] != hi or row["lo"] != lo:
+            return None
+        value: bytes = row["digest"].tobytes()
+        return value
+
     def append(self, rows: Iterable[tuple[bytes, bytes]]) -> None:
         """Write (hash 16, value 32) rows as one chunk. Failing to write costs a later run some work, no more."""
         payload = b"".join(state + digest for state, digest in rows)

@@ -19,7 +19,7 @@ from vggt_cache.errors import StoreError
 from vggt_cache.identity import KEY_BYTES, FeatureSpec
 from vggt_cache.store.directory import list_stores
 from vggt_cache.store.filesystem import FileSystem
-from vggt_cache.store.rows import RowTable, hash_array
+from vggt_cache.store.rows import RowTable
 
 if TYPE_CHECKING:
     from vggt_cache.store.cache import FeatureCache
@@ -40,10 +40,8 @@ class SameTable(RowTable):
 
     def stored_under(self, key: bytes) -> tuple[bytes, str] | None:
         """The other key and the first digits of the fingerprint; None where nothing is known."""
-        known, (value,) = self.lookup(hash_array([key]))
-        if not known[0]:
-            return None
-        return value[:KEY_BYTES].tobytes(), value[KEY_BYTES:].tobytes().hex()
+        value = self.find(key)
+        return None if value is None else (value[:KEY_BYTES], value[KEY_BYTES:].hex())
 
 
 class Siblings:

@@ -9,15 +9,15 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vggt_cache.codec.quantise import as_stored
 from vggt_cache.errors import SettingsError, SpecMismatchError
 from vggt_cache.identity import GIVEN_PIXELS, SPECIAL_TOKENS, FeatureSpec
 from vggt_cache.pixel_cache import PixelCache
-from vggt_cache.pixels import Pixels, as_levels
-from vggt_cache.precompute.encode import BatchEncoder
+from vggt_cache.pixels import as_levels
+from vggt_cache.precompute.encode import BatchEncoder, of_one_dtype
 from vggt_cache.store import list_stores
 from vggt_cache.wrap.cached_module import CachedModule
 from vggt_cache.wrap.frames_seen import FramesSeen, LazyPair
@@ -94,7 +94,6 @@ class CachedAggregator(ModuleInPlace):
         self._cache_dir, self._miss, self._feature_dtype = os.path.abspath(cache_dir), miss, feature_dtype
         self._threads = threads
         self._names = call_names(module)
-        self._shelves: dict[tuple[str, str, torch.device], Shelf] = {}
         self._most_together = _MOST_TOGETHER
         if self._own is None:
             self._spec("joint", "float32", "float32")  # refuses wrong settings at once
@@ -131,11 +130,14 @@ class CachedAggregator(ModuleInPlace):
         return self._outputs(joined), SPECIAL_TOKENS
 
     def flush(self) -> None:
-        """Commit all that was computed here, and take in what others have committed. For the end of an epoch."""
-        for shelf in self._shelves.values():
-            shelf.flush()
+        super().flush()
         if self._own is not None:
             self._own.flush()
+
+    def close(self) -> None:
+        super().close()
+        if self._own is not None:
+            self._own.close()
 
     def _changed(self) -> None:
         if "_weights" in self.__dict__:
@@ -191,8 +193,8 @@ class CachedAggregator(ModuleInPlace):
 
     def _encode(self, shelf: Shelf, lists: Sequence[Tensor]) -> list[Tensor]:
         spec, device = shelf.store.spec, shelf.device
-        alike = _alike([frame for images in lists for frame in as_levels(images)])
-        numbered = iter(range(len(alike)))
+        frames = [frame for images in lists for frame in as_levels(images)]
+        numbered = iter(range(len(frames)))
         numbers = [[next(numbered) for _ in images] for images in lists]
         found: dict[int, Tensor] = {}
         with (
@@ -202,9 +204,11 @@ class CachedAggregator(ModuleInPlace):
             batched = BatchEncoder(
                 encoder, self._most_together, self._halved, feature_dtype=spec.feature_dtype
             )
-            for positions, batch in spec.context_rule.encode(batched, numbers, dict(enumerate(alike))):
+            for positions, batch in spec.context_rule.encode(
+                batched, numbers, of_one_dtype(dict(enumerate(frames)))
+            ):
                 found.update(zip(positions, batch, strict=True))
-        return [shelf.as_stored(found[at]) for at in range(len(lists))]
+        return [as_stored(found[at], spec.feature_dtype) for at in range(len(lists))]
 
     def _halved(self, batch_size: int) -> None:
         self._most_together = batch_size
@@ -300,14 +304,3 @@ class _Kept(nn.Module):
 def _same_but_dtype(one: FeatureSpec, other: FeatureSpec) -> bool:
     names = ("encoder", "context", "layers", "tokens", "pool", "computation_version")
     return all(getattr(one, name) == getattr(other, name) for name in names)
-
-
-def _alike(frames: Sequence[Pixels]) -> list[Pixels]:
-    """Frames that are encoded together have one dtype: bytes become the floats that they mean beside floats."""
-    if len({frame.dtype for frame in frames}) == 1:
-        return list(frames)
-    floats = [frame.astype(np.float32) for frame in frames]
-    return [
-        pixels / np.float32(255) if frame.dtype == np.uint8 else pixels
-        for frame, pixels in zip(frames, floats, strict=True)
-    ]

@@ -77,7 +77,6 @@ class CachedModule(ModuleInPlace):
             miss,
             threads,
         )
-        self._shelves: dict[str, Shelf] = {}
         self._known: tuple[object, CallSpec] | None = None
         self._is_probed = self._is_batch_checked = False
 
@@ -109,11 +108,6 @@ class CachedModule(ModuleInPlace):
                 for rows in zip(*(own for _, own in records), strict=True)
             ]
         return put_together(form_out, first, type(self.wrapped).__module__.partition(".")[0])
-
-    def flush(self) -> None:
-        """Commit all that was computed here, and take in what others have committed. For the end of an epoch."""
-        for shelf in self._shelves.values():
-            shelf.flush()
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: value for name, value in self.__dict__.items() if name not in ("_tensors", "_parts")}

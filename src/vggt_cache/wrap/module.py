@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from vggt_cache.wrap.shelf import Shelf
+
 
 class ModuleInPlace(nn.Module):
     """Parameters, buffers and children are those of the wrapped module, under the same names, with no prefix.
@@ -23,6 +25,8 @@ class ModuleInPlace(nn.Module):
         super().__init__()
         self.__dict__["wrapped"] = module  # not as a child: that would be a prefix
         self._offload = offload
+        self._shelves: dict[Any, Shelf] = {}
+        """By what is meant; opened when it is first asked for."""
         self.training = module.training
         if offload:
             module.requires_grad_(False).to("cpu")
@@ -46,6 +50,20 @@ class ModuleInPlace(nn.Module):
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         self.wrapped.requires_grad_(requires_grad)
         return self
+
+    def flush(self) -> None:
+        """Commit all that was computed here, and take in what others have committed. For the end of an epoch."""
+        for shelf in self._shelves.values():
+            shelf.flush()
+
+    def close(self) -> None:
+        """Commit all that was computed here, and end the threads. A later call opens the cache again.
+
+        The end of the process does it, too.
+        """
+        for shelf in self._shelves.values():
+            shelf.close()
+        self._shelves.clear()
 
     def _changed(self) -> None:
         """Weights were loaded or moved: a subclass forgets what it knows of them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
 import warnings
 import weakref
 from collections import OrderedDict
@@ -14,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vggt_cache.codec import INT8
-from vggt_cache.codec.quantise import decode_int8, quantised
 from vggt_cache.delivery import ReadAhead, with_retries
 from vggt_cache.errors import MissingFeatureError, OutOfMemoryError, SettingsError, StoreError
 from vggt_cache.pixel_cache import PixelCache
@@ -24,6 +23,8 @@ MISS = ("fill", "encode", "error")
 _RECENT = 4
 _LOOKUPS_TO_JUDGE = 50
 _HARDLY_ANY = 0.05
+_LOOKING_SHARE = 0.05
+"""At most so much of the time goes into looking for what others have committed: at first every list is missing."""
 Compute = Callable[[Sequence[int]], Sequence[Tensor]]
 """The features, on the device in the dtype of storage, of those of the wanted at these positions."""
 
@@ -51,6 +52,8 @@ class Shelf:
         self.hits = self.misses = 0
         """Of this epoch, where its ends are told by `flush`."""
         self._judges = len(store.cache) > 0
+        self._look_again_s = 0.0
+        """When it is time to look for what others have committed."""
         atexit.register(_close_if_alive, weakref.ref(self))
 
     def features(self, keys: Sequence[bytes], labels: Sequence[str], compute: Compute) -> list[Tensor]:
@@ -75,17 +78,10 @@ class Shelf:
             for key, feature in zip(keys, found, strict=True)
         ]
 
-    def as_stored(self, feature: Tensor) -> Tensor:
-        """A computed feature as it would come back from the cache: a lossy storage dtype changes it."""
-        if self.store.spec.feature_dtype != INT8:
-            return feature
-        tokens = feature.flatten(0, -2)
-        record, finite = quantised(tokens)
-        return torch.where(finite, decode_int8(record, *tokens.shape), tokens).view(feature.shape)
-
     def flush(self) -> None:
         """What was computed is on disk, and an epoch is over: from the next one on features should be found."""
         self._attempt(self.store.flush)
+        self._look_again_s = 0.0
         self._judges = self._judges or self.hits + self.misses > 0
         self.hits = self.misses = 0
 
@@ -103,8 +99,13 @@ class Shelf:
         if any(feature is None for feature in found):
             if self._put.intersection(keys):
                 self._attempt(self.store.flush)
-            self.store.cache.refresh()  # another rank may have them by now
-            self._read(keys, found)
+                self._look_again_s = 0.0
+            began_s = time.monotonic()
+            if began_s >= self._look_again_s or self.miss == "error":
+                self.store.cache.refresh()  # another rank may have them by now
+                ended_s = time.monotonic()
+                self._look_again_s = ended_s + (ended_s - began_s) / _LOOKING_SHARE
+                self._read(keys, found)
         return found
 
     def _read(self, keys: Sequence[bytes], found: list[Tensor | None]) -> None:
