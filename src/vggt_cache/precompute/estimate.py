@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -87,29 +87,26 @@ class DiskNeed:
     spec: FeatureSpec
     settings: PrecomputeSettings
     reporter: Reporter
+    _sizes: dict[int, int] = field(default_factory=dict)
+    """Of features that were looked at; 0 where the frame cannot be used."""
 
     def feature_bytes(self, pending: Sequence[int]) -> float:
         """Of one feature on average; what `lossless` saves depends on the values and is not counted."""
-        spread = sorted({pending[len(pending) * part // _SAMPLED_FRAMES] for part in range(_SAMPLED_FRAMES)})
-        decoded = [
-            (_decoded(self.plan, int(frames[-1]), self.spec, self.reporter), len(frames))
-            for frames in map(self.plan.frames_of, spread)
-        ]
-        sizes = [
-            self.stored_bytes(self.spec.shape(frame.grid, frames))
-            for frame, frames in decoded
-            if not frame.error and fits(self.spec.pool, frame.grid)
-        ]
+        spread = {pending[len(pending) * part // _SAMPLED_FRAMES] for part in range(_SAMPLED_FRAMES)}
+        sizes = [size for feature in sorted(spread) if (size := self._size_of(feature))]
         return float(np.mean(sizes)) if sizes else 0.0
 
+    def total_bytes(self, pending: Sequence[int]) -> float:
+        """Of all of them, with headers and padding."""
+        return self.feature_bytes(pending) * len(pending) * _OVERHEAD if pending else 0.0
+
     def fits(self, pending: Sequence[int]) -> bool:
-        need = self.feature_bytes(pending) * len(pending) * _OVERHEAD if pending else 0.0
-        return self.settings.force or need <= free_bytes(self.settings.cache_dir)
+        return self.settings.force or self.total_bytes(pending) <= free_bytes(self.settings.cache_dir)
 
     def check(self, pending: Sequence[int]) -> None:
         """A dry run is told the figures. Raises DiskSpaceError where they do not fit, but not with --force."""
         settings, feature = self.settings, self.feature_bytes(pending)
-        total, free = feature * len(pending) * _OVERHEAD, free_bytes(settings.cache_dir)
+        total, free = self.total_bytes(pending), free_bytes(settings.cache_dir)
         if settings.dry_run:
             packed = shard_codec(self.spec.feature_dtype, settings.codec) == LOSSLESS
             self.reporter.info(
@@ -122,6 +119,16 @@ class DiskNeed:
                 f"room for {bytes_text(total - free)}, choose another --cache_dir or a smaller --image_size, or start "
                 "anyway with --force"
             )
+
+    def _size_of(self, feature: int) -> int:
+        if feature not in self._sizes:
+            frames = self.plan.frames_of(feature)
+            frame = _decoded(self.plan, int(frames[-1]), self.spec, self.reporter)
+            usable = not frame.error and fits(self.spec.pool, frame.grid)
+            self._sizes[feature] = (
+                self.stored_bytes(self.spec.shape(frame.grid, len(frames))) if usable else 0
+            )
+        return self._sizes[feature]
 
     def stored_bytes(self, shape: tuple[int, ...]) -> int:
         codec = shard_codec(self.spec.feature_dtype, self.settings.codec)
@@ -170,7 +177,7 @@ def break_even(need: DiskNeed, pending: Sequence[int], encoder: BatchEncoder) ->
     height, width, _ = pixels[frames[-1]].shape
     size = need.stored_bytes(spec.shape((height // PATCH_SIZE, width // PATCH_SIZE), len(frames)))
     device = torch.cuda.get_device_name(encoder.device) if encoder.device.type == "cuda" else "cpu"
-    total = need.feature_bytes(pending) * len(pending) * _OVERHEAD
+    total = need.total_bytes(pending)
     return pays_sentence(size, total, count_of(len(pending), need.settings.noun), seconds, device)
 
 

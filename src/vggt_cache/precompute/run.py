@@ -100,6 +100,7 @@ class Job:
         """Features of this plan on disk, written by this process."""
         self._begun += 1
         self.known = KnownKeys(plan, spec, DigestTable(self.settings.cache_dir))
+        self.need = DiskNeed(plan, spec, self.settings, self.reporter)
 
     @cached_property
     def encoder(self) -> BatchEncoder:
@@ -129,13 +130,12 @@ class Job:
         try:
             with FeatureCache.open(self.settings.cache_dir, spec=self.spec) as cache:
                 stored = Stored(self.known, cache, recompute=not self.settings.skip_existing)
-                missing = stored.missing(range(len(self.plan)))
-                possible = self._tell(stored, missing)
+                _, possible = self._tell(stored, stored.missing(range(len(self.plan))))
         except (CacheNotFoundError, NotACacheError, SpecMismatchError):
-            possible = self._tell(None, list(range(len(self.plan))))
+            _, possible = self._tell(None, list(range(len(self.plan))))
         if possible:
             self.reporter.info(time_estimate(self.plan, self.spec, possible, self.encoder, self.reporter))
-            self._tell_whether_it_pays(possible)
+            self.reporter.info(break_even(self.need, possible, self.encoder))
         self.reporter.info("Dry run: nothing was computed or written")
         return EXIT_INCOMPLETE if self.reporter.failures or self.absent else EXIT_OK
 
@@ -146,10 +146,9 @@ class Job:
         create_store(settings.cache_dir, self.spec)
         with FeatureCache.open(settings.cache_dir, spec=self.spec) as cache:
             stored = Stored(self.known, cache, recompute=not settings.skip_existing)
-            possible = self._tell(stored, stored.missing(range(len(self.plan))))
+            missing, possible = self._tell(stored, stored.missing(range(len(self.plan))))
             if possible and self._begun == 1 and self.reporter.rank == 0:
-                self._tell_whether_it_pays(possible)
-            missing = stored.missing(range(len(self.plan)))
+                self.reporter.info(break_even(self.need, possible, self.encoder))
             run = Run(
                 stored=stored,
                 reporter=self.reporter,
@@ -185,12 +184,15 @@ class Job:
                     "--spec FINGERPRINT` removes one"
                 )
 
-    def _tell(self, stored: Stored | None, missing: list[int]) -> list[int]:
-        """What is missing, and whether the disk has room for it. Returns what of it can be computed."""
+    def _tell(self, stored: Stored | None, missing: list[int]) -> tuple[list[int], list[int]]:
+        """What is missing, and whether the disk has room for it. Returns it, and what of it can be computed."""
         spec, plan, info = self.spec, self.plan, self.reporter.info
         self.absent, possible = without_absent(plan, missing)
-        need = DiskNeed(plan, spec, self.settings, self.reporter)
-        if stored is not None and len(stored.cache) and (self.settings.dry_run or not need.fits(possible)):
+        if (
+            stored is not None
+            and len(stored.cache)
+            and (self.settings.dry_run or not self.need.fits(possible))
+        ):
             # Images that were only touched or copied have features already; only their bytes tell.
             hash_unknown(self.known, possible, self.reporter, keep=not self.settings.dry_run)
             missing, possible = stored.missing(missing), stored.missing(possible)
@@ -220,12 +222,8 @@ class Job:
                 absent_sentence(plan, self.absent, len(missing) - len(possible), self.settings.noun)
             )
         if possible:
-            need.check(possible)
-        return possible
-
-    def _tell_whether_it_pays(self, possible: list[int]) -> None:
-        need = DiskNeed(self.plan, self.spec, self.settings, self.reporter)
-        self.reporter.info(break_even(need, possible, self.encoder))
+            self.need.check(possible)
+        return missing, possible
 
     def _tell_result(self, run: Run) -> None:
         settings, failures = self.settings, self.reporter.failures
