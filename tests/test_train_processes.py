@@ -120,15 +120,19 @@ def test_ranks_that_fill_a_cache_find_each_others_features_in_the_next_epoch(
 def test_with_error_all_ranks_stop_with_the_same_sentence(kit: Kit, tmp_path: Path) -> None:
     data = tmp_path / "data"
     shutil.copytree(kit.data, data)
-    # New images: what precompute has not seen cannot be known to be missing before it is read.
-    for number, image in enumerate(sorted(data.glob("ep0/*.png"))):
-        write_image(image, 5000 + number)
     flags = kit.flags(
-        tmp_path / "out", "--train_data_root", data, "--max_steps", 30, "--deepspeed", ROOT / "scripts" / "zero3.json",
-        "--per_device_train_batch_size", 1, context="causal",
+        tmp_path / "out", "--train_data_root", data, "--max_steps", 2000,
+        "--deepspeed", ROOT / "scripts" / "zero3.json", "--per_device_train_batch_size", 1, context="causal",
     )  # fmt: skip
     log = tmp_path / "log"
-    assert start(flags, log=log).wait(timeout=120) != 0
+    process = start(flags, log=log)
+    while "'loss'" not in log.read_text(errors="replace"):
+        assert process.poll() is None, log.read_text()[-3000:]
+        time.sleep(0.02)
+    # Before step 1 everything was there; images that change under a run cannot be known then.
+    for number, image in enumerate(sorted(data.glob("ep0/*.png"))):
+        write_image(image, 5000 + number)
+    assert process.wait(timeout=120) != 0
     said = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("[ERROR] ")]
     sentences = {line.removeprefix("[ERROR] ").removeprefix("[rank 1] ") for line in said}
     assert len(said) == 2, said

@@ -22,7 +22,7 @@ def torchrun(tmp_path: Path, processes: int, body: str) -> subprocess.CompletedP
     """Run `body` on every rank, after `ranks` has been made."""
     script = tmp_path / "program.py"
     script.write_text(
-        "import sys, time, torch, torch.distributed as dist\n"
+        "import sys, threading, time, torch, torch.distributed as dist\n"
         "from janusvln.train.ranks import Ranks\n"
         "dist.init_process_group('gloo')\n"
         "ranks = Ranks.of_this_run()\n" + body
@@ -65,6 +65,18 @@ def test_of_several_that_stop_at_once_all_say_the_first(tmp_path: Path) -> None:
     )  # fmt: skip
     assert len(errors(run)) == 3
     assert len({line[line.index("sentence") :] for line in errors(run)}) == 1
+
+
+def test_a_rank_that_stops_while_it_is_told_to_says_it_once(tmp_path: Path) -> None:
+    run = torchrun(
+        tmp_path, 2,
+        "if ranks.rank == 1:\n"
+        "    heard, say = threading.Event(), ranks._print\n"
+        "    ranks._print = lambda *words: (heard.set(), time.sleep(0.5), say(*words))\n"
+        "    heard.wait()\n"
+        "sys.exit(ranks.stop_all(f'sentence of {ranks.rank}', 2))\n",
+    )  # fmt: skip
+    assert sorted(errors(run)) == ["[ERROR] [rank 1] sentence of 0", "[ERROR] sentence of 0"]
 
 
 def test_what_ranks_exchange_comes_by_rank(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ class Ranks:
         self.world_size = world_size
         self._store = store
         self._stopping = threading.Event()
+        self._to_say_it = threading.Lock()  # whoever has it, the main thread or the watching one, says why all stop
         self._watcher = threading.Thread(target=self._watch, args=[store], name="stop-watch", daemon=True)
         if store is not None:
             self._watcher.start()
@@ -70,6 +71,8 @@ class Ranks:
         if self._store is None:
             return self._say(mine)
         first = self._store.compare_set(_STOP, "", mine).decode() or mine  # of several, all say the first
+        if not self._to_say_it.acquire(blocking=False):
+            self._watcher.join()  # it says it at this moment, and ends this process
         agreed = self._say(first)
         self._wait_until_all_have_said_it(self._store)
         return agreed
@@ -149,8 +152,8 @@ class Ranks:
             message = store.get(_STOP).decode()
         except Exception:  # the store has gone with its host: the run is over
             return
-        if self._stopping.is_set():  # the main thread says it, or has nothing more to say
-            return
+        if self._stopping.is_set() or not self._to_say_it.acquire(blocking=False):
+            return  # the main thread says it, or has nothing more to say
         exit_code = self._say(message)
         sys.stdout.flush()
         try:
