@@ -67,9 +67,9 @@ def no_cache_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VGGT_CACHE_DIR", raising=False)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def kit(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> Kit:
-    """What one training run needs; see train_kit."""
+    """What one training run needs, only to be read; see train_kit."""
     from train_kit import write_kit
 
     return write_kit(tmp_path_factory.mktemp("kit"), small_checkpoint)

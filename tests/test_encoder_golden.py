@@ -130,16 +130,38 @@ def test_joint_list_of_float_pixels_agrees_with_the_published_code(encoder: Enco
             assert difference < TOLERANCE, (frame, layer)
 
 
-@pytest.mark.parametrize("layer", [-1, 1, (0, 2)])
-@pytest.mark.parametrize("tokens", ["patches", "patches+camera", "special", "all"])
+@pytest.fixture(scope="module")
+def three_frames() -> Tensor:
+    return torch.stack([golden_recipe.image(31, 112, 140, number) for number in range(3)])
+
+
+@pytest.fixture(scope="module")
+def whole_of_each_context(encoder: Encoder, three_frames: Tensor) -> list[Tensor]:
+    return every_context(encoder, three_frames)
+
+
+@pytest.mark.parametrize(
+    ("layer", "tokens"),
+    [
+        (-1, "patches"),
+        (-1, "all"),
+        (1, "patches+camera"),
+        (1, "special"),
+        ((0, 2), "special"),
+        ((0, 2), "patches"),
+    ],
+)
 def test_what_is_kept_is_a_part_of_all_that_there_is(
-    encoder: Encoder, small_checkpoint: Path, layer: int | tuple[int, ...], tokens: str
+    whole_of_each_context: list[Tensor],
+    three_frames: Tensor,
+    small_checkpoint: Path,
+    layer: int | tuple[int, ...],
+    tokens: str,
 ) -> None:
     """In every context, to the noise of products of another shape: fewer tokens, fewer layers change no value."""
-    pixels = torch.stack([golden_recipe.image(31, 112, 140, number) for number in range(3)])
     chosen = Checkpoint.open(str(small_checkpoint), layer=layer).load(tokens=tokens)
     which = {"patches": slice(5, None), "patches+camera": [0, *range(5, 85)], "special": slice(0, 5)}
-    for found, whole in zip(every_context(chosen, pixels), every_context(encoder, pixels), strict=True):
+    for found, whole in zip(every_context(chosen, three_frames), whole_of_each_context, strict=True):
         expected = whole[:, [number % 4 for number in ([layer] if isinstance(layer, int) else layer)]]
         expected = expected[:, :, which.get(tokens, slice(None))]
         if isinstance(layer, int):

@@ -51,6 +51,7 @@ def dry_name(figure: str) -> str:
     return figure
 
 
+@pytest.mark.slow  # a minute; to be run whenever the command or what it calls has changed
 @pytest.mark.timeout(900)
 def test_a_dry_run_gives_every_figure_without_optional_packages(tmp_path: Path) -> None:
     import gpu
@@ -150,6 +151,7 @@ def test_a_step_that_fails_costs_itself_only(tmp_path: Path, monkeypatch: pytest
     assert errors == {"bad": "ValueError: the reason", "partly": "ZeroDivisionError: division by zero"}
 
 
+@pytest.mark.slow
 def test_a_step_is_killed_whole_at_its_limit_and_keeps_what_it_had(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from monitor_kit import told
-from train_kit import Kit, write_kit
+from train_kit import Kit
 from vggt_cache.precompute.run import precompute
 from vggt_cache.precompute.settings import PrecomputeSettings
 
@@ -53,11 +53,6 @@ code = main(sys.argv[2:])
 json.dump(notes, open(sys.argv[1], "w"))
 leave(code)
 """
-
-
-@pytest.fixture(scope="module")
-def kit(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> Kit:
-    return write_kit(tmp_path_factory.mktemp("kit"), small_checkpoint)
 
 
 def run(kit: Kit, folder: Path, *more: object, cached: bool) -> tuple[str, list[dict[str, Any]]]:

@@ -71,7 +71,7 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 StoreMachine.TestCase.settings = settings(
-    max_examples=200,
+    max_examples=100,
     stateful_step_count=8,
     deadline=None,
     derandomize=True,  # `run_trials.py --trial stateful` is for new sequences

@@ -302,7 +302,7 @@ def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
     )
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_make_the_same_samples(root: Path, method: str) -> None:
     dataset = make_dataset(root, CAUSAL)
     loader = DataLoader(dataset, num_workers=2, multiprocessing_context=method, collate_fn=only)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from store_kit import shards_dir
-from train_kit import Kit, largest_difference, logged, write_kit
+from train_kit import Kit, largest_difference, logged
 from train_processes_kit import ROOT, start, train
 from vggt_cache.store import FeatureCache, ShardWriter, create_store
 
@@ -19,11 +19,6 @@ STEPS = 24
 """One and a half epochs: the second comes back to shards that are open."""
 SAME = 1e-5
 PATIENCE_S = 240
-
-
-@pytest.fixture(scope="module")
-def kit(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> Kit:
-    return write_kit(tmp_path_factory.mktemp("kit"), small_checkpoint)
 
 
 @pytest.fixture(scope="module")

@@ -215,7 +215,7 @@ def test_a_launchers_number_that_is_empty_says_nothing(
 # ---------------------------------------------------------------- filling
 
 
-@pytest.mark.parametrize("context", [pytest.param("frame", marks=pytest.mark.slow), "causal"])
+@pytest.mark.parametrize("context", ["frame", pytest.param("causal", marks=pytest.mark.slow)])
 def test_the_first_epoch_fills_the_cache_and_the_second_reads_it(
     kit: Kit, tmp_path: Path, context: str
 ) -> None:

@@ -16,17 +16,12 @@ import pytest
 
 from janusvln.train.command import main
 from janusvln.train.stop import StopCallback
-from train_kit import Kit, largest_difference, logged, write_kit
+from train_kit import Kit, largest_difference, logged
 from train_stop_kit import CODES, ROOT, Command
 
 STEPS = 20
 PLAIN = ["--per_device_train_batch_size", 2, "--max_steps", STEPS, "--dataloader_num_workers", 2]
 ZERO_3 = ["--per_device_train_batch_size", 1, "--deepspeed", ROOT / "scripts" / "zero3.json"]
-
-
-@pytest.fixture(scope="module")
-def kit(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> Kit:
-    return write_kit(tmp_path_factory.mktemp("kit"), small_checkpoint)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +35,7 @@ def checkpoints(command: Command) -> list[int]:
     return sorted(int(path.name.split("-")[1]) for path in command.output_dir.glob("checkpoint-*"))
 
 
+@pytest.mark.slow
 @pytest.mark.promise("Stopping keeps the work")
 def test_a_stopped_run_has_the_losses_and_samples_of_one_that_was_not(
     kit: Kit, tmp_path: Path, whole: list[dict[str, float]]
@@ -101,6 +97,7 @@ def test_a_second_ctrl_c_ends_a_run_that_hangs_at_once(kit: Kit, tmp_path: Path)
     assert "[INFO] SIGINT again: ended without a checkpoint" in run.said()
 
 
+@pytest.mark.slow
 @pytest.mark.promise("Never a hang")
 def test_a_rank_that_is_told_to_stop_does_not_wait_for_one_that_is_gone(kit: Kit, tmp_path: Path) -> None:
     """torchrun tells the others with SIGTERM. With nccl they wait in a collective; gloo notices a dead process."""

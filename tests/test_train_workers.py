@@ -19,12 +19,7 @@ from janusvln.data import PaddedCollator
 from janusvln.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenerationForJanusVLN as Model
 from janusvln.train.command import main
 from janusvln.train.workers import _end
-from train_kit import Kit, logged, write_kit
-
-
-@pytest.fixture(scope="module")
-def kit(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Path) -> Kit:
-    return write_kit(tmp_path_factory.mktemp("kit"), small_checkpoint)
+from train_kit import Kit, logged
 
 
 @pytest.fixture(autouse=True)

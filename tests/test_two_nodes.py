@@ -208,6 +208,7 @@ def train_on_one_node(folder: Path, **settings: str) -> subprocess.CompletedProc
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_two_nodes_have_the_losses_of_one_node_with_two_processes(nodes: Nodes, tmp_path: Path) -> None:
     write_training_data(tmp_path)
     settings = training_settings("two") | {"MASTER_PORT": str(free_port())}
