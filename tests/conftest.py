@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ settings.load_profile("any machine")
 def pytest_configure() -> None:
     # On a busy machine, threads that wait for each other at every small operation take ten times as long as one.
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
     # A shell starts what is put into the background with SIGINT ignored, and children would inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -18,7 +18,7 @@ def official(small_checkpoint: Path) -> dict[str, torch.Tensor]:
     return load_file(small_checkpoint / "model.safetensors")
 
 
-@pytest.mark.parametrize("form", ["in a model", "below a key", "half"])
+@pytest.mark.parametrize("form", ["in a model", pytest.param("below a key", marks=pytest.mark.slow), "half"])
 def test_the_weights_of_a_pickle_become_a_checkpoint_with_the_same_digest(
     form: str, small_checkpoint: Path, tmp_path: Path
 ) -> None:

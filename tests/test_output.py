@@ -89,21 +89,18 @@ def test_commands_over_names_that_cannot_be_shown_do_their_work(
     assert json.loads(info)["cache_dir"] == os.fspath(cache)
 
 
-@pytest.mark.parametrize("environment", ENVIRONMENTS)
+TRAIN = ["janusvln.train", "--use_cpu", "--train_data_root", "d", "--output_dir", "o", "--model_name_or_path"]
+
+
 @pytest.mark.parametrize(
-    "command",
+    ("environment", "command"),
     [
-        ["vggt_cache", "info"],
-        ["vggt_cache"],
-        [
-            "janusvln.train",
-            "--use_cpu",
-            "--train_data_root",
-            "d",
-            "--output_dir",
-            "o",
-            "--model_name_or_path",
-        ],
+        *(
+            (environment, command)
+            for environment in ENVIRONMENTS
+            for command in (["vggt_cache", "info"], ["vggt_cache"])
+        ),
+        ("ASCII", TRAIN),
     ],
 )
 def test_an_error_that_cannot_be_shown_is_still_one_sentence(

@@ -153,7 +153,10 @@ def test_the_guides_two_process_example_as_it_stands(arguments, tmp_path):
     assert stored_records(cache_dir) == 200
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "SIGINT"), (signal.SIGTERM, "SIGTERM")])
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [pytest.param(signal.SIGINT, "SIGINT", marks=pytest.mark.slow), (signal.SIGTERM, "SIGTERM")],
+)
 def test_a_signal_commits_what_is_finished_and_says_how_to_go_on(arguments, tmp_path, number, name):
     cache_dir = tmp_path / "cache"
     process = start(arguments(cache_dir, "--num_workers", 2), VGGT_CACHE_SHARD_BYTES="1")

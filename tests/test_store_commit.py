@@ -111,8 +111,12 @@ def test_nothing_can_be_seen_before_commit_returns(tmp_path: Path) -> None:
 @pytest.mark.promise("a failure commits nothing")
 @pytest.mark.parametrize(
     ("error", "links"),
-    [(errno.EIO, True), (errno.ENOSPC, False), (errno.EDQUOT, True), (errno.ESTALE, False)],
-    ids=["EIO, links", "ENOSPC, no links", "EDQUOT, links", "ESTALE, no links"],
+    [
+        pytest.param(errno.EIO, True, id="EIO, links"),
+        pytest.param(errno.ENOSPC, False, id="ENOSPC, no links"),
+        pytest.param(errno.EDQUOT, True, id="EDQUOT, links", marks=pytest.mark.slow),
+        pytest.param(errno.ESTALE, False, id="ESTALE, no links", marks=pytest.mark.slow),
+    ],
 )
 def test_a_failure_at_any_operation_commits_nothing_and_leaves_nothing(
     tmp_path: Path, error: int, links: bool

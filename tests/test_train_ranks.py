@@ -137,7 +137,7 @@ def test_a_rank_with_another_specification_says_so(tmp_path: Path) -> None:
         agree_on_snapshot(cache, _Beside(leader(cache, fingerprint=other)))
 
 
-@pytest.mark.parametrize("exit_code", [0, 2])
+@pytest.mark.parametrize("exit_code", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_process_leaves_without_taking_the_interpreter_down(exit_code: int) -> None:
     """What is freed in a half torn down interpreter, on a thread of gloo's, aborts a run that had finished."""
     program = (
