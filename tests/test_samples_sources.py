@@ -204,6 +204,17 @@ def test_links_that_lead_round_in_circles_end(tree):
     assert [problem.where for problem in plain.problems] == [str(tree / "self.json")]
 
 
+def test_a_file_with_several_names_is_read_once_and_the_others_are_told(tmp_path):
+    real = _put(tmp_path / "b.jsonl", json.dumps(SAMPLE))
+    (tmp_path / "a.jsonl").symlink_to(real.name)
+    os.link(real, tmp_path / "c.json")
+    found = find_sources(tmp_path)
+    assert found.files == (str(real),)
+    assert list(found.remarks()) == [
+        f"left out: {tmp_path / name} (is the same file as {real})" for name in ("a.jsonl", "c.json")
+    ]
+
+
 def test_a_folder_that_only_links_lead_to_is_read_once(tree, tmp_path):
     outside = tmp_path / "elsewhere"
     _put(outside / "more" / "x.jsonl", json.dumps(SAMPLE))

@@ -200,6 +200,16 @@ def test_verification_shows_a_hundred_lines_and_counts_the_rest(tmp_path: Path, 
     assert "Verification: 6/156 valid, 150 invalid" in out
 
 
+def test_prune_shows_a_hundred_lines_and_counts_the_rest(tmp_path: Path, run: Run, data: Path, capsys):
+    assert run()[0] == 0
+    for number in range(120):
+        (next(tmp_path.glob("cache/frame-*/shards")) / f".tmp-{number:016x}").touch()
+    main(["prune", str(tmp_path / "cache"), "--spec", next((tmp_path / "cache").glob("frame-*")).name[6:]])
+    out = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("would remove") for line in out) == 100
+    assert "more" in out[-2]
+
+
 def test_failures_that_are_mended_no_longer_stand_in_the_list(run: Run, data: Path, tmp_path: Path, capsys):
     image, cache = data / "第一集" / "0002.png", str(tmp_path / "cache")
     good = image.read_bytes()
@@ -218,6 +228,17 @@ def test_failures_that_are_mended_no_longer_stand_in_the_list(run: Run, data: Pa
     image.write_bytes(b"no image")
     assert run("--no-skip_existing")[0] == 3
     assert len(standing_failures(cache)) == 2, "what fails again stands there again"
+
+
+def test_failures_are_mended_under_another_name_of_the_data_too(run: Run, data: Path, tmp_path: Path):
+    image, link = data / "第一集" / "0002.png", tmp_path / "link"
+    good = image.read_bytes()
+    link.symlink_to(data)
+    image.write_bytes(b"no image")
+    assert run("--data_root", link)[0] == 3
+    image.write_bytes(good)
+    assert run()[0] == 0
+    assert standing_failures(str(tmp_path / "cache")) == {}
 
 
 # ---------------------------------------------------------------- commands and bad situations
@@ -280,6 +301,23 @@ def test_a_cache_directory_that_is_none_is_one_sentence_and_exit_code_2(
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[ERROR]")]
     assert (code, len(err)) == (2, 1), err
     assert str(cache) in err[0] or str(cache.parent) in err[0]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_name_that_is_empty_is_not_the_present_directory(
+    tmp_path: Path, data: Path, run: Run, monkeypatch, capsys, command: str
+) -> None:
+    """As of a variable that is not set; a cache lies in the present directory."""
+    assert run()[0] == 0
+    monkeypatch.chdir(tmp_path / "cache")
+    before = sorted(tmp_path.rglob("*"))
+    with toy_encoder(ToyCheckpoint()):
+        try:
+            code = main([{DATA: str(data), CACHE: ""}.get(word, word) for word in COMMANDS[command]])
+        except SystemExit as ended:
+            code = ended.code
+    assert (code, capsys.readouterr().err.count("[ERROR]")) == (2, 1)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -139,6 +139,14 @@ def standing_failures(cache_dir: str) -> dict[tuple[str, str], str]:
                 if isinstance(entry["reason"], str):
                     standing[key] = entry["reason"]
     return standing
+
+
+def print_first(lines: Sequence[str]) -> None:
+    """On stdout the first of many lines of one kind, and one that counts the others."""
+    for line in lines[:_MAX_SHOWN]:
+        print(line)
+    if len(lines) > _MAX_SHOWN:
+        print(f"and {len(lines) - _MAX_SHOWN} more")
 
 
 def count_of(number: int, noun: str) -> str:
