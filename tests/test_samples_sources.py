@@ -128,10 +128,17 @@ def test_a_json_file_is_read_if_it_begins_like_a_list_of_samples(tmp_path, conte
     assert bool(find_sources(tmp_path).json_files) == expected
 
 
-@pytest.mark.parametrize("content", ["", "not json\n", '{"images": ["a.png"', "\n\n"])
-def test_a_damaged_or_empty_json_lines_file_is_left_to_its_reader(tmp_path, content):
+@pytest.mark.parametrize("content", ["not json\n", '{"images": ["a.png"'])
+def test_a_damaged_json_lines_file_is_left_to_its_reader(tmp_path, content):
     _put(tmp_path / "train.jsonl", content)
     assert len(find_sources(tmp_path).jsonl_files) == 1
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_an_empty_file_is_told(tmp_path, content):
+    full, empty = _put(tmp_path / "a.jsonl", json.dumps(SAMPLE)), _put(tmp_path / "b.jsonl", content)
+    found = find_sources(tmp_path)
+    assert (found.files, list(found.remarks())) == ((str(full),), [f"left out: {empty} (is empty)"])
 
 
 def test_a_sample_longer_than_the_look_counts(tmp_path, monkeypatch):

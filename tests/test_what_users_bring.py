@@ -241,6 +241,16 @@ def test_failures_are_mended_under_another_name_of_the_data_too(run: Run, data: 
     assert standing_failures(str(tmp_path / "cache")) == {}
 
 
+def test_names_in_the_list_of_failures_stand_as_they_are(run: Run, data: Path, tmp_path: Path):
+    (data / "第一集" / "0002.png").write_bytes(b"no image")
+    with open(data / "train.jsonl", "a") as file:
+        file.write('{"images": ["\\udcff.png"]}\n')  # a name that is no UTF-8
+    assert run()[0] == 3
+    listed = (tmp_path / "cache" / "failures.jsonl").read_text("utf-8")
+    assert f'"{data}/第一集/0002.png"' in listed
+    assert {Path(path).name for _, path in standing_failures(str(tmp_path / "cache"))} == {"0002.png", "\udcff.png"}
+
+
 # ---------------------------------------------------------------- commands and bad situations
 
 DATA, CACHE = "DATA", "CACHE"
@@ -318,6 +328,23 @@ def test_a_name_that_is_empty_is_not_the_present_directory(
             code = ended.code
     assert (code, capsys.readouterr().err.count("[ERROR]")) == (2, 1)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", ["data_root", "annotation_path", "data_path"])
+@pytest.mark.parametrize("command", [["verify", CACHE], ["precompute", "--verify", "--cache_dir", CACHE]])
+def test_data_without_a_name_is_not_verified_as_no_data(
+    tmp_path: Path, run: Run, capsys, command: list[str], name: str
+) -> None:
+    """Every record would be valid, and nothing be known of the data."""
+    assert run()[0] == 0
+    code = main([*(str(tmp_path / "cache") if word == CACHE else word for word in command), f"--{name}", ""])
+    assert (code, capsys.readouterr().err.count("[ERROR]")) == (2, 1)
+
+
+def test_a_model_without_a_name_is_not_passed_over(run: Run) -> None:
+    code, _, err = run("--model_path", "")
+    assert code == 2
+    assert "[ERROR] --model_path : config.json cannot be read" in err
 
 
 @pytest.mark.parametrize(

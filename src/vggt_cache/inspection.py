@@ -115,9 +115,9 @@ def verify_cache(
     from vggt_cache.store import FeatureCache
 
     reporter, threads = Reporter(), max(1, num_workers)
-    data = data_root or annotation_path or data_path
+    data = not data_root == annotation_path == data_path is None  # an empty name is not none
     spec = select_store(cache_dir, spec=None, fingerprint=fingerprint, context=context)
-    with FeatureCache.open(cache_dir, spec=spec, use_index=bool(data)) as cache:
+    with FeatureCache.open(cache_dir, spec=spec, use_index=data) as cache:
         for name, made_with in cache.spec.contradictions(asked).items():
             raise SpecMismatchError(
                 f"--{name} {asked[name]} was given, but the cache was made with {made_with}: leave the flag out to "

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from vggt_cache.environment import rank_of
 from vggt_cache.errors import SmallFileError
-from vggt_cache.output import name_text
+from vggt_cache.output import json_line, name_text
 from vggt_cache.small_files import SmallFolder
 
 EXIT_OK, EXIT_INVALID, EXIT_INCOMPLETE = 0, 1, 3
@@ -118,9 +118,8 @@ class Reporter:
                 "of": self._of,
                 "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             }
-            line = json.dumps(entry)
             try:
-                self._folder.append(FAILURES_FILE, line.encode() + b"\n")
+                self._folder.append(FAILURES_FILE, json_line(entry))
             except SmallFileError as error:
                 self._folder = None
                 self.warn(f"{error}; failures are only shown here")

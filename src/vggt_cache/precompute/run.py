@@ -77,7 +77,7 @@ class Job:
         shard_bytes()
         check_cache_dir(settings.cache_dir)
         self.limits = None
-        if settings.model_path:
+        if settings.model_path is not None:
             limits = {"min_pixels": settings.min_pixels, "max_pixels": settings.max_pixels}
             self.limits = QwenLimits.read(settings.model_path, **limits)
         self.device = choose_device(settings.device)
