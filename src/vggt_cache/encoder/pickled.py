@@ -84,6 +84,10 @@ def _write(source: str, directory: str, answer: Connection) -> None:
         )
     except (CheckpointError, OSError) as error:
         answer.send_bytes(str(error).encode())
+    except RecursionError:
+        answer.send_bytes(
+            f"{source} holds a dictionary that holds itself, as no weights do: save its state_dict() by itself".encode()
+        )
     else:
         answer.send_bytes(b"")
 
