@@ -248,7 +248,10 @@ def test_names_in_the_list_of_failures_stand_as_they_are(run: Run, data: Path, t
     assert run()[0] == 3
     listed = (tmp_path / "cache" / "failures.jsonl").read_text("utf-8")
     assert f'"{data}/第一集/0002.png"' in listed
-    assert {Path(path).name for _, path in standing_failures(str(tmp_path / "cache"))} == {"0002.png", "\udcff.png"}
+    assert {Path(path).name for _, path in standing_failures(str(tmp_path / "cache"))} == {
+        "0002.png",
+        "\udcff.png",
+    }
 
 
 # ---------------------------------------------------------------- commands and bad situations
@@ -313,7 +316,7 @@ def test_a_cache_directory_that_is_none_is_one_sentence_and_exit_code_2(
     assert str(cache) in err[0] or str(cache.parent) in err[0]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ["precompute", "precompute --dry_run", "precompute --verify", "prune"])
 def test_a_name_that_is_empty_is_not_the_present_directory(
     tmp_path: Path, data: Path, run: Run, monkeypatch, capsys, command: str
 ) -> None:
@@ -330,8 +333,14 @@ def test_a_name_that_is_empty_is_not_the_present_directory(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize("name", ["data_root", "annotation_path", "data_path"])
-@pytest.mark.parametrize("command", [["verify", CACHE], ["precompute", "--verify", "--cache_dir", CACHE]])
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (["verify", CACHE], "data_root"),
+        (["verify", CACHE], "data_path"),
+        (["precompute", "--verify", "--cache_dir", CACHE], "annotation_path"),
+    ],
+)
 def test_data_without_a_name_is_not_verified_as_no_data(
     tmp_path: Path, run: Run, capsys, command: list[str], name: str
 ) -> None:
