@@ -23,6 +23,7 @@ require_nodes
 whole_number TIMEOUT_S
 
 flags=(--nodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT")
+flags+=(--annotation_path "$ANNOTATION_PATH" --data_path "$DATA_PATH")
 flags+=(--cache_dir "$VGGT_CACHE_DIR" --data_root "$DATA_ROOT" --output_dir "$OUTPUT_DIR" --timeout_s "$TIMEOUT_S")
 if [[ $COUNT_SAMPLES == 1 ]]; then flags+=(--count_samples); fi
 echo "[INFO] node $NODE_RANK of $NNODES, meeting at $MASTER_ADDR:$MASTER_PORT; waiting up to $TIMEOUT_S s for the others"

@@ -24,7 +24,8 @@ T = TypeVar("T")
 
 
 def places(folder: Path, cache: str = "cache", output: str = "output", **changes: object) -> Places:
-    given = {"cache_dir": str(folder / cache), "data_root": "", "output_dir": str(folder / output)}
+    given = {"cache_dir": str(folder / cache), "output_dir": str(folder / output)}
+    given |= dict.fromkeys(("data_root", "annotation_path", "data_path"), "")
     return Places(**{**given, "count_samples": False, **changes})  # type: ignore[arg-type]
 
 
@@ -111,6 +112,26 @@ def test_other_annotations_are_told_and_samples_are_counted_on_request(tmp_path:
     assert failed(table) == {"training data"}
     assert "node 0: 2 samples" in table["training data"].value
     assert "node 1: 3 samples" in table["training data"].value
+
+
+def test_annotation_files_that_are_named_one_by_one_are_compared_too(tmp_path: Path) -> None:
+    for name, lines in (("a", 2), ("b", 3)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "训练.jsonl").write_text('{"images": ["1.png"]}\n' * lines)
+    write_shard(tmp_path / "cache", [1])
+    here, there = (
+        places(tmp_path, annotation_path=str(tmp_path / name / "训练.jsonl"), count_samples=True)
+        for name in ("a", "b")
+    )
+    table = tables([here, there])[0]
+    assert failed(table) == {"training data"}
+    assert "node 1: 3 samples" in table["training data"].value
+
+
+def test_no_training_data_is_not_taken_for_agreement(tmp_path: Path) -> None:
+    write_shard(tmp_path / "cache", [1])
+    table = tables([places(tmp_path), places(tmp_path)])[0]
+    assert (table["training data"].status, table["training data"].value) == ("warn", NONE)
 
 
 # ---------------------------------------------------------------- comparisons

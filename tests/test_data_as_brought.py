@@ -78,6 +78,8 @@ def test_annotation_files_and_a_folder_of_images_are_read_as_by_the_trainer(root
     assert "Verification: 2/2 valid, 0 invalid" in capsys.readouterr().out
     assert main(["precompute", "--verify", "--cache_dir", cache, *map(str, data)]) == 0
     assert "Verification: 2/2 valid, 0 invalid" in capsys.readouterr().out
+    assert main(["view", cache, *map(str, data), "--output", str(root.parent / "x.png")]) == 0
+    assert "Drew 2 features" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from vggt_cache.cli import main
-from vggt_cache.encoder import Checkpoint
+from vggt_cache.encoder import Checkpoint, pickled
 
 
 def official(small_checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -84,3 +85,12 @@ def test_what_is_no_vggt_or_no_pickle_and_places_that_are_taken_are_refused_in_a
     before = json.loads((small_checkpoint / "config.json").read_text())
     assert "is not written over" in refusal(tmp_path / "other.pt", small_checkpoint)
     assert json.loads((small_checkpoint / "config.json").read_text()) == before
+
+
+def test_a_dictionary_that_holds_itself_is_a_sentence(tmp_path: Path) -> None:
+    around: dict[str, object] = {"a": torch.zeros(2)}
+    around["again"] = around
+    torch.save(around, tmp_path / "model.pt")
+    here, there = multiprocessing.Pipe(duplex=False)
+    pickled._write(str(tmp_path / "model.pt"), str(tmp_path), there)
+    assert b"holds a dictionary that holds itself" in here.recv_bytes()

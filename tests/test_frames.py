@@ -433,10 +433,12 @@ def test_what_is_no_frame_is_neither_opened_nor_read(tmp_path, monkeypatch, make
         ("Frame.PNG", "but 'frame.png' does: capitals"),
         ("caf\u0065\u0301.png", "but 'caf\u00e9.png' does: another Unicode form"),
         ("link.png", "it is a link that leads nowhere"),
+        ("episode/frame.png", "but 'Episode' does: capitals"),
     ],
 )
 def test_a_missing_file_comes_with_what_may_be_wrong_with_its_name(tmp_path, name, hint):
     (tmp_path / "frame.png").touch()
+    (tmp_path / "Episode").mkdir()
     (tmp_path / "caf\u00e9.png").touch()
     (tmp_path / "link.png").symlink_to("nowhere.png")
     path = f"{tmp_path}/{name}"

@@ -128,10 +128,17 @@ def test_a_json_file_is_read_if_it_begins_like_a_list_of_samples(tmp_path, conte
     assert bool(find_sources(tmp_path).json_files) == expected
 
 
-@pytest.mark.parametrize("content", ["", "not json\n", '{"images": ["a.png"', "\n\n"])
-def test_a_damaged_or_empty_json_lines_file_is_left_to_its_reader(tmp_path, content):
+@pytest.mark.parametrize("content", ["not json\n", '{"images": ["a.png"'])
+def test_a_damaged_json_lines_file_is_left_to_its_reader(tmp_path, content):
     _put(tmp_path / "train.jsonl", content)
     assert len(find_sources(tmp_path).jsonl_files) == 1
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_an_empty_file_is_told(tmp_path, content):
+    full, empty = _put(tmp_path / "a.jsonl", json.dumps(SAMPLE)), _put(tmp_path / "b.jsonl", content)
+    found = find_sources(tmp_path)
+    assert (found.files, list(found.remarks())) == ((str(full),), [f"left out: {empty} (is empty)"])
 
 
 def test_a_sample_longer_than_the_look_counts(tmp_path, monkeypatch):
@@ -202,6 +209,17 @@ def test_links_that_lead_round_in_circles_end(tree):
     assert _relative(tree, plain.jsonl_files) == ["a/TRAIN.JSONL", "b/train.jsonl"]
     assert _relative(tree, plain.json_files) == ["b/deep/er/more.json", "b/train.json"]
     assert [problem.where for problem in plain.problems] == [str(tree / "self.json")]
+
+
+def test_a_file_with_several_names_is_read_once_and_the_others_are_told(tmp_path):
+    real = _put(tmp_path / "b.jsonl", json.dumps(SAMPLE))
+    (tmp_path / "a.jsonl").symlink_to(real.name)
+    os.link(real, tmp_path / "c.json")
+    found = find_sources(tmp_path)
+    assert found.files == (str(real),)
+    assert list(found.remarks()) == [
+        f"left out: {tmp_path / name} (is the same file as {real})" for name in ("a.jsonl", "c.json")
+    ]
 
 
 def test_a_folder_that_only_links_lead_to_is_read_once(tree, tmp_path):

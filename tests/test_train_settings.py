@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from janusvln.demo import compare
 from janusvln.features.coverage import measure_coverage
 from janusvln.features.resolve import (
     WantedFeatures,
@@ -20,6 +21,7 @@ from janusvln.features.resolve import (
     check_trained_with,
     open_cache,
     summary,
+    unfit,
 )
 from janusvln.train.arguments import MEANINGLESS, TrainingArguments, parse_arguments
 from janusvln.train.checkpoints import RunRecord, checkpoint_to_resume, given_checkpoint
@@ -36,7 +38,7 @@ from vggt_cache.errors import (
     NotACacheError,
     SettingsError,
 )
-from vggt_cache.identity import Preprocessing
+from vggt_cache.identity import CONTEXTS, Preprocessing
 from vggt_cache.precompute.run import precompute
 from vggt_cache.precompute.settings import PrecomputeSettings
 from vggt_cache.store import FeatureCache
@@ -531,3 +533,20 @@ def test_coverage_is_known_without_opening_an_image(
     assert (lost.total, lost.present, lost.missing) == (4, 0, 4 - coverage.unknown)
     whole = dataclasses.replace(coverage, present=4, unknown=0)
     assert whole.sentence("image") == "Coverage of this data set: 4/4 images are in the cache (100.0 %)"
+
+
+def test_the_demo_trains_in_the_contexts_that_the_trainer_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[str] = []
+
+    def note(folder: Path, flags: list[str], environment: dict[str, str]) -> compare.MeasuredRun:
+        trained.append(flags[flags.index("--context") + 1])
+        step = {"loss": 1.0, "samples_per_s": 1.0}
+        return compare.MeasuredRun(steps=[step] * compare.STEPS, peak_bytes=0)
+
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setattr(compare, "write_tiny_qwen", lambda path: path)
+    monkeypatch.setattr(compare, "run_training", note)
+    compare.compare(str(tmp_path))
+    assert {*trained} == {context for context in CONTEXTS if not unfit(make_spec(context=context))}

@@ -200,6 +200,16 @@ def test_verification_shows_a_hundred_lines_and_counts_the_rest(tmp_path: Path, 
     assert "Verification: 6/156 valid, 150 invalid" in out
 
 
+def test_prune_shows_a_hundred_lines_and_counts_the_rest(tmp_path: Path, run: Run, data: Path, capsys):
+    assert run()[0] == 0
+    for number in range(120):
+        (next(tmp_path.glob("cache/frame-*/shards")) / f".tmp-{number:016x}").touch()
+    main(["prune", str(tmp_path / "cache"), "--spec", next((tmp_path / "cache").glob("frame-*")).name[6:]])
+    out = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("would remove") for line in out) == 100
+    assert "more" in out[-2]
+
+
 def test_failures_that_are_mended_no_longer_stand_in_the_list(run: Run, data: Path, tmp_path: Path, capsys):
     image, cache = data / "第一集" / "0002.png", str(tmp_path / "cache")
     good = image.read_bytes()
@@ -218,6 +228,30 @@ def test_failures_that_are_mended_no_longer_stand_in_the_list(run: Run, data: Pa
     image.write_bytes(b"no image")
     assert run("--no-skip_existing")[0] == 3
     assert len(standing_failures(cache)) == 2, "what fails again stands there again"
+
+
+def test_failures_are_mended_under_another_name_of_the_data_too(run: Run, data: Path, tmp_path: Path):
+    image, link = data / "第一集" / "0002.png", tmp_path / "link"
+    good = image.read_bytes()
+    link.symlink_to(data)
+    image.write_bytes(b"no image")
+    assert run("--data_root", link)[0] == 3
+    image.write_bytes(good)
+    assert run()[0] == 0
+    assert standing_failures(str(tmp_path / "cache")) == {}
+
+
+def test_names_in_the_list_of_failures_stand_as_they_are(run: Run, data: Path, tmp_path: Path):
+    (data / "第一集" / "0002.png").write_bytes(b"no image")
+    with open(data / "train.jsonl", "a") as file:
+        file.write('{"images": ["\\udcff.png"]}\n')  # a name that is no UTF-8
+    assert run()[0] == 3
+    listed = (tmp_path / "cache" / "failures.jsonl").read_text("utf-8")
+    assert f'"{data}/第一集/0002.png"' in listed
+    assert {Path(path).name for _, path in standing_failures(str(tmp_path / "cache"))} == {
+        "0002.png",
+        "\udcff.png",
+    }
 
 
 # ---------------------------------------------------------------- commands and bad situations
@@ -280,6 +314,46 @@ def test_a_cache_directory_that_is_none_is_one_sentence_and_exit_code_2(
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[ERROR]")]
     assert (code, len(err)) == (2, 1), err
     assert str(cache) in err[0] or str(cache.parent) in err[0]
+
+
+@pytest.mark.parametrize("command", ["precompute", "precompute --dry_run", "precompute --verify", "prune"])
+def test_a_name_that_is_empty_is_not_the_present_directory(
+    tmp_path: Path, data: Path, run: Run, monkeypatch, capsys, command: str
+) -> None:
+    """As of a variable that is not set; a cache lies in the present directory."""
+    assert run()[0] == 0
+    monkeypatch.chdir(tmp_path / "cache")
+    before = sorted(tmp_path.rglob("*"))
+    with toy_encoder(ToyCheckpoint()):
+        try:
+            code = main([{DATA: str(data), CACHE: ""}.get(word, word) for word in COMMANDS[command]])
+        except SystemExit as ended:
+            code = ended.code
+    assert (code, capsys.readouterr().err.count("[ERROR]")) == (2, 1)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        (["verify", CACHE], "data_root"),
+        (["verify", CACHE], "data_path"),
+        (["precompute", "--verify", "--cache_dir", CACHE], "annotation_path"),
+    ],
+)
+def test_data_without_a_name_is_not_verified_as_no_data(
+    tmp_path: Path, run: Run, capsys, command: list[str], name: str
+) -> None:
+    """Every record would be valid, and nothing be known of the data."""
+    assert run()[0] == 0
+    code = main([*(str(tmp_path / "cache") if word == CACHE else word for word in command), f"--{name}", ""])
+    assert (code, capsys.readouterr().err.count("[ERROR]")) == (2, 1)
+
+
+def test_a_model_without_a_name_is_not_passed_over(run: Run) -> None:
+    code, _, err = run("--model_path", "")
+    assert code == 2
+    assert "[ERROR] --model_path : config.json cannot be read" in err
 
 
 @pytest.mark.parametrize(

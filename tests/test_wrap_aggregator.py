@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import golden_recipe
-from vggt_cache import CachedAggregator
+from vggt_cache import CachedAggregator, precompute
 from vggt_cache.encoder import Checkpoint, EncoderConfig
 from vggt_cache.errors import CheckpointError, MissingFeatureError, SettingsError, SpecMismatchError
 from vggt_module import Aggregator, FrameByFrame, with_golden_weights
@@ -229,9 +229,37 @@ def test_the_identity_is_that_of_the_checkpoint(
     aggregator: Aggregator, small_checkpoint: Path, tmp_path: Path
 ) -> None:
     cached = CachedAggregator(aggregator, tmp_path, layers=(1, -1))
-    assert cached._spec("joint", "float32", "float32").encoder == Checkpoint.open(
+    assert cached._spec("joint", "float32").encoder == Checkpoint.open(
         str(small_checkpoint), layer=(1, -1)
     ).spec("float32")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "feature_dtype"), [("patches", "bfloat16"), ("patches+camera", "float32")]
+)
+def test_what_precompute_has_stored_is_found_without_saying_what_it_kept(
+    aggregator: Aggregator, small_checkpoint: Path, tmp_path: Path, tokens: str, feature_dtype: str
+) -> None:
+    kept = {"tokens": tokens, "feature_dtype": feature_dtype, "device": "cpu"}
+    precompute([images_of(1)], tmp_path, encoder=small_checkpoint, context="joint", **kept)
+    stores = sorted(tmp_path.glob("joint-*"))
+    cached = CachedAggregator(aggregator, tmp_path)
+    cached._encode = None  # type: ignore[assignment]
+    found, live = called(cached, images_of(1)[None]), called(aggregator, images_of(1)[None])
+    close = TOLERANCE if feature_dtype == "float32" else 0.05
+    assert differences(found, live, -2, slice(5, None)) < close
+    assert sorted(tmp_path.glob("joint-*")) == stores
+
+
+@pytest.mark.parametrize("asked", [{"layers": -1}, {"tokens": "all"}])
+def test_a_cache_of_which_nothing_can_be_found_is_told(
+    aggregator: Aggregator, small_checkpoint: Path, tmp_path: Path, asked: dict[str, Any]
+) -> None:
+    precompute(
+        [images_of(1)], tmp_path, encoder=small_checkpoint, context="joint", tokens="patches", device="cpu"
+    )
+    with pytest.warns(UserWarning, match="nothing of it is found, and all is computed anew"):
+        called(CachedAggregator(aggregator, tmp_path, **asked), images_of(1))
 
 
 def test_other_weights_are_refused(small_config: EncoderConfig, tmp_path: Path) -> None:

@@ -123,8 +123,15 @@ def _command(commands: Any, name: str, run: Callable[..., int], text: str, **dir
     parser: _Parser = commands.add_parser(name, help=text, description=text)
     parser.set_defaults(command=run)
     for argument, help in directory.items():
-        parser.add_argument(argument, metavar="DIR", help=help)
+        parser.add_argument(argument, metavar="DIR", type=_named, help=help)
     return parser
+
+
+def _named(path: str) -> str:
+    """A path that names something: what is empty would be taken for the present directory."""
+    if not path:
+        raise argparse.ArgumentTypeError("is empty, as of a variable that is not set")
+    return path
 
 
 def _in(module: str, function: str) -> Callable[..., int]:
@@ -155,7 +162,8 @@ def _add_looking(commands: Any) -> None:
 
     text = "Draw frames beside their features, colours by a joint PCA."
     view = _command(commands, "view", _in("inspection", "draw_view"), text, cache_dir=_CACHE_DIR)
-    view.flag("data_root", required=True, help="the data whose frames are shown")
+    view.flag("data_root", help="the data whose frames are shown")
+    add_flags(view.flag, PrecomputeSettings, only=("annotation_path", "data_path"), defaults=False)
     view.flag("output", "-o", default="features.png", help="picture to write, .png or .jpg")
     view.flag("count", type=int, default=8, help="how many features, spread over the data")
     view.choice_of_spec()
@@ -189,9 +197,11 @@ def _add_beside_a_cache(commands: Any) -> None:
 
     text = "Make a checkpoint as it is read here from a pickle (.pt, .pth, .bin), loaded as weights alone."
     converter = _command(commands, "convert-checkpoint", _in("encoder.pickled", "convert_checkpoint"), text)
-    converter.add_argument("source", metavar="FILE", help="the pickle; nothing but tensors is loaded from it")
     converter.add_argument(
-        "directory", metavar="DIR", help="where config.json and model.safetensors are written"
+        "source", metavar="FILE", type=_named, help="the pickle; nothing but tensors is loaded from it"
+    )
+    converter.add_argument(
+        "directory", metavar="DIR", type=_named, help="where config.json and model.safetensors are written"
     )
 
     text = "Make a small data set and encoder, and run every step on it."

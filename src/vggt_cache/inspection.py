@@ -24,6 +24,7 @@ from vggt_cache.precompute.report import (
     Reporter,
     bytes_text,
     count_of,
+    print_first,
     standing_failures,
 )
 from vggt_cache.precompute.settings import PrecomputeSettings
@@ -54,8 +55,8 @@ def show_info(cache_dir: str, *, as_json: bool) -> int:
         print(f"  entries      {store.entries} in {count_of(store.shards, 'shard')}")
         print(f"  codec        {_codec_text(store)}")
         print(f"  on disk      {used}, reclaimable {free}")
-        for name, reason in store.damaged_shards:
-            print(f"  damaged      {name}: {reason}")
+        damaged = [f"  damaged      {name}: {reason}" for name, reason in store.damaged_shards]
+        print_first(damaged)
     for name, reason in found.unreadable:
         print(f"\n{name} cannot be read: {reason}")
     if failures := standing_failures(cache_dir):
@@ -114,9 +115,9 @@ def verify_cache(
     from vggt_cache.store import FeatureCache
 
     reporter, threads = Reporter(), max(1, num_workers)
-    data = data_root or annotation_path or data_path
+    data = not data_root == annotation_path == data_path is None  # an empty name is not none
     spec = select_store(cache_dir, spec=None, fingerprint=fingerprint, context=context)
-    with FeatureCache.open(cache_dir, spec=spec, use_index=bool(data)) as cache:
+    with FeatureCache.open(cache_dir, spec=spec, use_index=data) as cache:
         for name, made_with in cache.spec.contradictions(asked).items():
             raise SpecMismatchError(
                 f"--{name} {asked[name]} was given, but the cache was made with {made_with}: leave the flag out to "
@@ -144,7 +145,15 @@ def verify_cache(
 
 
 def draw_view(
-    cache_dir: str, data_root: str, output: str, *, count: int, context: str | None, fingerprint: str | None
+    cache_dir: str,
+    data_root: str | None,
+    output: str,
+    *,
+    annotation_path: str | None = None,
+    data_path: str | None = None,
+    count: int,
+    context: str | None,
+    fingerprint: str | None,
 ) -> int:
     """Draw features spread over the data beside their frames."""
     from vggt_cache.store import FeatureCache
@@ -155,7 +164,14 @@ def draw_view(
     reporter = Reporter()
     spec = select_store(cache_dir, spec=None, fingerprint=fingerprint, context=context)
     with FeatureCache.open(cache_dir, spec=spec) as cache:
-        plan = plan_and_tell(data_root, cache.spec.context, -1, reporter)
+        plan = plan_and_tell(
+            data_root,
+            cache.spec.context,
+            -1,
+            reporter,
+            annotation_path=annotation_path,
+            data_path=data_path,
+        )
         rows: dict[bytes, Row] = {}
         for feature in _spread(len(plan)):
             paths = plan.paths_of(feature)
@@ -172,7 +188,7 @@ def draw_view(
                 break
     if not rows:
         raise SettingsError(
-            f"none of the frames below {data_root} has a feature in {cache_dir}: precompute them first"
+            f"none of the frames of {data_root or annotation_path} has a feature in {cache_dir}: precompute them first"
         )
     draw_features(list(rows.values()), output)
     reporter.info(f"Drew {count_of(len(rows), 'feature')}: {output}")
@@ -212,8 +228,7 @@ def prune_cache(cache_dir: str, *, damaged: bool, spec: str | None = None, yes: 
         chosen = select_store(path, spec=None, fingerprint=spec, context=None, fs=OPERATING_SYSTEM)
         actions = remove_store(path, chosen, dry_run=not yes)
     verb = "removed" if yes else "would remove"
-    for action in actions:
-        print(f"{verb} {action.path}: {bytes_text(action.bytes)}, {action.reason}")
+    print_first([f"{verb} {one.path}: {bytes_text(one.bytes)}, {one.reason}" for one in actions])
     total = bytes_text(sum(action.bytes for action in actions))
     if not actions:
         _described(cache_dir)

@@ -46,6 +46,8 @@ def hint_for(path: str) -> str:
         return " (it has backslashes; folders are parted by /)"
     if name != name.strip():
         return " (its name begins or ends with a blank)"
+    while folder and not os.path.isdir(folder):  # the first name on the way that is not there
+        folder, name = os.path.split(folder)
     if (there := _names_in(folder).get(_alike(name), name)) != name:
         what = "capitals" if there.lower() == name.lower() else "another Unicode form"
         return f" (but {there!r} does: {what})"

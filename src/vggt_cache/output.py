@@ -6,9 +6,10 @@ And a progress bar ends without a line end, so that whatever is printed next wou
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
-from typing import TextIO
+from typing import Any, TextIO
 
 _MISLEADING = re.compile(r"^\s|\s$|[\\'\"]|^$")
 _bar_is_drawn = False
@@ -48,3 +49,11 @@ def name_text(name: str) -> str:
     Blanks at its ends, quotes, backslashes and what cannot be printed would not be seen otherwise, or break the line.
     """
     return name if name.isprintable() and not _MISLEADING.search(name) else repr(name)
+
+
+def json_line(entry: dict[str, Any]) -> bytes:
+    """A line of a JSON Lines file that people read too: names as they are, unless they are no UTF-8."""
+    try:
+        return json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(entry).encode() + b"\n"

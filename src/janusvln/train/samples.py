@@ -21,6 +21,7 @@ from janusvln.data.dataset import NavigationDataset, sentence_of
 from janusvln.features.coverage import READING_S, Coverage, measure_coverage
 from janusvln.train.ranks import Ranks
 from vggt_cache.errors import DataError
+from vggt_cache.output import json_line
 from vggt_cache.precompute.report import standing_failures
 from vggt_cache.samples import Problem, Sources, iter_samples
 from vggt_cache.store import FeatureCache
@@ -212,7 +213,7 @@ class _Desk:
             if unfit:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 new = path.with_suffix(".tmp")  # whoever is killed here leaves no half of a list
-                new.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+                new.write_bytes(b"".join(map(json_line, entries)))
                 new.replace(path)
         except OSError as error:
             raise DataError(
@@ -225,7 +226,7 @@ def listed_samples(output_dir: str) -> list[int]:
     """The numbers of the samples that the run of this directory left out when it began. Raises DataError."""
     path = Path(output_dir) / SKIPPED_FILE
     try:
-        return sorted(int(json.loads(line)["number"]) for line in path.read_text().splitlines())
+        return sorted(int(json.loads(line)["number"]) for line in path.read_bytes().splitlines())
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:

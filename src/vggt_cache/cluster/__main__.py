@@ -49,7 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     command(_preflight, "is this node ready? says what will be done", Launch)
     command(_port, "print a free TCP port", None)
     command(_rendezvous, "check the meeting point; prints the interfaces to use", Rendezvous, "nccl", "gloo")
-    check = command(_check, "compare all nodes", Rendezvous, "cache_dir", "data_root", "output_dir")
+    places = ("cache_dir", "data_root", "annotation_path", "data_path", "output_dir")
+    check = command(_check, "compare all nodes", Rendezvous, *places)
     check.add_argument("--count_samples", action="store_true")
     check.add_argument("--timeout_s", type=int, required=True)
     return parser

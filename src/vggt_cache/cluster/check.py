@@ -21,7 +21,7 @@ from vggt_cache.cluster.meeting import Meeting, unreachable
 from vggt_cache.cluster.network import Rendezvous, local_address_towards, resolve
 from vggt_cache.doctor.findings import Finding
 from vggt_cache.errors import VggtCacheError
-from vggt_cache.samples import find_sources, iter_samples
+from vggt_cache.samples import iter_samples, sources_of
 from vggt_cache.store import FeatureCache, list_stores
 
 CONNECT_TIMEOUT_S = 5.0
@@ -37,6 +37,8 @@ class Places:
 
     cache_dir: str
     data_root: str
+    annotation_path: str
+    data_path: str
     output_dir: str
     count_samples: bool
     """Read all annotations: minutes for millions of samples."""
@@ -116,7 +118,7 @@ def look_around(places: Places, *, address: str, nodes: int) -> NodeFacts:
         gpus=", ".join(f"{count} x {name}" for name, count in names.items()) or "none",
         caches=caches,
         cache_error=cache_error,
-        data=_data(places) if places.data_root else NONE,
+        data=_data(places) if places.data_root or places.annotation_path else NONE,
     )
 
 
@@ -147,16 +149,26 @@ def _caches(cache_dir: str) -> tuple[dict[str, str], str]:
 
 def _data(places: Places) -> str:
     try:
-        # Folders below the data root would take minutes on a network mount.
-        with os.scandir(places.data_root) as entries:
-            listing = sorted(f"{e.name} {e.stat().st_size if e.is_file() else 'folder'}" for e in entries)
-        text = f"listing {hashlib.sha256(chr(10).join(listing).encode()).hexdigest()[:16]}"
+        listing = "\n".join(sorted(_listing(places)))
+        text = f"listing {hashlib.sha256(listing.encode('utf-8', 'surrogateescape')).hexdigest()[:16]}"
         if places.count_samples:
-            samples = iter_samples(find_sources(places.data_root), on_problem=lambda problem: None)
+            sources = sources_of(places.data_root, places.annotation_path, places.data_path)
+            samples = iter_samples(sources, on_problem=lambda problem: None)
             text = f"{sum(1 for _ in samples)} samples, {text}"
         return text
     except (OSError, VggtCacheError) as error:
         return f"cannot be read: {error}"
+
+
+def _listing(places: Places) -> Iterator[str]:
+    """Names and sizes of the annotations that are named, or of what lies in the data root. Raises OSError too."""
+    if places.annotation_path:
+        for path in sources_of(None, places.annotation_path, places.data_path).files:
+            yield f"{os.path.basename(path)} {os.path.getsize(path)}"
+        return
+    with os.scandir(places.data_root) as entries:
+        # Folders below the data root would take minutes on a network mount.
+        yield from (f"{e.name} {e.stat().st_size if e.is_file() else 'folder'}" for e in entries)
 
 
 _REMEDIES = {
@@ -169,7 +181,7 @@ _REMEDIES = {
     "cache snapshot":
         "The nodes see different shards: mount the same directory on each, or wait until precompute has ended and "
         "the mount has caught up.",
-    "training data": "DATA_ROOT must show the same annotations on every node.",
+    "training data": "DATA_ROOT, or ANNOTATION_PATH, must show the same annotations on every node.",
     "output directory":
         "OUTPUT_DIR must be one directory on shared storage, because each node writes a part of every checkpoint "
         "and looks there for the one to go on from.",
@@ -237,4 +249,7 @@ def _judged_data(facts: Sequence[NodeFacts]) -> Finding:
     for rank, node in enumerate(facts):
         if node.data.startswith("cannot be read"):
             return Finding("training data", "fail", f"none on node {rank}", node.data)
+    if all(node.data == NONE for node in facts):
+        meaning = "Neither DATA_ROOT nor ANNOTATION_PATH is set: training needs one of them."
+        return Finding("training data", "warn", NONE, meaning)
     return _equal("training data", [node.data for node in facts])

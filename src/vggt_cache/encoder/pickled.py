@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 from vggt_cache.encoder.checkpoint import VGGT_PREFIX, Checkpoint, below_prefix, infer_config
 from vggt_cache.encoder.files import CONFIG, WEIGHTS
-from vggt_cache.errors import CheckpointError, SettingsError
+from vggt_cache.errors import CheckpointError, SettingsError, os_errors_as
 
 _PARTIAL = f"{WEIGHTS}.partial"
 
@@ -36,11 +36,12 @@ def convert_checkpoint(source: str, directory: str) -> int:
         raise SettingsError(
             f"{source} is no file, so there is nothing to convert: give the .pt, .pth or .bin file"
         )
-    if (target / WEIGHTS).exists() or (target / CONFIG).exists():
-        raise SettingsError(
-            f"{directory} holds a checkpoint already, which is not written over: name another place"
-        )
-    target.mkdir(parents=True, exist_ok=True)
+    with os_errors_as(SettingsError, f"{directory} cannot be written", ": name a directory that can"):
+        if (target / WEIGHTS).exists() or (target / CONFIG).exists():
+            raise SettingsError(
+                f"{directory} holds a checkpoint already, which is not written over: name another place"
+            )
+        target.mkdir(parents=True, exist_ok=True)
     spawned = multiprocessing.get_context("spawn")
     here, there = spawned.Pipe(duplex=False)
     child = spawned.Process(target=_write, args=(source, directory, there))
@@ -83,6 +84,10 @@ def _write(source: str, directory: str, answer: Connection) -> None:
         )
     except (CheckpointError, OSError) as error:
         answer.send_bytes(str(error).encode())
+    except RecursionError:
+        answer.send_bytes(
+            f"{source} holds a dictionary that holds itself, as no weights do: save its state_dict() by itself".encode()
+        )
     else:
         answer.send_bytes(b"")
 

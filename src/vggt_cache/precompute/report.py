@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from vggt_cache.environment import rank_of
 from vggt_cache.errors import SmallFileError
-from vggt_cache.output import name_text
+from vggt_cache.output import json_line, name_text
 from vggt_cache.small_files import SmallFolder
 
 EXIT_OK, EXIT_INVALID, EXIT_INCOMPLETE = 0, 1, 3
@@ -118,9 +118,8 @@ class Reporter:
                 "of": self._of,
                 "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             }
-            line = json.dumps(entry)
             try:
-                self._folder.append(FAILURES_FILE, line.encode() + b"\n")
+                self._folder.append(FAILURES_FILE, json_line(entry))
             except SmallFileError as error:
                 self._folder = None
                 self.warn(f"{error}; failures are only shown here")
@@ -139,6 +138,14 @@ def standing_failures(cache_dir: str) -> dict[tuple[str, str], str]:
                 if isinstance(entry["reason"], str):
                     standing[key] = entry["reason"]
     return standing
+
+
+def print_first(lines: Sequence[str]) -> None:
+    """On stdout the first of many lines of one kind, and one that counts the others."""
+    for line in lines[:_MAX_SHOWN]:
+        print(line)
+    if len(lines) > _MAX_SHOWN:
+        print(f"and {len(lines) - _MAX_SHOWN} more")
 
 
 def count_of(number: int, noun: str) -> str:

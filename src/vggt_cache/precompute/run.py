@@ -54,7 +54,7 @@ def precompute(settings: PrecomputeSettings, reporter: Reporter | None = None) -
         job = Job(settings, reporter or Reporter())
         if not settings.dry_run:
             data = settings.data_root or settings.annotation_path or ""
-            of = f"{os.path.abspath(data)} {job.spec_of_files.short_name}"
+            of = f"{os.path.realpath(data)} {job.spec_of_files.short_name}"
             job.reporter.list_failures(settings.cache_dir, of)
         plan = plan_and_tell(
             settings.data_root,
@@ -77,7 +77,7 @@ class Job:
         shard_bytes()
         check_cache_dir(settings.cache_dir)
         self.limits = None
-        if settings.model_path:
+        if settings.model_path is not None:
             limits = {"min_pixels": settings.min_pixels, "max_pixels": settings.max_pixels}
             self.limits = QwenLimits.read(settings.model_path, **limits)
         self.device = choose_device(settings.device)

@@ -135,6 +135,8 @@ class PrecomputeSettings:
 
 def check_cache_dir(cache_dir: str) -> None:
     """Raises SettingsError where there is something that is no directory, and none can be made."""
+    if not cache_dir:  # of a variable that is not set: the features would lie in the present directory
+        raise SettingsError("--cache_dir is empty, so it names no directory for the features: give one")
     at = os.path.abspath(cache_dir)
     while not os.path.lexists(at):
         at = os.path.dirname(at)

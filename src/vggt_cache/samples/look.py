@@ -82,9 +82,11 @@ def _why_left_out(file: io.BufferedReader, head: bytes, form: str, path: str) ->
             f"none of its records up to number {records} has {' or '.join(sorted(SAMPLE_FIELDS))}; they have "
             f"{fields_text(seen) or 'no field'}"
         )
+    if not head.strip() and len(head) < HEAD_BYTES:
+        return "is empty"
     if (form == LINES and named_lines(path)) or (form == LIST and named):
         return ""
-    return "is a list without samples" if form == LIST else "is not JSON" if head.strip() else "is empty"
+    return "is a list without samples" if form == LIST else "is not JSON"
 
 
 def _further(file: io.BufferedReader, head: bytes, path: str) -> Iterator[Entry]:

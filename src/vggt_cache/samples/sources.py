@@ -7,6 +7,7 @@ import re
 import stat
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from vggt_cache.errors import DataError, SettingsError
@@ -229,6 +230,20 @@ class _Walk:
                     waiting += folders_in_it
                     found += links_in_it
             links.extend(sorted(found))
+        self._leave_out_second_names()
+
+    def _leave_out_second_names(self) -> None:
+        """Of a file that has several names, the one that is no link is read: its samples would count double."""
+        names: dict[tuple[int, int], str] = {}
+        for path in sorted(self.files, key=lambda path: (os.path.islink(path), path)):
+            with suppress(OSError):  # its reader will say so
+                status = os.stat(path)
+                name = names.setdefault((status.st_dev, status.st_ino), path)
+                if name != path:
+                    self._leave_out(path, f"is the same file as {name_text(name)}")
+        second = {file.path for file in self.left_out}
+        self.files = [path for path in self.files if path not in second]
+        self.unlike_names = [file for file in self.unlike_names if file.path not in second]
 
     def _enter(self, path: str) -> tuple[list[str], list[str]]:
         """Note the samples in a folder; returns the folders in it and the links to folders. Raises OSError.

@@ -19,11 +19,12 @@ from vggt_cache.pixel_cache import PixelCache
 from vggt_cache.pixels import as_levels
 from vggt_cache.precompute.encode import BatchEncoder, of_one_dtype
 from vggt_cache.store import list_stores
+from vggt_cache.store.directory import describe_spec
 from vggt_cache.wrap.cached_module import CachedModule
 from vggt_cache.wrap.frames_seen import FramesSeen, LazyPair
 from vggt_cache.wrap.module import ModuleInPlace
 from vggt_cache.wrap.outputs import LazyOutputs, Outputs, as_outputs
-from vggt_cache.wrap.shelf import Shelf, check_miss
+from vggt_cache.wrap.shelf import Shelf, check_miss, warn
 from vggt_cache.wrap.weights import ModuleWeights, call_names
 
 _MOST_TOGETHER = 32
@@ -37,7 +38,8 @@ class CachedAggregator(ModuleInPlace):
         images [S, 3, H, W] or [B, S, 3, H, W], in [0, 1] -> (list of outputs [B, S, 5 + h * w, 2C], 5)
 
     The list is as long as the encoder is deep. In it stand the outputs `layers` (negative ones count from the end), of
-    each the `tokens` that are kept (see FeatureSpec; others are NaN); any other output is refused when it is used. Each
+    each the `tokens` that are kept (see FeatureSpec; others are NaN; default: those of a cache which is there, else
+    all); any other output is refused when it is used. Each
     frame list of a batch is looked up by itself, by the pixels of its frames, and only those that are missing are
     computed: by this project's encoder on the module's own weights. dtype and device are what the module would give
     under the caller's autocast. JanusVLN's call, frame by frame with `past_key_values` and `use_cache`, gives causal
@@ -62,7 +64,7 @@ class CachedAggregator(ModuleInPlace):
         cache_dir: str | os.PathLike[str],
         *,
         layers: int | Sequence[int] = -2,
-        tokens: str = "all",
+        tokens: str | None = None,
         pool: tuple[int, int] | None = None,
         miss: str = "fill",
         producer: str = "encoder",
@@ -74,7 +76,7 @@ class CachedAggregator(ModuleInPlace):
         super().__init__(module, offload=offload)
         self._own: CachedModule | None = None
         if producer == "module":
-            if (tokens, pool, feature_dtype) != ("all", None, None):
+            if tokens not in (None, "all") or (pool, feature_dtype) != (None, None):
                 raise SettingsError(
                     'with producer="module" the module\'s own outputs are kept as they are: leave tokens, pool and '
                     "feature_dtype out"
@@ -90,13 +92,13 @@ class CachedAggregator(ModuleInPlace):
         else:
             self._weights = ModuleWeights(module, layers)
             self._layers, self._depth = self._weights.layers, self._weights.config.depth
-        self._output = {"tokens": tokens, "pool": pool}
-        self._cache_dir, self._miss, self._feature_dtype = os.path.abspath(cache_dir), miss, feature_dtype
+        self._tokens, self._pool, self._feature_dtype = tokens, pool, feature_dtype
+        self._cache_dir, self._miss = os.path.abspath(cache_dir), miss
         self._threads = threads
         self._names = call_names(module)
         self._most_together = _MOST_TOGETHER
         if self._own is None:
-            self._spec("joint", "float32", "float32")  # refuses wrong settings at once
+            self._spec("joint", "float32")  # refuses wrong settings at once
 
     def forward(
         self,
@@ -144,7 +146,8 @@ class CachedAggregator(ModuleInPlace):
             self._weights.forget()
 
     def extra_repr(self) -> str:
-        return f"cache_dir={self._cache_dir!r}, layers={self._layers}, {self._output}, miss={self._miss!r}"
+        kept = f"layers={self._layers}, tokens={self._tokens!r}, pool={self._pool}"
+        return f"cache_dir={self._cache_dir!r}, {kept}, miss={self._miss!r}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_shelves": {}}
@@ -198,7 +201,9 @@ class CachedAggregator(ModuleInPlace):
         numbers = [[next(numbered) for _ in images] for images in lists]
         found: dict[int, Tensor] = {}
         with (
-            self._weights.encoder(device, spec.encoder.compute_dtype, **self._output) as encoder,
+            self._weights.encoder(
+                device, spec.encoder.compute_dtype, tokens=spec.tokens, pool=spec.pool
+            ) as encoder,
             torch.no_grad(),
         ):
             batched = BatchEncoder(
@@ -246,22 +251,26 @@ class CachedAggregator(ModuleInPlace):
             self._shelves[key] = shelf
         return shelf, torch.float32 if autocast else weights
 
-    def _spec(self, context: str, compute_dtype: str, feature_dtype: str) -> FeatureSpec:
+    def _spec(
+        self, context: str, compute_dtype: str, *, tokens: str = "all", feature_dtype: str = ""
+    ) -> FeatureSpec:
+        """As asked; `tokens` and `feature_dtype` (default: as it is computed) are for what was left open."""
         layers = self._weights.layers
         return FeatureSpec(
             encoder=self._weights.spec(compute_dtype),
             preprocessing=GIVEN_PIXELS,
             context=context,
-            feature_dtype=self._feature_dtype or feature_dtype,
+            feature_dtype=self._feature_dtype or feature_dtype or compute_dtype,
             layers=layers if len(layers) > 1 else (),
-            **self._output,  # type: ignore[arg-type]
+            tokens=self._tokens or tokens,
+            pool=self._pool,
         )
 
     def _chosen(self, context: str, compute_dtype: str) -> FeatureSpec:
-        """As asked, in the feature_dtype of a cache that is there. Raises SpecMismatchError for other weights."""
-        wanted = self._spec(context, compute_dtype, compute_dtype)
+        """As asked, and else as a cache that is there. Raises SpecMismatchError for other weights."""
+        wanted = self._spec(context, compute_dtype)
         there = list_stores(self._cache_dir) if os.path.isdir(self._cache_dir) else []
-        alike = [spec for spec in there if not spec.contradictions({"context": context})]
+        alike = [spec.of_given_pixels for spec in there if not spec.contradictions({"context": context})]
         own = wanted.encoder.weights_digest
         if alike and all(spec.encoder.weights_digest != own for spec in alike):
             other = alike[0].encoder
@@ -271,12 +280,19 @@ class CachedAggregator(ModuleInPlace):
                     f"module ({own[:16]}, {self._weights.dtype}): its features would be another encoder's; load the "
                     "same checkpoint in the same dtype before the module is wrapped, or use another cache directory"
                 )
-        dtypes = {
-            spec.feature_dtype
-            for spec in alike
-            if self._feature_dtype is None and _same_but_dtype(spec.of_given_pixels, wanted)
-        }
-        return self._spec(context, compute_dtype, min(dtypes) if len(dtypes) == 1 else compute_dtype)
+        # Special tokens alone would give the outputs another shape.
+        open_kinds = {(spec.tokens, spec.feature_dtype) for spec in alike if spec.tokens != "special"}
+        kinds = [self._spec(context, compute_dtype, tokens=one, feature_dtype=two) for one, two in open_kinds]
+        found = {spec for spec in kinds if spec in alike}
+        if len(found) == 1:
+            return found.pop()
+        if alike and wanted not in alike:
+            warn(
+                f"{self._cache_dir} holds {'; '.join(map(describe_spec, alike))}, and the module is asked for "
+                f"{describe_spec(wanted)}: nothing of it is found, and all is computed anew; to read it, ask for "
+                "what it holds (layers, tokens, pool, feature_dtype), under the autocast that it was computed in"
+            )
+        return wanted
 
 
 class _Kept(nn.Module):
@@ -299,8 +315,3 @@ class _Kept(nn.Module):
         else:
             outputs = self.module(images)[0]
         return tuple(outputs[layer] for layer in self.layers)
-
-
-def _same_but_dtype(one: FeatureSpec, other: FeatureSpec) -> bool:
-    names = ("encoder", "context", "layers", "tokens", "pool", "computation_version")
-    return all(getattr(one, name) == getattr(other, name) for name in names)

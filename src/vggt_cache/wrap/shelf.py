@@ -141,7 +141,7 @@ class Shelf:
             step(*arguments)
         except (StoreError, OSError, OutOfMemoryError) as error:
             self._gave_up = True
-            _warn(
+            warn(
                 "from now on features are computed and not stored, in every epoch again, and training goes on; to have "
                 f"them stored, mend this and train or precompute once more: {error}"
             )
@@ -153,7 +153,7 @@ class Shelf:
         if self._judges and total >= _LOOKUPS_TO_JUDGE:
             self._judges = False
             if self.hits < _HARDLY_ANY * total:
-                _warn(
+                warn(
                     f"of {total} frame lists only {self.hits} were found in {self.store.cache.cache_dir}, which an "
                     "earlier epoch has filled: the images differ from epoch to epoch, as random augmentation, random "
                     "frame choice or a changed loader make them, and then a cache only costs; augment after the "
@@ -161,7 +161,7 @@ class Shelf:
                 )
 
 
-def _warn(sentence: str) -> None:
+def warn(sentence: str) -> None:
     warnings.warn(sentence, stacklevel=2)
 
 
