@@ -3,7 +3,7 @@
 A feature has frames x tokens x layers x 2048 values of 2 bytes (bfloat16; int8 has half). Break-even is that over the
 time that VGGT takes for the same frames on the same GPU: storage that gives less than this to each GPU makes training
 slower than computing. VGGT's times are those of its README (one H100, flash attention 3): seconds by frames, in between
-by a straight line.
+by a straight line. They are for frames of 518 pixels: larger ones take longer, smaller ones less.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Consumer(NamedTuple):
 CONSUMERS = (
     Consumer("VG-LLM", 8, (28, 37), 8, 1, 0, 63_000),
     Consumer("SpatialStack", 8, (28, 37), 8, 3, 1, 0),
+    Consumer("GeoThinker", 32, (28, 37), 32, 1, 1, 0),
     Consumer("Spatial-MLLM", 16, (34, 46), 16, 1, 0, 1_201),
     Consumer("VLM-3R (VGGT)", 32, (27, 27), 32, 1, 1, 0),
     Consumer("3DRS", 32, (28, 37), 32, 1, 5, 1_513),
@@ -46,6 +47,9 @@ CONSUMERS = (
         float(np.interp(32, [*VGGT_S], [*VGGT_S.values()])),
     ),
     Consumer("JanusVLN", 9, (35, 46), 1, 1, 0, 612_000),
+    Consumer("VGGT-DP", 1, (10, 10), 1, 1, 5, 0),
+    Consumer("Spatial-Forcing", 2, (37, 37), 2, 1, 0, 0),
+    Consumer("GeometryForcing", 16, (37, 37), 16, 24, 5, 0),
 )
 
 

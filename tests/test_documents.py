@@ -28,6 +28,7 @@ PAIRS = {
     "docs/own_trainer.md": "docs/own_trainer.zh.md",
     "docs/consumers.md": "docs/consumers.zh.md",
     "docs/recipes.md": "docs/recipes.zh.md",
+    "docs/identity.md": "docs/identity.zh.md",
 }
 READMES, GUIDES = (pair for pair in list(PAIRS.items())[:2])
 DOCUMENTS = sorted(

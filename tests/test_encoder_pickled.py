@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from vggt_cache.cli import main
-from vggt_cache.encoder import Checkpoint, pickled
+from vggt_cache.encoder import Checkpoint, EncoderConfig, pickled
+from vggt_cache.wrap.weights import ModuleWeights
+from vggt_module import with_golden_weights
 
 
 def official(small_checkpoint: Path) -> dict[str, torch.Tensor]:
@@ -40,6 +42,16 @@ def test_the_weights_of_a_pickle_become_a_checkpoint_with_the_same_digest(
     made, given = Checkpoint.open(str(tmp_path / "out")), Checkpoint.open(str(small_checkpoint))
     assert made.config == given.config
     assert (made.weights_digest() == given.weights_digest()) == (form != "half")
+
+
+def test_weights_are_rounded_as_a_trainer_does_it(
+    small_checkpoint: Path, small_config: EncoderConfig, tmp_path: Path
+) -> None:
+    """So that what is precomputed from them is found by the module in its model."""
+    out = str(tmp_path / "out")
+    assert main(["convert-checkpoint", str(small_checkpoint), out, "--dtype", "bfloat16"]) == 0
+    module = with_golden_weights(small_config).bfloat16()
+    assert Checkpoint.open(out).weights_digest() == ModuleWeights(module, -2).spec("bfloat16").weights_digest
 
 
 class Harm:
@@ -81,7 +93,9 @@ def test_what_is_no_vggt_or_no_pickle_and_places_that_are_taken_are_refused_in_a
         tmp_path / "other.pt", tmp_path / "out"
     )
     assert "cannot be loaded as weights alone" in refusal(tmp_path / "torn.pt", tmp_path / "out")
-    assert "is no file" in refusal(tmp_path / "absent.pt", tmp_path / "out")
+    assert "there is no" in refusal(tmp_path / "absent.pt", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    assert "holds neither model.safetensors" in refusal(tmp_path / "empty", tmp_path / "out")
     before = json.loads((small_checkpoint / "config.json").read_text())
     assert "is not written over" in refusal(tmp_path / "other.pt", small_checkpoint)
     assert json.loads((small_checkpoint / "config.json").read_text()) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import runpy
@@ -82,6 +83,33 @@ def test_the_page_has_six_recipes() -> None:
     assert list(RECIPES) == ["VG-LLM", "SpatialStack", "Spatial-MLLM", "VLM-3R", "3DRS", "A robot policy"]
 
 
+def settings_of(code: str, function: str) -> dict[str, Any]:
+    """The keywords of the one call of a function, those that are given as `**kept` too."""
+    kept: dict[str, Any] = {}
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "kept":
+            kept = ast.literal_eval(node.value)
+    (call,) = (
+        node
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == function
+    )
+    return kept | {word.arg: ast.literal_eval(word.value) for word in call.keywords if word.arg}
+
+
+@pytest.mark.parametrize("heading", RECIPES)
+def test_what_a_recipe_keeps_is_what_the_consumers_line_looks_for(heading: str) -> None:
+    section = {"A robot policy": "VGGT-DP and other policies"}.get(heading, heading)
+    text = (PAGE.parent / "consumers.md").read_text().partition(f"\n## {section}\n")[2]
+    (line, *_) = re.findall(r"`([^`]*CachedAggregator\([^`]*)`", text)
+    line, recipe = settings_of(line, "CachedAggregator"), settings_of(RECIPES[heading], "precompute")
+    layers = recipe.get("layers", recipe.get("layer", -2))
+    asked = line.get("layers", -2)
+    assert str(layers) == ",".join(map(str, asked if isinstance(asked, tuple) else [asked]))
+    assert recipe.get("tokens", "patches") == line.get("tokens", "all")
+    assert recipe["context"] == "joint"
+
+
 @pytest.mark.parametrize(
     ("frames", "taken"), [(3, [0, 1, 2]), (12, [0, 2, 4, 6, 8, 11]), (40, [0, 5, 11, 16, 22, 27, 33, 39])]
 )
@@ -138,5 +166,5 @@ def test_3drs_takes_thirty_two_sorted_images_of_each_scene(run: Any, tmp_path: P
 def test_a_policy_takes_single_frames_and_all_tokens(run: Any) -> None:
     lists, settings, done = run("A robot policy")
     assert [len(frames) for frames in lists] == [1] * 5
-    assert (settings["context"], settings["tokens"], settings["layer"]) == ("frame", "all", -1)
+    assert (settings["context"], settings["tokens"], settings["layer"]) == ("joint", "all", -1)
     assert done.computed == 5

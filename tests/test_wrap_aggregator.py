@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +55,9 @@ def test_live_and_cached_agree_with_the_published_code(
     joint, causal = golden_recipe.stored("joint.npz"), golden_recipe.stored("causal.npz")
     modules: list[nn.Module] = [aggregator, one_by_one]
     if is_cached:
-        modules = [CachedAggregator(module, tmp_path, layers=range(4)) for module in modules]
+        modules = [
+            CachedAggregator(module, tmp_path / type(module).__name__, layers=range(4)) for module in modules
+        ]
     outputs = called(modules[0], images_of(31, 3, 112, 140)[None])
     walked, _ = walk(modules[1], images_of(21, 3, 112, 154))
     for layer in range(4):
@@ -342,18 +343,6 @@ def test_what_is_written_into_a_result_is_not_stored(aggregator: Aggregator, tmp
     assert torch.equal(called(cached, images_of(1))[-2], expected)
 
 
-def test_images_that_differ_in_every_epoch_are_noticed_once(aggregator: Aggregator, tmp_path: Path) -> None:
-    cached = CachedAggregator(aggregator, tmp_path)
-    called(cached, images_of(0, 1, 14, 14))
-    cached.flush()
-    noise = torch.rand((120, 1, 1, 3, 14, 14), generator=torch.Generator().manual_seed(1))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for images in noise:
-            called(cached, images)
-    assert len([one for one in caught if "random augmentation" in str(one.message)]) == 1
-
-
 # ---------------------------------------------------------------- frame by frame
 
 
@@ -381,6 +370,9 @@ def test_a_walk_gives_the_last_frames_output(one_by_one: Aggregator, tmp_path: P
     found = walk(cached, frames)[0]
     assert torch.equal(found[-2], missed[-2])
     assert one_by_one.calls == calls
+    assert torch.equal(
+        [output[0] for output in found][-2], found[-2][0]
+    )  # as some code takes a sample's part
     shorter = walk(cached, frames[:4])[
         0
     ]  # another feature; nothing is looked up or computed until it is indexed

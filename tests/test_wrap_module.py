@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel
 
-from vggt_cache import CachedAggregator, CachedModule
+from store_kit import make_spec
+from vggt_cache import CachedAggregator, CachedModule, FeatureCache
+from vggt_cache.cli import main
 from vggt_cache.encoder import EncoderConfig
-from vggt_cache.errors import MissingFeatureError, SettingsError
+from vggt_cache.errors import MissingFeatureError, SettingsError, SpecMismatchError
+from vggt_cache.store import create_store
+from vggt_cache.wrap import shelf
 from vggt_cache.wrap.calls import from_record, put_together, take_apart, to_record
 from vggt_module import FrameByFrame, with_golden_weights
 
@@ -184,6 +190,77 @@ def test_a_copy_reads_the_same_cache(tmp_path: Path) -> None:
     live = cached(IMAGES)
     cached.flush()
     assert equal(copy.deepcopy(cached)(IMAGES), live)
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_inputs_that_differ_in_every_epoch_are_noticed_once(
+    tmp_path: Path, is_told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shelf, "_LOOKUPS_UNTOLD", 55)
+    cached = CachedModule(Calls().eval(), tmp_path)
+    cached(torch.ones(1, 4))
+    if is_told:
+        cached.flush()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for x in torch.rand((120, 1, 4), generator=torch.Generator().manual_seed(1)):
+            for _ in range(2):  # as activation checkpointing asks, which is no second epoch
+                cached(x)
+    assert len([one for one in caught if "random augmentation" in str(one.message)]) == 1
+
+
+def test_inputs_that_are_the_same_in_every_epoch_are_not_complained_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shelf, "_LOOKUPS_UNTOLD", 55)
+    cached = CachedModule(Calls().eval(), tmp_path)
+    x = torch.rand((30, 1, 4), generator=torch.Generator().manual_seed(1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for row in x.repeat(3, 1, 1):
+            cached(row)
+
+
+def test_the_commands_tell_check_and_remove_what_modules_gave(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*arguments: object) -> tuple[int, str, str]:
+        code = main(list(map(str, arguments)))
+        return code, *capsys.readouterr()
+
+    x = torch.arange(16.0).view(4, 4)
+    kept, other = Calls().eval(), Calls().eval()
+    other.weight.add_(1)
+    for module in (kept, other):
+        cached = CachedModule(module, tmp_path)
+        cached(x)
+        cached.close()
+    code, out, _ = run("info", tmp_path)
+    assert code == 0
+    assert "2 specifications" in out
+    assert out.count(f"outputs of {__name__}.Calls, weights ") == 2
+    assert out.count("4 in 1 shard") == 2
+    found = json.loads(run("info", tmp_path, "--json")[1])["stores"]
+    fingerprints = [store["fingerprint"] for store in found]
+    assert all(store["disk_bytes"] > 4 * 4096 for store in found)
+    assert "2 caches" in run("verify", tmp_path)[2]
+    assert run("prune", tmp_path, "--spec", fingerprints[0], "--yes")[0] == 0
+    assert "4/4 valid" in run("verify", tmp_path)[1]
+    assert "nothing to remove" in run("prune", tmp_path)[1]
+    (shard,) = tmp_path.glob(f"module-{fingerprints[1][:16]}/shards/*")
+    damaged = bytearray(shard.read_bytes())
+    damaged[-1] ^= 1
+    shard.chmod(0o644)
+    shard.write_bytes(damaged)
+    create_store(tmp_path, make_spec())  # of features, which are meant where none is named
+    assert "0/0 valid" in run("verify", tmp_path)[1]
+    code, out, _ = run("verify", tmp_path, "--fingerprint", fingerprints[1][:8])
+    assert (code, "3/4 valid" in out) == (1, True)
+    assert "1 of its records are damaged" in run("prune", tmp_path, "--damaged", "--yes")[1]
+    assert "3/3 valid" in run("verify", tmp_path, "--fingerprint", fingerprints[1])[1]
+    assert run("verify", tmp_path, "--fingerprint", fingerprints[1], "--layer", -2)[0] == 2
+    with pytest.raises(SpecMismatchError):
+        FeatureCache.open(tmp_path, fingerprint=fingerprints[1])  # outputs of modules are no features
 
 
 # ---------------------------------------------------------------- the aggregator as its own producer

@@ -17,6 +17,8 @@ from vggt_cache.errors import SpecMismatchError
 
 ROW_BYTES = 4096
 KIND = "module call"
+CONTEXT = "module"
+"""In place of a context, in the names of stores: what a module gives is its own business."""
 
 
 class _Width(NamedTuple):
@@ -42,7 +44,7 @@ class CallSpec:
     encoder = _Width(ROW_BYTES)
     feature_dtype = "uint8"
     axes = ("h", "w", ROW_BYTES)
-    context = "module"
+    context = CONTEXT
 
     @cached_property
     def fingerprint(self) -> str:
@@ -51,7 +53,12 @@ class CallSpec:
     @property
     def short_name(self) -> str:
         """Of its folder in a cache directory."""
-        return f"module-{self.fingerprint[:16]}"
+        return f"{CONTEXT}-{self.fingerprint[:16]}"
+
+    @property
+    def text(self) -> str:
+        """In words, for messages and tables."""
+        return f"outputs of {self.module}, weights {self.weights[:8]}, autocast {self.autocast}"
 
     @property
     def of_given_pixels(self) -> CallSpec:

@@ -195,14 +195,18 @@ def _add_beside_a_cache(commands: Any) -> None:
     text = "Examine a file system: is it fit to hold a cache?"
     _command(commands, "doctor", _doctor, text, directory="a directory on the mount in question")
 
-    text = "Make a checkpoint as it is read here from a pickle (.pt, .pth, .bin), loaded as weights alone."
-    converter = _command(commands, "convert-checkpoint", _in("encoder.pickled", "convert_checkpoint"), text)
-    converter.add_argument(
-        "source", metavar="FILE", type=_named, help="the pickle; nothing but tensors is loaded from it"
+    text = (
+        "Make a checkpoint as it is read here from a pickle (.pt, .pth, .bin), loaded as weights alone, or from "
+        "another checkpoint."
     )
+    converter = _command(commands, "convert-checkpoint", _in("encoder.pickled", "convert_checkpoint"), text)
+    text = "the pickle, of which nothing but tensors is loaded; or the directory of a checkpoint"
+    converter.add_argument("source", metavar="FILE", type=_named, help=text)
     converter.add_argument(
         "directory", metavar="DIR", type=_named, help="where config.json and model.safetensors are written"
     )
+    text = "round the weights, as the trainer does that will use them (default: as they are)"
+    converter.flag("dtype", choices=("float32", "float16", "bfloat16"), help=text)
 
     text = "Make a small data set and encoder, and run every step on it."
     _command(commands, "demo", _in("demo.run", "run_demo"), text, directory="where to make it")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from vggt_cache.call_spec import CallSpec
 from vggt_cache.errors import FrameError, NotACacheError, SettingsError, SpecMismatchError
 from vggt_cache.frames import decode_frame, read_frame
 from vggt_cache.identity import PATCH_SIZE, FeatureSpec
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 
 
 def show_info(cache_dir: str, *, as_json: bool) -> int:
-    """What the directory holds, one paragraph per encoder specification."""
+    """What the directory holds, one paragraph per specification, of features or of a module's outputs."""
     found = _described(cache_dir)
     if as_json:
         stores = [{**asdict(store), "fingerprint": store.spec.fingerprint} for store in found.stores]
@@ -85,7 +86,9 @@ def _codec_text(store: StoreDescription) -> str:
     return f"{names}; features {bytes_text(store.stored_bytes)} of {bytes_text(store.raw_bytes)}, {share:.3f}"
 
 
-def _spec_line(spec: FeatureSpec) -> str:
+def _spec_line(spec: FeatureSpec | CallSpec) -> str:
+    if isinstance(spec, CallSpec):
+        return spec.text
     encoder, preprocessing = spec.encoder, spec.preprocessing
     return (
         f"context {spec.context}: {encoder.patch_embed} with {encoder.depth} pairs of {encoder.embed_dim} channels, "
@@ -116,9 +119,10 @@ def verify_cache(
 
     reporter, threads = Reporter(), max(1, num_workers)
     data = not data_root == annotation_path == data_path is None  # an empty name is not none
-    spec = select_store(cache_dir, spec=None, fingerprint=fingerprint, context=context)
+    any_outputs = not (data or asked)  # of those only the records can be checked
+    spec = select_store(cache_dir, spec=None, fingerprint=fingerprint, context=context, modules=any_outputs)
     with FeatureCache.open(cache_dir, spec=spec, use_index=data) as cache:
-        for name, made_with in cache.spec.contradictions(asked).items():
+        for name, made_with in (spec.contradictions(asked) if asked else {}).items():
             raise SpecMismatchError(
                 f"--{name} {asked[name]} was given, but the cache was made with {made_with}: leave the flag out to "
                 "verify this cache, or name the directory of the other one"
@@ -225,7 +229,7 @@ def prune_cache(cache_dir: str, *, damaged: bool, spec: str | None = None, yes: 
         raise SettingsError("--damaged mends a cache and --spec removes one: give one of them")
     else:
         path = os.path.abspath(cache_dir)
-        chosen = select_store(path, spec=None, fingerprint=spec, context=None, fs=OPERATING_SYSTEM)
+        chosen = select_store(path, spec=None, fingerprint=spec, context=None, modules=True)
         actions = remove_store(path, chosen, dry_run=not yes)
     verb = "removed" if yes else "would remove"
     print_first([f"{verb} {one.path}: {bytes_text(one.bytes)}, {one.reason}" for one in actions])

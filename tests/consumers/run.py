@@ -133,11 +133,32 @@ def spatial_stack(source: Path, method: str) -> Callable[[Wrap], Iterator[Run]]:
         encoder = encoders.VGGTEncoder(base.GeometryEncoderConfig())
         for seed in (1, 2):
             if method == "encode":
-                yield lambda seed=seed: encoder.encode(images(seed))
+                yield lambda seed=seed: joined(encoder.encode(images(seed)))
             else:
                 yield lambda seed=seed: torch.cat(
                     encoder.encode_layers(images(seed), [1, 2, 3], 2, include_camera_token=True)
                 ).float()
+
+    return make
+
+
+def joined(output: Any) -> Tensor:
+    """GeoThinker's encoder gives patches and camera tokens."""
+    return torch.cat(output, dim=1) if isinstance(output, tuple) else output
+
+
+def vggt_dp(source: Path) -> Callable[[Wrap], Iterator[Run]]:
+    """Each image is a list of one frame."""
+
+    def make(wrap: Wrap) -> Iterator[Run]:
+        sys.path.insert(0, str(source))
+        module = importlib.import_module("diffusion_policy_3d.model.vision.vggt.models.vggt_enc")
+        aggregator = module.Aggregator
+        module.Aggregator = lambda **sizes: wrap(with_weights(aggregator(**SMALL)))  # type: ignore[attr-defined]
+        encoder = module.VGGT_ENC()
+        module.Aggregator = aggregator  # type: ignore[attr-defined]
+        for seed in (1, 2):
+            yield lambda seed=seed: encoder(images(seed)[:, None])
 
     return make
 
@@ -231,39 +252,54 @@ def _stand_in_for_torchvision() -> None:
     sys.modules["torchvision.transforms"] = transforms
 
 
-def consumers(checkouts: Path) -> dict[str, tuple[str, Callable[[Wrap], Iterator[Run]], Any]]:
-    """By name: the class that calls VGGT, how to run it, and the layers it takes."""
+def consumers(checkouts: Path) -> dict[str, tuple[str, Callable[[Wrap], Iterator[Run]], dict[str, Any]]]:
+    """By name: the class that calls VGGT, how to run it, and what of VGGT it takes (docs/consumers.md)."""
+    patches = {"tokens": "patches"}
     janus = "Qwen2_5_VLForConditionalGenerationForJanusVLN"
     return {
         "VG-LLM": (
             "the whole model",
             qwen(checkouts / "VG-LLM", "Qwen2_5_VLForConditionalGenerationWithVGGT"),
-            -2,
+            patches,
         ),
         "SpatialStack": (
             "VGGTEncoder.encode",
             spatial_stack(checkouts / "SpatialStack", "encode"),
-            (1, 2, 3),
+            {"layers": -2, **patches},
         ),
         "SpatialStack layers": (
             "VGGTEncoder.encode_layers, whose results are bfloat16",
             spatial_stack(checkouts / "SpatialStack", "encode_layers"),
-            (1, 2, 3),
+            {"layers": (1, 2, 3), "tokens": "patches+camera"},
         ),
-        "Spatial-MLLM": ("VGGTSpatialEncoderPreTrainedModel", spatial_mllm(checkouts / "Spatial-MLLM"), -1),
-        "VLM-3R": ("VGGT_Encoder", vlm_3r(checkouts / "VLM-3R", checkouts / "3DRS" / "vggt"), -1),
-        "3DRS": ("extract_vggt_feature.py", three_drs(checkouts / "3DRS"), -1),
-        "JanusVLN": ("the whole model, training", qwen(checkouts / "JanusVLN", janus), -2),
+        "GeoThinker": (
+            "VGGTEncoder.encode",
+            spatial_stack(checkouts / "GeoThinker", "encode"),
+            {"tokens": "patches+camera"},
+        ),
+        "Spatial-MLLM": (
+            "VGGTSpatialEncoderPreTrainedModel",
+            spatial_mllm(checkouts / "Spatial-MLLM"),
+            {"layers": -1, **patches},
+        ),
+        "VLM-3R": (
+            "VGGT_Encoder",
+            vlm_3r(checkouts / "VLM-3R", checkouts / "3DRS" / "vggt"),
+            {"layers": -1, "tokens": "patches+camera"},
+        ),
+        "3DRS": ("extract_vggt_feature.py", three_drs(checkouts / "3DRS"), {"layers": -1}),
+        "VGGT-DP": ("VGGT_ENC", vggt_dp(checkouts / "VGGT-DP"), {"layers": -1}),
+        "JanusVLN": ("the whole model, training", qwen(checkouts / "JanusVLN", janus), patches),
         "JanusVLN evaluation": (
             "the whole model, evaluation",
             qwen(checkouts / "JanusVLN", janus, mode="evaluation"),
-            -2,
+            patches,
         ),
-        "NewJanusVLN": ("the whole model, training", qwen(checkouts / "NewJanusVLN", janus), -2),
+        "NewJanusVLN": ("the whole model, training", qwen(checkouts / "NewJanusVLN", janus), patches),
     }
 
 
-def measure(make: Callable[[Wrap], Iterator[Run]], layers: Any) -> tuple[float, float, int]:
+def measure(make: Callable[[Wrap], Iterator[Run]], settings: dict[str, Any]) -> tuple[float, float, int]:
     """Largest relative difference where the cache misses and where it hits; calls of the module while it hits."""
     torch.cuda.get_device_capability = lambda *device: (8, 0)  # asked for also where there is no GPU
     wrapped: list[CachedAggregator] = []
@@ -271,7 +307,7 @@ def measure(make: Callable[[Wrap], Iterator[Run]], layers: Any) -> tuple[float, 
 
     def wrap(module: nn.Module) -> nn.Module:
         module.register_forward_pre_hook(lambda *given: calls.append(1))
-        wrapped.append(CachedAggregator(module, cache_dir, layers=layers))
+        wrapped.append(CachedAggregator(module, cache_dir, **settings))
         return wrapped[-1]
 
     with tempfile.TemporaryDirectory() as cache_dir, torch.no_grad():
@@ -286,7 +322,7 @@ def measure(make: Callable[[Wrap], Iterator[Run]], layers: Any) -> tuple[float, 
 
 def difference(found: list[Tensor], live: list[Tensor]) -> float:
     pairs = zip(found, live, strict=True)
-    return max(float((one - other).abs().max() / other.abs().max()) for one, other in pairs)
+    return float(torch.stack([(one - other).abs().max() / other.abs().max() for one, other in pairs]).max())
 
 
 def main(checkouts: Path, names: list[str]) -> int:
@@ -323,8 +359,8 @@ def _head(folder: Path) -> str:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[2:3] == ["--one"]:
-        _, make, layers = consumers(Path(sys.argv[1]).resolve())[sys.argv[3]]
-        missed, found, calls = measure(make, layers)
+        _, make, settings = consumers(Path(sys.argv[1]).resolve())[sys.argv[3]]
+        missed, found, calls = measure(make, settings)
         print(f"RESULT {missed:.1e} | {found:.1e} | {calls}")
     else:
         sys.exit(main(Path(sys.argv[1]).resolve(), sys.argv[2:]))

@@ -1,4 +1,4 @@
-"""The aggregator's weights out of a pickle (`.pt`, `.pth`, `.bin`), into a checkpoint as it is read here.
+"""The aggregator's weights out of a pickle (`.pt`, `.pth`, `.bin`) or a checkpoint, into one as it is read here.
 
 The one place that opens a pickle, because a user asks for it by name. torch's loader for weights alone builds tensors
 and plain containers, and refuses whatever else the file names; it runs in a process of its own, which ends with it.
@@ -19,22 +19,24 @@ import torch
 from safetensors.torch import save_file
 
 from vggt_cache.encoder.checkpoint import VGGT_PREFIX, Checkpoint, below_prefix, infer_config
-from vggt_cache.encoder.files import CONFIG, WEIGHTS
+from vggt_cache.encoder.files import CONFIG, WEIGHTS, TensorFile, find_files
 from vggt_cache.errors import CheckpointError, SettingsError, os_errors_as
 
 _PARTIAL = f"{WEIGHTS}.partial"
 
 
-def convert_checkpoint(source: str, directory: str) -> int:
-    """Write `config.json` and `model.safetensors` of the VGGT in the file `source` into `directory`.
+def convert_checkpoint(source: str, directory: str, dtype: str | None = None) -> int:
+    """Write `config.json` and `model.safetensors` of the VGGT in `source`, a pickle or a directory, into `directory`.
 
-    Its weights keep dtype and bytes, and get the official names. Heads and other models in the file are left out.
+    Its weights get the official names. They keep their bytes, or are rounded to `dtype`, as trainers do that train in
+    bfloat16: features of such weights are other features. Heads and other models in the file are left out.
     Raises CheckpointError where the file is no VGGT, or holds more than weights; SettingsError for the places.
     """
     target = Path(directory)
-    if not os.path.isfile(source):
+    if not os.path.exists(source):
         raise SettingsError(
-            f"{source} is no file, so there is nothing to convert: give the .pt, .pth or .bin file"
+            f"there is no {source}, so there is nothing to convert: give the .pt, .pth or .bin file, or the "
+            "directory of a checkpoint"
         )
     with os_errors_as(SettingsError, f"{directory} cannot be written", ": name a directory that can"):
         if (target / WEIGHTS).exists() or (target / CONFIG).exists():
@@ -44,7 +46,7 @@ def convert_checkpoint(source: str, directory: str) -> int:
         target.mkdir(parents=True, exist_ok=True)
     spawned = multiprocessing.get_context("spawn")
     here, there = spawned.Pipe(duplex=False)
-    child = spawned.Process(target=_write, args=(source, directory, there))
+    child = spawned.Process(target=_write, args=(source, directory, dtype, there))
     child.start()
     there.close()
     try:
@@ -68,15 +70,17 @@ def convert_checkpoint(source: str, directory: str) -> int:
     return 0
 
 
-def _write(source: str, directory: str, answer: Connection) -> None:
+def _write(source: str, directory: str, dtype: str | None, answer: Connection) -> None:
     """In the process of its own. Answers with why it cannot be done; nothing where it is."""
     try:
         weights = dict(_tensors(_load(source)))
         _, weights = below_prefix(source, weights)
         config = infer_config(Path(source), {name: tuple(weight.shape) for name, weight in weights.items()})
-        # Cloned: in the file, several weights may share their bytes.
+        kind = getattr(torch, dtype) if dtype else None
+        # Copied: in the file, several weights may share their bytes.
         official = {
-            VGGT_PREFIX + name: weight.detach().clone().contiguous() for name, weight in weights.items()
+            VGGT_PREFIX + name: weight.detach().to(kind or weight.dtype, copy=True).contiguous()
+            for name, weight in weights.items()
         }
         save_file(official, Path(directory) / _PARTIAL)
         (Path(directory) / f"{CONFIG}.partial").write_text(
@@ -93,6 +97,8 @@ def _write(source: str, directory: str, answer: Connection) -> None:
 
 
 def _load(source: str) -> object:
+    if os.path.isdir(source):
+        return dict(_of_a_checkpoint(Path(source)))
     try:
         return torch.load(source, map_location="cpu", weights_only=True)
     except OSError:
@@ -104,6 +110,14 @@ def _load(source: str) -> object:
             f"{source} cannot be loaded as weights alone ({what}), and more is never loaded: get the weights as "
             f"{WEIGHTS} from where the file comes from, or save its state_dict() by itself"
         ) from error
+
+
+def _of_a_checkpoint(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    for path in find_files(directory):
+        with TensorFile(path) as file:
+            for name in file.entries:
+                if VGGT_PREFIX in name:  # of a whole model the rest need not fit into memory
+                    yield name, file.read(name)
 
 
 def _tensors(found: object, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:

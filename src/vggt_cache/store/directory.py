@@ -1,6 +1,6 @@
 """A cache directory: where things lie in it, which stores it holds, which of them is meant, how a new one is made.
 
-<cache_dir>/<context>-<fingerprint[:16]>/     one store per FeatureSpec
+<cache_dir>/<context>-<fingerprint[:16]>/     one store per FeatureSpec; `module-...` of a CallSpec, see call_spec.py
     spec.json                                 the specification in canonical JSON
     shards/<12 hex ms>-<16 hex random>.safetensors
     index/rows                                derived from the shards
@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from vggt_cache.call_spec import CONTEXT as MODULE
+from vggt_cache.call_spec import CallSpec
 from vggt_cache.errors import (
     AmbiguousCacheError,
     CacheNotFoundError,
@@ -41,17 +43,22 @@ SPEC_FILE = "spec.json"
 CLAIMS_FOLDER = "claims"
 """Of precompute, in a store: which blocks of work a process has taken."""
 MAX_SPEC_BYTES = 64 * 1024
-STORE_NAME = re.compile(rf"(?:{'|'.join(CONTEXTS)})-[0-9a-f]{{16}}")
+STORE_NAME = re.compile(rf"(?:{'|'.join((*CONTEXTS, MODULE))})-[0-9a-f]{{16}}")
 _SHARDS_TRIED_FOR_SPEC = 8
 
 
 def list_stores(cache_dir: str | os.PathLike[str], fs: FileSystem = OPERATING_SYSTEM) -> list[FeatureSpec]:
-    """Specifications of the stores in a cache directory. Errors as for `survey`."""
-    return survey(cache_dir, fs)[0]
+    """Specifications of the features in a cache directory, without outputs of modules. Errors as for `survey`."""
+    return _of_features(survey(cache_dir, fs)[0])
+
+
+def _of_features(specs: Sequence[FeatureSpec]) -> list[FeatureSpec]:
+    return [spec for spec in specs if spec.context in CONTEXTS]
 
 
 Survey = tuple[list[FeatureSpec], list[tuple[str, StoreError]]]
-"""Specifications, ordered by `short_name`; and folders named like a store that have no readable one: name, and why."""
+"""Specifications, ordered by `short_name`, those of modules too (a CallSpec in place of a FeatureSpec); and folders
+named like a store that have no readable one: name, and why."""
 
 
 def survey(cache_dir: str | os.PathLike[str], fs: FileSystem = OPERATING_SYSTEM) -> Survey:
@@ -200,9 +207,12 @@ def select_store(
     spec: FeatureSpec | None,
     fingerprint: str | None,
     context: str | None,
+    modules: bool = False,
     fs: FileSystem = OPERATING_SYSTEM,
 ) -> FeatureSpec:
     """The one store in `cache_dir` that agrees with all that is given.
+
+    `modules`: outputs of modules may be meant, by a fingerprint or where there are no features. A `spec` is always.
 
     Raises SettingsError, CacheNotFoundError, NotACacheError, AmbiguousCacheError, SpecMismatchError,
     CacheAccessError.
@@ -223,6 +233,9 @@ def select_store(
             )
         asked.append((f"fingerprint {fingerprint}", lambda found: found.fingerprint.startswith(fingerprint)))
     specs, unreadable = survey(cache_dir, fs)
+    features = _of_features(specs)
+    if spec is None and not (modules and (fingerprint or not features)):
+        specs = features
     for name, error in unreadable:
         if not specs or (spec is not None and name == spec.short_name):
             raise error
@@ -262,8 +275,10 @@ def _pixels_of(spec: FeatureSpec) -> str:
     )
 
 
-def describe_spec(spec: FeatureSpec) -> str:
+def describe_spec(spec: FeatureSpec | CallSpec) -> str:
     """One specification in a few words, for messages and tables."""
+    if isinstance(spec, CallSpec):
+        return f"{spec.short_name} ({spec.text})"
     return (
         f"{spec.short_name} (context {spec.context}, {_pixels_of(spec)}, {spec.kept_text}, computed in "
         f"{spec.encoder.compute_dtype}, stored in {spec.feature_dtype}, weights {spec.encoder.weights_digest[:8]})"

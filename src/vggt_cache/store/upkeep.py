@@ -19,7 +19,7 @@ from vggt_cache.codec import NONE, codec_for, coded_form, shard_codec
 from vggt_cache.errors import CacheAccessError, CommitError, CorruptRecordError, ShardFormatError
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.store.atomic_file import TEMP_NAME
-from vggt_cache.store.directory import CLAIMS_FOLDER, SPEC_FILE, list_stores
+from vggt_cache.store.directory import CLAIMS_FOLDER, SPEC_FILE, survey
 from vggt_cache.store.filesystem import (
     OPERATING_SYSTEM,
     FileSystem,
@@ -199,7 +199,7 @@ def prune(
     """
     path = os.path.abspath(cache_dir)
     actions: list[PruneAction] = []
-    for spec in list_stores(path, fs):
+    for spec in survey(path, fs)[0]:
         keeper = _StoreKeeper(path, spec, fs, dry_run=dry_run)
         with closing(keeper.shards):
             for folder, name, size in dead_temp_files(keeper.store_dir, min_age_s, fs):

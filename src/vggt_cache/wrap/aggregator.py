@@ -238,7 +238,7 @@ class CachedAggregator(ModuleInPlace):
         if computes_in not in _COMPUTE:
             raise SettingsError(
                 f"the module would compute in {computes_in}, and this encoder computes in float32 or bfloat16: "
-                "change the autocast or the weights' dtype"
+                'change the autocast or the weights\' dtype, or use producer="module"'
             )
         compute_dtype = _COMPUTE[computes_in]
         encoder = self._weights.spec(compute_dtype)  # again each time: the weights may have changed
@@ -278,7 +278,8 @@ class CachedAggregator(ModuleInPlace):
                 raise SpecMismatchError(
                     f"{self._cache_dir} was made with other weights ({other.weights_digest[:16]}) than those of the "
                     f"module ({own[:16]}, {self._weights.dtype}): its features would be another encoder's; load the "
-                    "same checkpoint in the same dtype before the module is wrapped, or use another cache directory"
+                    "same checkpoint in the same dtype before the module is wrapped, give offload=True where the "
+                    "model is converted to another dtype afterwards, or use another cache directory"
                 )
         # Special tokens alone would give the outputs another shape.
         open_kinds = {(spec.tokens, spec.feature_dtype) for spec in alike if spec.tokens != "special"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -42,9 +42,15 @@ class LazyOutputs(Sequence[Any]):
         return self._depth
 
     def __getitem__(self, index: Any) -> Any:
+        return self._loaded()[index]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._loaded())
+
+    def _loaded(self) -> Outputs:
         if self._outputs is None:
             self._outputs = self._load()
-        return self._outputs[index]
+        return self._outputs
 
 
 class NotKept:

@@ -22,6 +22,8 @@ from vggt_cache.pixel_cache import PixelCache
 MISS = ("fill", "encode", "error")
 _RECENT = 4
 _LOOKUPS_TO_JUDGE = 50
+_LOOKUPS_UNTOLD = 2000
+"""The same where this process fills an empty cache, and nobody tells it that an epoch is over."""
 _HARDLY_ANY = 0.05
 _LOOKING_SHARE = 0.05
 """At most so much of the time goes into looking for what others have committed: at first every list is missing."""
@@ -50,17 +52,20 @@ class Shelf:
         self._recent: OrderedDict[bytes, Tensor] = OrderedDict()
         """What was computed last, in memory: the step may ask again before it is on disk (activation checkpointing)."""
         self.hits = self.misses = 0
-        """Of this epoch, where its ends are told by `flush`."""
-        self._judges = len(store.cache) > 0
+        """Of this epoch, where its ends are told by `flush`; what the same step asks again does not count."""
+        self._was_filled = len(store.cache) > 0
+        """When this epoch began, as far as that is known."""
+        self._judges = miss == "fill" or self._was_filled
         self._look_again_s = 0.0
         """When it is time to look for what others have committed."""
         atexit.register(_close_if_alive, weakref.ref(self))
 
     def features(self, keys: Sequence[bytes], labels: Sequence[str], compute: Compute) -> list[Tensor]:
         """One for each key, on the device, the caller's own, in the dtype of storage. Equal keys are computed once."""
+        asked = sum(key not in self._recent for key in keys)
         found = self._found(keys)
         missing = [at for at, feature in enumerate(found) if feature is None and keys[at] not in keys[:at]]
-        self._count(len(keys), len(missing))
+        self._count(asked, len(missing))
         if missing:
             if self.miss == "error":
                 raise MissingFeatureError(
@@ -82,7 +87,7 @@ class Shelf:
         """What was computed is on disk, and an epoch is over: from the next one on features should be found."""
         self._attempt(self.store.flush)
         self._look_again_s = 0.0
-        self._judges = self._judges or self.hits + self.misses > 0
+        self._was_filled = len(self.store.cache) > 0
         self.hits = self.misses = 0
 
     def close(self) -> None:
@@ -150,15 +155,18 @@ class Shelf:
         self.hits += asked - missing
         self.misses += missing
         total = self.hits + self.misses
-        if self._judges and total >= _LOOKUPS_TO_JUDGE:
-            self._judges = False
-            if self.hits < _HARDLY_ANY * total:
-                warn(
-                    f"of {total} frame lists only {self.hits} were found in {self.store.cache.cache_dir}, which an "
-                    "earlier epoch has filled: the images differ from epoch to epoch, as random augmentation, random "
-                    "frame choice or a changed loader make them, and then a cache only costs; augment after the "
-                    "encoder, make the choice depend on the sample alone, or train without the cache"
-                )
+        enough = _LOOKUPS_TO_JUDGE if self._was_filled else _LOOKUPS_UNTOLD
+        if not self._judges or self._gave_up or total < enough:
+            return
+        self._judges = False
+        if self.hits < _HARDLY_ANY * total:
+            warn(
+                f"of {total} inputs only {self.hits} were found in {self.store.cache.cache_dir}: in the first epoch "
+                "over these data that is as it should be, but if this is a later one, or an epoch of this process has "
+                f"less than {self.misses}, the images differ from epoch to epoch, as random augmentation, random frame "
+                "choice or a changed loader make them, and then a cache only costs; augment after the encoder, make "
+                "the choice depend on the sample alone, or train without the cache"
+            )
 
 
 def warn(sentence: str) -> None:
