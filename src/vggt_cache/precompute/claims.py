@@ -21,7 +21,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,8 +34,6 @@ DEFAULT_TTL_S = 60.0
 """An owner whose mark has not moved for so long is succeeded."""
 PATIENCE = 10
 """An owner that has made no progress for so many times the same stops moving its mark: its decoders may hang."""
-_CLAIM_NAME = re.compile(r"([0-9a-f]{32})\.(\d{1,9})")
-_MARK_NAME = re.compile(r"[0-9a-f]{32}\.alive")
 _TOKEN = re.compile(rb"[0-9a-f]{32}")
 _MAX_BYTES = 4096
 
@@ -55,6 +53,11 @@ class Listing:
         """Whether somebody held the block who is not known to be dead."""
         generation = self.generations.get(block_id)
         return generation is not None and f"{block_id}.{generation}" not in self.dead
+
+    @property
+    def held(self) -> Collection[str]:
+        """All such blocks."""
+        return list(filter(self.holds, self.generations)) if self.dead else self.generations
 
 
 class Claims(AbstractContextManager["Claims"]):
@@ -95,13 +98,17 @@ class Claims(AbstractContextManager["Claims"]):
     def look(self, ask_of: Iterable[str] = ()) -> Listing:
         """What is claimed now; of the blocks `ask_of` also whether their owners live. Raises CacheAccessError."""
         with _failing_in_a_sentence():
+            self._folder.touch(
+                "."
+            )  # NFS lists anew what the process itself has changed, all else a minute late
             names = self._folder.names()
             generations: dict[str, int] = {}
             for block_id, generation in _claims_among(names):
-                generations[block_id] = max(generation, generations.get(block_id, 0))
+                if generation >= generations.setdefault(block_id, generation):
+                    generations[block_id] = generation
             asked = (f"{block}.{generations[block]}" for block in ask_of if block in generations)
             dead = frozenset(claim for claim in asked if not self._owner_lives(claim))
-        marks = frozenset(filter(_MARK_NAME.fullmatch, names))
+        marks = frozenset(name for name in names if name.endswith(".alive"))
         return Listing(generations=generations, marks=marks, dead=dead)
 
     def try_claim(self, block_id: str, listing: Listing | None = None) -> bool:
@@ -191,10 +198,11 @@ class Claims(AbstractContextManager["Claims"]):
 
 
 def _claims_among(names: Iterable[str]) -> Iterator[tuple[str, int]]:
-    """Blocks and generations."""
+    """Blocks and generations; what else stands there is no block that anybody asks for."""
     for name in names:
-        if match := _CLAIM_NAME.fullmatch(name):
-            yield match[1], int(match[2])
+        block_id, _, generation = name.partition(".")
+        if generation.isdecimal() and len(generation) < 10:
+            yield block_id, int(generation)
 
 
 @contextmanager

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
 
+from vggt_cache.errors import SmallFileError
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.precompute.known_keys import KnownKeys
 from vggt_cache.precompute.plan import Indexes
+from vggt_cache.small_files import SmallFolder
 from vggt_cache.store import FeatureCache
+from vggt_cache.store.shards import SHARDS_FOLDER
 from vggt_cache.store.siblings import SameTable
 
 SHARDS_BETWEEN_INDEXES = 64
@@ -24,6 +29,7 @@ class Stored:
         self._recompute = recompute
         self._ignored = frozenset(cache.shard_names() if recompute else ())
         self.same = SameTable(cache.cache_dir)
+        self._shards = SmallFolder(os.path.join(cache.cache_dir, cache.spec.short_name, SHARDS_FOLDER))
         self.own: set[bytes] = set()
         """Keys of what this process has handed to its writer."""
         self._indexed_shards = len(cache.shard_names())
@@ -66,6 +72,10 @@ class Stored:
     def refresh(self) -> None:
         """Take in what other processes have found and committed."""
         self.known.reload()
+        with suppress(SmallFileError):
+            self._shards.touch(
+                "."
+            )  # NFS lists anew what the process itself has changed, all else a minute late
         self.cache.refresh()
         shards = len(self.cache.shard_names())
         if shards - self._indexed_shards >= SHARDS_BETWEEN_INDEXES:
