@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from small_data import history, plan_of, write_annotations, write_dataset
 from vggt_cache.precompute.encode import even_parts
-from vggt_cache.precompute.plan import _distinct_lists, _distinct_prefixes
+from vggt_cache.precompute.plan import LEAST_PER_BLOCK, _distinct_lists, _distinct_prefixes, block_bounds
 
 LISTS = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=6), min_size=1, max_size=30)
 
@@ -61,6 +61,44 @@ def test_processes_with_other_limits_and_other_mounts_agree_on_block_ids(tmp_pat
     assert some_ids == all_ids[: len(some_ids)]
     (tmp_path / "data").rename(tmp_path / "mounted elsewhere")
     assert [block.block_id for block in plan_of(tmp_path / "mounted elsewhere", context).blocks] == all_ids
+
+
+@given(st.lists(st.integers(1, 200), max_size=300), st.sampled_from([32, 64]))
+@settings(max_examples=200)
+def test_blocks_are_whole_trees_and_each_ends_with_the_first_that_fills_it(sizes, most):
+    trees = np.cumsum([0, *sizes])[1:]
+    bounds = block_bounds(trees, most)
+    assert bounds[0] == 0
+    assert bounds[-1] == sum(sizes)
+    for begin, end in itertools.pairwise(bounds):
+        assert end in trees
+        inside = [tree for tree in trees if begin < tree < end]
+        assert not inside or inside[-1] - begin < most
+
+
+def test_blocks_get_smaller_towards_the_end_so_that_the_last_ones_are_shared():
+    total = 100_000
+    sizes = np.diff(block_bounds(np.arange(1, total + 1), 64))
+    assert sizes[0] == 64
+    assert (np.diff(sizes) <= 0).all()
+    assert sizes[-1] <= LEAST_PER_BLOCK
+    left = total - np.cumsum(sizes) + sizes
+    assert (sizes <= np.maximum(left / 256, LEAST_PER_BLOCK)).all()
+    assert len(sizes) < 1.5 * total / 64, "few of them are small"
+
+
+def test_a_small_plan_has_blocks_for_several_processes():
+    assert len(block_bounds(np.arange(1, 201), 64)) > 20
+
+
+@pytest.mark.parametrize("context", ["frame", "causal"])
+def test_the_features_that_use_a_frame_are_those_whose_list_has_it(tmp_path, context):
+    write_dataset(tmp_path, episodes=3, steps=10)
+    plan = plan_of(tmp_path, context, 25)
+    wanted = np.zeros(len(plan.frames), np.bool_)
+    wanted[[0, 3, 17]] = True
+    expected = [bool(wanted[plan.frames_of(feature)].any()) for feature in range(len(plan))]
+    assert plan.which_use(wanted).tolist() == expected
 
 
 def test_lists_that_share_a_prefix_are_never_split_over_blocks(tmp_path):

@@ -29,7 +29,15 @@ from store_kit import (
 )
 from vggt_cache.store import FeatureCache, FileSystem
 from vggt_cache.store.index import IndexFile, index_bytes
-from vggt_cache.store.record import ROW_DTYPE, RecordTable, Rows, join_rows, sort_rows, unpack_rows
+from vggt_cache.store.record import (
+    ROW_DTYPE,
+    RecordTable,
+    Rows,
+    join_rows,
+    key_array,
+    sort_rows,
+    unpack_rows,
+)
 
 NAMES = [f"{n:012x}-{n:016x}.safetensors" for n in range(7)]
 
@@ -105,6 +113,22 @@ def test_keys_that_begin_alike_are_found_too(high: int) -> None:
     table = make_table(rows)
     assert all(table.find(record.key) == [(NAMES[shard], record)] for shard, record in unpack_rows(rows))
     assert list(table.keys()) == sorted(record.key for _, record in unpack_rows(rows))
+
+
+@pytest.mark.parametrize("count", [0, 1, 500])
+def test_many_keys_are_found_at_once_where_each_is_found_alone(count: int) -> None:
+    """Also keys that begin alike, be they there or not, and several copies of one."""
+    rows = make_rows(count)
+    rows["high"][: count // 2] //= 2**60
+    rows["low"][: count // 2] %= 3
+    table = make_table(rows)
+    keys = [*table.keys(), *(make_key(-number) for number in range(50))]
+    keys += [bytes([*key[:15], key[15] ^ 1]) for key in keys[:200]]
+    random.Random(0).shuffle(keys)
+    found = table.find_shards(key_array(keys)).tolist()
+    for key, shard in zip(keys, found, strict=True):
+        alone = table.find(key)
+        assert shard == (NAMES.index(alone[0][0]) if alone else -1)
 
 
 def test_tables_join_with_each_shard_taken_from_the_first_that_has_it() -> None:

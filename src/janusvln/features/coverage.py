@@ -19,7 +19,8 @@ from vggt_cache.errors import FrameError
 from vggt_cache.frames import read_frame
 from vggt_cache.identity import frame_digest
 from vggt_cache.precompute.digests import DigestTable
-from vggt_cache.precompute.plan import KnownKeys, Plan
+from vggt_cache.precompute.known_keys import KnownKeys
+from vggt_cache.precompute.plan import Plan
 from vggt_cache.samples.paths import map_in_order
 from vggt_cache.store import FeatureCache
 

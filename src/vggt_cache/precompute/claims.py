@@ -10,6 +10,7 @@ So neither the clocks of machines nor that of the file system matter, and a cloc
 
 Claims only save work. Were all of them lost, features would be computed twice and the result be the same. So failing
 to give one back is ignored; where none can be made, no shard could be written either, and the run ends in a sentence.
+For the same reason a listing of the folder may be old: what has been claimed since shows when the create fails.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vggt_cache.environment import seconds_of
@@ -32,9 +34,30 @@ DEFAULT_TTL_S = 60.0
 """An owner whose mark has not moved for so long is succeeded."""
 PATIENCE = 10
 """An owner that has made no progress for so many times the same stops moving its mark: its decoders may hang."""
-_CLAIM_NAME = re.compile(r"([0-9a-f]{32})\.(\d{1,9})")
 _TOKEN = re.compile(rb"[0-9a-f]{32}")
 _MAX_BYTES = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """What the folder showed at one moment."""
+
+    generations: Mapping[str, int] = field(default_factory=dict)
+    """By block its highest generation."""
+    marks: frozenset[str] = frozenset()
+    """One of each process that takes part, and of those that were killed."""
+    dead: frozenset[str] = frozenset()
+    """Claims whose owner was asked after, and does not live."""
+
+    def holds(self, block_id: str) -> bool:
+        """Whether somebody held the block who is not known to be dead."""
+        generation = self.generations.get(block_id)
+        return generation is not None and f"{block_id}.{generation}" not in self.dead
+
+    @property
+    def held(self) -> Collection[str]:
+        """All such blocks."""
+        return list(filter(self.holds, self.generations)) if self.dead else self.generations
 
 
 class Claims(AbstractContextManager["Claims"]):
@@ -44,6 +67,7 @@ class Claims(AbstractContextManager["Claims"]):
         self,
         directory: Path,
         *,
+        open_folder: Callable[[Path], SmallFolder] = SmallFolder,
         ttl_s: float | None = None,
         clock_s: Callable[[], float] = time.monotonic,
         on_silence: Callable[[float], None] = lambda seconds: None,
@@ -52,11 +76,12 @@ class Claims(AbstractContextManager["Claims"]):
 
         `on_silence(seconds)` is called once, in another thread, when the heart stops because nothing progresses.
         """
-        self._folder = SmallFolder(directory)
+        self._folder = open_folder(directory)
         self._ttl_s = ttl_s or seconds_of("VGGT_CACHE_CLAIM_TTL_S", DEFAULT_TTL_S)
         self._clock_s = clock_s
-        self._token = os.urandom(16).hex()
-        self._mark = f"{self._token}.alive"
+        self.token = os.urandom(16).hex()
+        """Names this process in what it claims."""
+        self._mark = f"{self.token}.alive"
         self._held: dict[str, int] = {}
         """By block the generation that is ours. Two threads use it, each time in one step."""
         self._seen: dict[str, tuple[FileState | None, float]] = {}
@@ -70,16 +95,32 @@ class Claims(AbstractContextManager["Claims"]):
         self._heart = threading.Thread(target=self._beat_on, name="claim-heartbeat", daemon=True)
         self._heart.start()
 
-    def try_claim(self, block_id: str) -> bool:
-        """Become the holder of a block if nobody alive holds it. Raises CacheAccessError."""
+    def look(self, ask_of: Iterable[str] = ()) -> Listing:
+        """What is claimed now; of the blocks `ask_of` also whether their owners live. Raises CacheAccessError."""
         with _failing_in_a_sentence():
-            generation = self._highest_generation(block_id)
-            if generation is not None and self._owner_lives(f"{block_id}.{generation}"):
+            self._folder.touch(
+                "."
+            )  # NFS lists anew what the process itself has changed, all else a minute late
+            names = self._folder.names()
+            generations: dict[str, int] = {}
+            for block_id, generation in _claims_among(names):
+                if generation >= generations.setdefault(block_id, generation):
+                    generations[block_id] = generation
+            asked = (f"{block}.{generations[block]}" for block in ask_of if block in generations)
+            dead = frozenset(claim for claim in asked if not self._owner_lives(claim))
+        marks = frozenset(name for name in names if name.endswith(".alive"))
+        return Listing(generations=generations, marks=marks, dead=dead)
+
+    def try_claim(self, block_id: str, listing: Listing | None = None) -> bool:
+        """Become the holder of a block if nobody held it in `listing` (default: now). Raises CacheAccessError."""
+        listing = self.look([block_id]) if listing is None else listing
+        if listing.holds(block_id):
+            return False
+        generation = listing.generations.get(block_id, -1) + 1
+        with _failing_in_a_sentence():
+            if not self._folder.create(f"{block_id}.{generation}", self.token.encode()):
                 return False
-            following = 0 if generation is None else generation + 1
-            if not self._folder.create(f"{block_id}.{following}", self._token.encode()):
-                return False
-        self._held[block_id] = following
+        self._held[block_id] = generation
         self.progressed()
         return True
 
@@ -93,19 +134,11 @@ class Claims(AbstractContextManager["Claims"]):
             return
         self.progressed()
         with suppress(SmallFileError):
-            if self._folder.read(f"{block_id}.{generation}", _MAX_BYTES) == self._token.encode():
-                dead = [found for found in self._generations().get(block_id, []) if found < generation]
+            if self._folder.read(f"{block_id}.{generation}", _MAX_BYTES) == self.token.encode():
+                claims = _claims_among(self._folder.names()) if generation else ()
+                dead = [number for block, number in claims if block == block_id and number < generation]
                 for number in (*dead, generation):
                     self._folder.remove(f"{block_id}.{number}")
-
-    def held_by_others(self) -> int:
-        """How many blocks somebody else alive is working on."""
-        try:
-            found = self._generations()
-        except SmallFileError:
-            return 0
-        others = (f"{block}.{max(numbers)}" for block, numbers in found.items() if block not in self._held)
-        return sum(map(self._owner_lives, others))
 
     def progressed(self) -> None:
         """A frame was decoded, a batch encoded, a shard committed: this process does not hang."""
@@ -138,16 +171,6 @@ class Claims(AbstractContextManager["Claims"]):
 
     # ------------------------------------------------------------ others
 
-    def _generations(self) -> dict[str, list[int]]:
-        found: dict[str, list[int]] = {}
-        for name in self._folder.names():
-            if match := _CLAIM_NAME.fullmatch(name):
-                found.setdefault(match[1], []).append(int(match[2]))
-        return found
-
-    def _highest_generation(self, block_id: str) -> int | None:
-        return max(self._generations().get(block_id, []), default=None)
-
     def _owner_lives(self, claim: str) -> bool:
         try:
             token = self._folder.read(claim, _MAX_BYTES)
@@ -172,6 +195,14 @@ class Claims(AbstractContextManager["Claims"]):
             return _has_ended(json.loads(self._folder.read(mark, _MAX_BYTES)))
         except (SmallFileError, ValueError, RecursionError):
             return False
+
+
+def _claims_among(names: Iterable[str]) -> Iterator[tuple[str, int]]:
+    """Blocks and generations; what else stands there is no block that anybody asks for."""
+    for name in names:
+        block_id, _, generation = name.partition(".")
+        if generation.isdecimal() and len(generation) < 10:
+            yield block_id, int(generation)
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from vggt_cache.output import name_text
 from vggt_cache.pixels import Pixels
 from vggt_cache.precompute.decode import DecodedFrame, read_digest
 from vggt_cache.precompute.encode import BatchEncoder, of_one_dtype
-from vggt_cache.precompute.plan import KnownKeys, Plan
+from vggt_cache.precompute.known_keys import KnownKeys
+from vggt_cache.precompute.plan import Plan
 from vggt_cache.precompute.report import Reporter, bytes_text, count_of, seconds_text
 from vggt_cache.precompute.settings import PrecomputeSettings
 from vggt_cache.samples.paths import parts_of

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from vggt_cache.codec import NONE
@@ -20,58 +20,18 @@ from vggt_cache.identity import FeatureSpec, feature_key, pixel_key
 from vggt_cache.precompute.claims import Claims
 from vggt_cache.precompute.decode import DecodedFrame, DecodePool
 from vggt_cache.precompute.encode import BatchEncoder, of_one_dtype
-from vggt_cache.precompute.plan import Block, KnownKeys
+from vggt_cache.precompute.plan import Block
 from vggt_cache.precompute.report import Reporter, count_of, seconds_text
 from vggt_cache.precompute.settings import QwenLimits
 from vggt_cache.precompute.stop import StopRequest
+from vggt_cache.precompute.stored import Stored
+from vggt_cache.precompute.todo import Todo
 from vggt_cache.precompute.write import FeatureWriter, shard_bytes
-from vggt_cache.store import FeatureCache, ShardWriter
+from vggt_cache.store import ShardWriter
 from vggt_cache.store.directory import CLAIMS_FOLDER
-from vggt_cache.store.siblings import SameTable
 
-BLOCKS_AHEAD = 3
-SHARDS_BETWEEN_INDEXES = 64
-_POLL_S = 0.5
 Decoding = dict[int, Callable[[], DecodedFrame]]
 """The frames of a claimed block, as they are asked for."""
-
-
-class Stored:
-    """Which of the wanted features the store has. `recompute` counts only shards that are new since the start."""
-
-    def __init__(self, known: KnownKeys, cache: FeatureCache, *, recompute: bool) -> None:
-        self.known, self.cache = known, cache
-        self._recompute = recompute
-        self._ignored = frozenset(cache.shard_names() if recompute else ())
-        self.same = SameTable(cache.cache_dir)
-        self.own: set[bytes] = set()
-        """Keys of what this process has handed to its writer."""
-        self._indexed_shards = len(cache.shard_names())
-
-    def missing(self, features: Iterable[int]) -> list[int]:
-        """Those of the features that are not known to be stored."""
-        return [f for f in features if (key := self.known.key(f)) is None or key not in self]
-
-    def __contains__(self, key: bytes) -> bool:
-        shard = self.cache.shard_of(key)
-        if shard is None:
-            return key in self.own or (not self._recompute and key in self.cache)
-        return key in self.own or shard not in self._ignored
-
-    def by_pixels(self, key: bytes) -> tuple[bytes, FeatureSpec] | None:
-        """Where the feature is, if another store has it by the key of its frames' pixels: the key there, and whose."""
-        found = None if self._recompute else self.cache.siblings.find(key, self.cache)
-        return None if found is None else (found[1], found[0].spec)
-
-    def refresh(self) -> None:
-        """Take in what other processes have found and committed."""
-        self.known.reload()
-        self.cache.refresh()
-        shards = len(self.cache.shard_names())
-        if shards - self._indexed_shards >= SHARDS_BETWEEN_INDEXES:
-            # Shards that no index covers are merged anew at each refresh: keep them few.
-            self.cache.save_index()
-            self._indexed_shards = shards
 
 
 @dataclass(kw_only=True)
@@ -110,6 +70,9 @@ class Run:
             Claims(store_dir / CLAIMS_FOLDER, on_silence=self._tell_silence) as self._claims,
             self.stop.deferred(),
         ):
+            self._todo = Todo(
+                blocks, self._claims, self.stored, place=self._place(), on_finished=self._found_elsewhere
+            )
             self._writer = FeatureWriter(
                 new_shard=lambda: ShardWriter(store_dir, self.spec, codec=self.codec),
                 feature_dtype=self.spec.feature_dtype,
@@ -118,7 +81,7 @@ class Run:
                 on_bad_feature=self._lose,
             )
             try:
-                self._go_through(deque(blocks))
+                self._go_through()
             finally:
                 self._waits_for = "the disk"
                 self._writer.close()
@@ -126,43 +89,36 @@ class Run:
         self.stored.cache.refresh()
         self.stored.cache.save_index()
 
-    def _go_through(self, todo: deque[Block]) -> None:
+    def _place(self) -> float | None:
+        """Where to begin among the blocks: each rank elsewhere; None, by chance, where no launcher counts them."""
+        return self.reporter.rank / self.reporter.world_size if self.reporter.world_size > 1 else None
+
+    def _go_through(self) -> None:
         opened: deque[tuple[Block, Decoding]] = deque()
-        while (todo or opened) and not self.stop.requested:
-            while len(opened) < BLOCKS_AHEAD and (claimed := self._claim_next(todo)) is not None:
-                opened.append(claimed)
+        while (len(self._todo) or opened) and not self.stop.requested:
+            while len(opened) < self._todo.ahead and (block := self._todo.take()) is not None:
+                opened.append((block, self._begin_decoding(block)))
             if opened:
                 self._compute(*opened.popleft())
-            elif todo:
+            elif len(self._todo):
                 self._wait_for_others()
 
-    def _claim_next(self, todo: deque[Block]) -> tuple[Block, Decoding] | None:
-        """The first free block of which something is missing, looked at again: others may have been here."""
-        for _ in range(len(todo)):
-            block = todo.popleft()
-            if not self._claims.try_claim(block.block_id):
-                todo.append(block)
-                continue
-            self.stored.refresh()
-            missing = self.stored.missing(block.features)
-            self._found_elsewhere(len(block.features) - len(missing))
-            if missing:
-                frames = dict.fromkeys(f for one in missing for f in self.plan.frames_of(one).tolist())
-                decoding = {frame: self.plan.frames.submit(frame, self._decoder) for frame in frames}
-                return replace(block, features=missing), decoding
-            self._claims.release(block.block_id)
-        return None
+    def _begin_decoding(self, block: Block) -> Decoding:
+        frames = dict.fromkeys(f for one in block.features for f in self.plan.frames_of(one).tolist())
+        return {frame: self.plan.frames.submit(frame, self._decoder) for frame in frames}
 
     def _wait_for_others(self) -> None:
         """All that is left is claimed by other processes, which may in turn wait for what is held here."""
         self._waits_for = "the disk"
         self._writer.flush()
         self._claims.progressed()  # nothing is held now, so waiting for others is no hang
+        if not self._todo.wait():
+            return
         if not self._waiting_said:
             self._waiting_said = True
-            blocks = count_of(self._claims.held_by_others(), "block")
+            blocks = count_of(len(self._todo), "block")
             self.reporter.info(f"Waiting for {blocks} that other processes are computing")
-        self.stop.wait(_POLL_S)
+        self.stop.wait(self._todo.pause_s)
 
     def _compute(self, block: Block, decoding: Decoding) -> None:
         decoded = self._decode(decoding)
@@ -186,7 +142,7 @@ class Run:
         for at in self._encoder.too_large:
             self._lose_too_large(*work[at], len(lists[at]))
         rows = [(one.state_hash, one.digest) for one in decoded.values() if one.state_hash]
-        self._writer.when_committed(lambda: self._done(block.block_id, rows, same))
+        self._writer.when_committed(lambda: self._done(block, rows, same))
 
     def _decode(self, decoding: Decoding) -> dict[int, DecodedFrame]:
         """The block's frames, without those that cannot be used."""
@@ -284,14 +240,16 @@ class Run:
 
     def _done(
         self,
-        block_id: str,
+        block: Block,
         rows: list[tuple[bytes, bytes]],
         same: list[tuple[bytes, bytes, FeatureSpec]],
     ) -> None:
-        """A block is on disk: note what was found out first, then give the claim back, so that others find all done."""
+        """A block is on disk: note what was found out first, then tell of it, so that others find all done."""
         self.known.table.append(rows)
         self.stored.same.note(same)
-        self._claims.release(block_id)
+        lost = frozenset(self.lost)
+        shows = all(self.stored.shows_others(f) and self.plan.label(f) not in lost for f in block.features)
+        self._todo.done(block.block_id, shows=shows)
 
     def _tell_silence(self, seconds: float) -> None:
         """Nothing was decoded, encoded or written for so long. The run goes on waiting: a mount may come back."""

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,23 +20,27 @@ import numpy.typing as npt
 
 from vggt_cache.context import CONTEXTS
 from vggt_cache.errors import DataError
-from vggt_cache.identity import DIGEST_BYTES, FeatureSpec, Preprocessing, feature_key
+from vggt_cache.identity import Preprocessing
 from vggt_cache.precompute.decode import DecodedFrame, DecodePool, decode_file
-from vggt_cache.precompute.digests import DigestTable, state_hash
 from vggt_cache.precompute.report import Reporter, count_of
 from vggt_cache.samples import FileState, FrameTable, iter_samples, sources_of
 from vggt_cache.samples.order import OrderWatch
-from vggt_cache.store.rows import hash_array
 
 Indexes = npt.NDArray[np.int64]
 
 
-@dataclass(frozen=True, kw_only=True)
+LEAST_PER_BLOCK = 8
+"""Features. So many at least fill a batch of the default size; trees that share prefixes stay whole, and have more."""
+_PARTS_OF_THE_REST = 256
+"""A block is at most such a part of what is left of the data: less than a process waits for at the end of a run."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Block:
     """A piece of work that one process claims. `features` are indexes into the plan, the wanted ones only."""
 
     block_id: str
-    features: list[int]
+    features: Indexes
 
 
 class FrameSource(Protocol):
@@ -149,75 +154,43 @@ class Plan:
             hasher = hashlib.blake2b(digest_size=16)
             for feature in features:
                 hasher.update(hash_of[self.frames_of(feature)].tobytes() + b"|")
-            wanted = features[features < len(self)].tolist()
-            if wanted:
+            wanted = features[features < len(self)]
+            if len(wanted):
                 blocks.append(Block(block_id=hasher.hexdigest(), features=wanted))
         return blocks
 
     def blocks_of(self, features: Iterable[int]) -> list[Block]:
         """The blocks that hold these features, with no others in them."""
-        chosen = set(features)
-        cut = (replace(block, features=[f for f in block.features if f in chosen]) for block in self.blocks)
-        return [block for block in cut if block.features]
+        chosen = np.zeros(len(self), np.bool_)
+        chosen[np.fromiter(features, np.int64)] = True
+        cut = (replace(block, features=block.features[chosen[block.features]]) for block in self.blocks)
+        return [block for block in cut if len(block.features)]
+
+    def which_use(self, frames: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """For each feature whether one of these frames (bool [frames]) is in its list."""
+        return np.logical_or.reduceat(frames[self._lists], self._offsets[:-1])[: len(self)]
 
     def _feature_groups(self) -> Iterator[Indexes]:
         """Whole trees of lists that start with the same frame, since only these share prefixes; neighbours together."""
         _, appeared, tree = np.unique(self._lists[self._offsets[:-1]], return_index=True, return_inverse=True)
         order = np.argsort(appeared[tree], kind="stable")
-        ends = np.flatnonzero(np.diff(appeared[tree][order], append=-1)) + 1
-        at = 0
-        while at < len(order):
-            enough = np.searchsorted(ends, at + self.context.features_per_block)
-            end = int(ends[min(int(enough), len(ends) - 1)])
-            yield order[at:end]
-            at = end
+        trees = np.flatnonzero(np.diff(appeared[tree][order], append=-1)) + 1
+        bounds = block_bounds(trees, self.context.features_per_block)
+        return (order[begin:end] for begin, end in pairwise(bounds))
 
 
-class KnownKeys:
-    """Keys of those features whose frames' digests are known without opening an image."""
+def block_bounds(trees: Indexes, most: int) -> list[int]:
+    """Where blocks begin, and the last one ends, in features of which whole trees end at `trees`.
 
-    def __init__(self, plan: Plan, spec: FeatureSpec, table: DigestTable) -> None:
-        self.plan = plan
-        self.spec = spec
-        self.table = table
-        states = ((path, plan.frames.state(frame)) for frame, path in enumerate(plan.frames.paths))
-        self._states = hash_array(state_hash(path, state) if state else bytes(16) for path, state in states)
-        """For each frame, the hash of its file's present state [frames, 2]; zeros where it is missing."""
-        self._known = np.zeros(len(self._states), np.bool_)
-        self._read_here = np.zeros(len(self._states), np.bool_)
-        self._digests = np.zeros((len(self._states), DIGEST_BYTES), np.uint8)
-        self._look_up()
-
-    def reload(self) -> None:
-        """Take in digests that other processes have found meanwhile."""
-        if self.table.reload():
-            self._look_up()
-
-    def learn(self, frame: int, digest: bytes) -> None:
-        """This process has read the frame itself."""
-        self._known[frame] = self._read_here[frame] = True
-        self._digests[frame] = np.frombuffer(digest, np.uint8)
-
-    def knows(self, frame: int) -> bool:
-        return bool(self._known[frame])
-
-    def key(self, feature: int) -> bytes | None:
-        """The feature's key, or None while a frame of it has not been read in its present state."""
-        frames = self.plan.frames_of(feature)
-        if not self._known[frames].all():
-            return None
-        return feature_key(self.spec, [self._digests[frame].tobytes() for frame in frames])
-
-    def unknown_frames(self, features: Iterable[int]) -> list[int]:
-        """Those frames of the features whose files are there and have not been read in their present state."""
-        frames = {frame for feature in features for frame in self.plan.frames_of(feature).tolist()}
-        return [frame for frame in sorted(frames) if not self._known[frame]]
-
-    def _look_up(self) -> None:
-        known, digests = self.table.lookup(self._states)
-        fresh = known & self._states.any(axis=1) & ~self._read_here
-        self._known |= fresh
-        self._digests[fresh] = digests[fresh]
+    Of `most` features, or to the end of a tree; smaller towards the end of the data, so that whoever is done early
+    finds something to share in. That follows from the data alone.
+    """
+    bounds, total = [0], int(trees[-1]) if len(trees) else 0
+    while (at := bounds[-1]) < total:
+        share = (total - at) // _PARTS_OF_THE_REST // LEAST_PER_BLOCK * LEAST_PER_BLOCK
+        end = at + min(most, max(LEAST_PER_BLOCK, share))
+        bounds.append(int(trees[min(int(np.searchsorted(trees, end)), len(trees) - 1)]))
+    return bounds
 
 
 def plan_and_tell(

@@ -20,8 +20,9 @@ from vggt_cache.precompute.estimate import (
     time_estimate,
     without_absent,
 )
-from vggt_cache.precompute.pipeline import Run, Stored
-from vggt_cache.precompute.plan import KnownKeys, Plan, plan_and_tell
+from vggt_cache.precompute.known_keys import KnownKeys
+from vggt_cache.precompute.pipeline import Run
+from vggt_cache.precompute.plan import Plan, plan_and_tell
 from vggt_cache.precompute.report import (
     EXIT_INCOMPLETE,
     EXIT_INVALID,
@@ -38,6 +39,7 @@ from vggt_cache.precompute.settings import (
     choose_device,
 )
 from vggt_cache.precompute.stop import StopRequest
+from vggt_cache.precompute.stored import Stored
 from vggt_cache.precompute.verify import recompute_some, tell_verdicts, verify_data
 from vggt_cache.precompute.write import shard_bytes
 from vggt_cache.store import FeatureCache, create_store, list_stores
@@ -130,7 +132,7 @@ class Job:
         try:
             with FeatureCache.open(self.settings.cache_dir, spec=self.spec) as cache:
                 stored = Stored(self.known, cache, recompute=not self.settings.skip_existing)
-                _, possible = self._tell(stored, stored.missing(range(len(self.plan))))
+                _, possible = self._tell(stored, stored.all_missing())
         except (CacheNotFoundError, NotACacheError, SpecMismatchError):
             _, possible = self._tell(None, list(range(len(self.plan))))
         if possible:
@@ -146,7 +148,7 @@ class Job:
         create_store(settings.cache_dir, self.spec)
         with FeatureCache.open(settings.cache_dir, spec=self.spec) as cache:
             stored = Stored(self.known, cache, recompute=not settings.skip_existing)
-            missing, possible = self._tell(stored, stored.missing(range(len(self.plan))))
+            missing, possible = self._tell(stored, stored.all_missing())
             if possible and self._begun == 1 and self.reporter.rank == 0:
                 self.reporter.info(break_even(self.need, possible, self.encoder))
             run = Run(
@@ -247,7 +249,7 @@ class Job:
         if not earlier or self.settings.max_samples >= 0:
             return
         stored.refresh()
-        missing = set(stored.missing(range(len(plan))))
+        missing = set(stored.all_missing())
         wanted = [(feature in missing, feature) for feature in range(len(plan))]
         usable = {path for lost, feature in wanted if not lost for path in plan.paths_of(feature)}
         failing = {path for lost, feature in wanted if lost for path in plan.paths_of(feature)} - usable

@@ -7,11 +7,13 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import xxhash
 
@@ -203,6 +205,15 @@ class FeatureCache:
     def has_own(self, key: bytes) -> bool:
         """Whether the feature is in this very store, under this key."""
         return bool(self._now().table.find(_checked(key)))
+
+    def which_are_own(
+        self, keys: npt.NDArray[np.uint64], *, not_in: Collection[str] = ()
+    ) -> npt.NDArray[np.bool_]:
+        """For many keys (`record.key_array`) at once what `has_own` says [n]; shards `not_in` do not count."""
+        table = self._now().table
+        counts = np.array([name not in not_in for name in table.shards] + [False], np.bool_)
+        which: npt.NDArray[np.bool_] = counts[table.find_shards(keys)]
+        return which
 
     def keys(self) -> Iterator[bytes]:
         """Every key once, in order, from the snapshot at the time of the call. Takes little memory."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -159,6 +159,11 @@ def begins_key(rows: Rows) -> npt.NDArray[np.bool_]:
     return np.append(True, ~same)[: len(rows)]
 
 
+def key_array(keys: Iterable[bytes]) -> npt.NDArray[np.uint64]:
+    """Keys of 16 bytes as [n, 2] (high, low), the form in which many are looked for at once."""
+    return np.frombuffer(b"".join(keys), ">u8").reshape(-1, 2).astype("<u8")
+
+
 def _high(rows: Rows) -> npt.NDArray[np.uint64]:
     return rows["high"].astype("<u8")
 
@@ -222,6 +227,23 @@ class RecordTable:
             found.append((self.shards[shard], Record(key, offset, h, w, checksum, stored, frames)))
             at += ROW_BYTES
         return found
+
+    def find_shards(self, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+        """For many keys (`key_array`) the number in `shards` of the one that serves it [n]; -1 where it is not here."""
+        if not len(self.rows) or not len(keys):
+            return np.full(len(keys), -1, np.int64)
+        order = np.argsort(
+            keys[:, 0]
+        )  # neighbours among the rows one after the other: that is where the time goes
+        keys, shards = keys[order], np.empty(len(keys), np.int64)
+        rows = self.rows[np.searchsorted(_high(self.rows), keys[:, 0]).clip(max=len(self.rows) - 1)]
+        alike = rows["high"] == keys[:, 0]
+        same = alike & (rows["low"] == keys[:, 1])
+        shards[order] = np.where(same, rows["shard"].astype(np.int64), -1)
+        for at in np.flatnonzero(alike & ~same):  # of two keys that begin alike, perhaps on purpose
+            found = self.find(keys[at].astype(">u8").tobytes())
+            shards[order[at]] = self.shards.index(found[0][0]) if found else -1
+        return shards
 
     def keys(self) -> Iterator[bytes]:
         """Every key once, in order."""
