@@ -52,3 +52,12 @@ def test_what_is_counted_is_what_the_losses_are_means_over() -> None:
 def test_another_mean_is_refused(kit: Kit, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(kit.flags(tmp_path, "--loss_mean_over", "epoch")) == 2
     assert "--loss_mean_over epoch is none of micro_batch, step" in capfd.readouterr().err
+
+
+def test_a_run_does_not_go_on_with_another_mean(
+    kit: Kit, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    saving = ["--save_strategy", "steps", "--save_steps", 1, "--max_steps"]
+    assert main(kit.flags(tmp_path, *saving, 1)) == 0
+    assert main(kit.flags(tmp_path, *saving, 2, "--loss_mean_over", "step")) == 2
+    assert "written by --loss_mean_over micro_batch, and this run has --loss_mean_over step" in capfd.readouterr().err

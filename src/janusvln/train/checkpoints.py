@@ -6,8 +6,6 @@ import json
 import re
 import shutil
 import socket
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,101 +15,15 @@ from torch import nn
 
 from janusvln.model import lora
 from janusvln.model.checkpoints import name_in_model
-from janusvln.train.arguments import TrainingArguments, zero_settings
+from janusvln.train.arguments import TrainingArguments
 from janusvln.train.ranks import Ranks
+from janusvln.train.run_record import RunRecord, read_json
 from vggt_cache.encoder.files import find_files
 from vggt_cache.errors import CheckpointError, DataError, SettingsError
 
 _NAME = re.compile(r"checkpoint-([0-9]+)")
 TRAINER_STATE = "trainer_state.json"
 """Written last, when all ranks have written their parts: a checkpoint that has it is whole."""
-RECORD_FILE = "run_record.json"
-"""Beside every saved model."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunRecord:
-    """What decides which samples each step of a run sees, and for which processes its optimizer's state is cut up."""
-
-    world_size: int
-    zero_stage: int | None
-    """None: without DeepSpeed."""
-    batch_size: int
-    accumulation: int
-    seed: int
-    by_length: bool
-    drop_last: bool
-    samples: int
-    """Those that are left out count too."""
-    samples_digest: str
-    """Of the annotations, in their order; see `SampleIndex.digest`."""
-    skipped: str
-    """Which samples are left out; see `skipped_text`."""
-
-    @classmethod
-    def of(
-        cls, arguments: TrainingArguments, *, samples: int, samples_digest: str, skipped: str
-    ) -> RunRecord:
-        zero = zero_settings(arguments)
-        return cls(
-            world_size=arguments.world_size,
-            zero_stage=None if zero is None else zero.get("stage", 0),
-            batch_size=arguments.per_device_train_batch_size,
-            accumulation=arguments.gradient_accumulation_steps,
-            seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
-            by_length=arguments.group_by_modality_length,
-            drop_last=arguments.dataloader_drop_last,
-            samples=samples,
-            samples_digest=samples_digest,
-            skipped=skipped,
-        )
-
-    def write(self, directory: str) -> None:
-        (Path(directory) / RECORD_FILE).write_text(json.dumps(asdict(self)) + "\n")
-
-    def check(self, checkpoint: Path) -> None:
-        """Raises SettingsError where a run that goes on from the checkpoint would not be the one that wrote it."""
-        instead = (
-            "start as it was started, or give another --output_dir and --model_name_or_path "
-            f"{checkpoint} to go on from its weights alone"
-        )
-        try:
-            found = RunRecord(**_json(checkpoint / RECORD_FILE))
-        except TypeError:  # absent, torn, or another's
-            raise SettingsError(
-                f"{checkpoint} has no {RECORD_FILE} that says which run wrote it, so samples may come twice or never "
-                f"in a run that goes on from it: {instead}"
-            ) from None
-        if found != self:
-            differ = [field for field, value in asdict(self).items() if getattr(found, field) != value]
-            lost = "the optimizer's state cannot be carried over"
-            if not {"world_size", "zero_stage"} & set(differ):
-                lost = "some samples of this epoch would come twice and others never"
-            raise SettingsError(
-                f"{checkpoint} was written by {found._words(differ)}, and this run has {self._words(differ)}: "
-                f"{lost}; {instead}"
-            )
-
-    def _words(self, fields: Sequence[str]) -> str:
-        engine = "no DeepSpeed" if self.zero_stage is None else f"ZeRO-{self.zero_stage}"
-        words = []
-        if {"world_size", "zero_stage"} & set(fields):
-            words.append(f"{self.world_size} process{'es' if self.world_size > 1 else ''} with {engine}")
-        return ", ".join(
-            words + [f"{_FLAGS[name]} {getattr(self, name)}" for name in fields if name in _FLAGS]
-        )
-
-
-_FLAGS = {
-    "batch_size": "--per_device_train_batch_size",
-    "accumulation": "--gradient_accumulation_steps",
-    "seed": "--seed (or --data_seed)",
-    "by_length": "--group_by_modality_length",
-    "drop_last": "--dataloader_drop_last",
-    "samples": "a number of samples of",
-    "samples_digest": "annotations of digest",
-    "skipped": "a skipped_samples.jsonl of",
-}
 
 
 def checkpoint_to_resume(output_dir: str, record: RunRecord, ranks: Ranks) -> str | None:
@@ -122,7 +34,7 @@ def checkpoint_to_resume(output_dir: str, record: RunRecord, ranks: Ranks) -> st
     all hold the model alone, and DataError where a rank does not see what rank 0 sees.
     """
     named = [(_NAME.fullmatch(path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
-    written = {int(name[1]): path for name, path in named if name and _json(path / TRAINER_STATE) is not None}
+    written = {int(name[1]): path for name, path in named if name and read_json(path / TRAINER_STATE) is not None}
     if written:
         record.check(written[max(written)])
         if not any(_has_optimizer(path, record) for path in written.values()):
@@ -161,7 +73,7 @@ def given_checkpoint(given: str, output_dir: str, record: RunRecord, ranks: Rank
                 "give another --output_dir to begin anew, or leave the flag out to go on"
             )
         return last
-    if _json(Path(given) / TRAINER_STATE) is None:
+    if read_json(Path(given) / TRAINER_STATE) is None:
         raise SettingsError(
             f"--resume_from_checkpoint {given} is no directory of a checkpoint (it has no trainer_state.json), so "
             "nothing can be resumed from it: give one, or leave the flag out to go on from the last in --output_dir"
@@ -188,7 +100,7 @@ def _only_model(checkpoint: Path) -> str:
 
 def trained_features(checkpoint: str) -> dict[str, Any] | None:
     """What a checkpoint says about the features it was trained with; None where it says nothing."""
-    fields = _json(Path(checkpoint) / "config.json")
+    fields = read_json(Path(checkpoint) / "config.json")
     trained = fields.get("feature_spec") if isinstance(fields, dict) else None
     return trained if isinstance(trained, dict) else None
 
@@ -229,11 +141,3 @@ def load_weights(model: nn.Module, directory: str) -> None:
             f"{directory} does not hold this model's weights ({wrong[0]} and {len(wrong) - 1} more differ), so nothing "
             "can be resumed from it: use the flags it was trained with, or an empty --output_dir"
         )
-
-
-def _json(path: Path) -> Any:
-    """What a file holds; None where it cannot be read."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None

@@ -28,7 +28,6 @@ from janusvln.model.checkpoints import find_directory
 from janusvln.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenerationForJanusVLN as _Model
 from janusvln.train.arguments import Arguments
 from janusvln.train.checkpoints import (
-    RunRecord,
     checkpoint_to_resume,
     copy_model,
     given_checkpoint,
@@ -36,6 +35,7 @@ from janusvln.train.checkpoints import (
     trained_features,
 )
 from janusvln.train.ranks import Ranks, agree_on_snapshot
+from janusvln.train.run_record import RunRecord
 from janusvln.train.samples import listed_samples, settle_samples, skipped_text
 from janusvln.train.stop import EXIT_CODES, StopCallback, StopRequest
 from janusvln.train.trainer import EpochCallback, FeatureTrainer, freeze
@@ -55,6 +55,7 @@ class TrainingRun:
     """The parts of a run, made in order. Every rank makes its own."""
 
     def __init__(self, arguments: Arguments, ranks: Ranks, stop: StopRequest) -> None:
+        self.arguments = arguments
         self.model_arguments, self.data, self.features, self.training = arguments
         self.ranks = ranks
         self.stop = stop
@@ -119,7 +120,7 @@ class TrainingRun:
         """As rank 0 sees the data: one rank reads the annotations once more, and not all of them."""
         own = ["", ""] if self.ranks.rank else [index.digest(), skipped_text(listed_samples(self.output_dir))]
         digest, skipped = json.loads(self.ranks.exchange("samples", json.dumps(own))[0])
-        return RunRecord.of(self.training, samples=len(index), samples_digest=digest, skipped=skipped)
+        return RunRecord.of(self.arguments, samples=len(index), samples_digest=digest, skipped=skipped)
 
     def _checkpoint(self, spec: FeatureSpec, record: RunRecord) -> str | None:
         """What this run goes on from, if anything: a checkpoint of the same run, trained with the same features."""
@@ -246,10 +247,12 @@ class TrainingRun:
 
     def _add_adapters(self, model: _Model) -> None:
         given, path = self.model_arguments, Path(self.model_path)
+        # Rank 0 reads all weights once more; the others wait without a collective.
+        own = "" if self.ranks.rank else lora.digest_of(self.model_dir)
         lora.add_adapters(
             model,
             str(path.absolute()) if path.exists() else self.model_path,
-            self.model_dir,
+            self.ranks.exchange("base of the adapters", own)[0],
             r=given.lora_r,
             alpha=given.lora_alpha,
             dropout=given.lora_dropout,

@@ -23,8 +23,9 @@ from janusvln.model import lora
 from janusvln.model.checkpoints import copy_settings
 from janusvln.model.modeling_qwen2_5_vl import learned
 from janusvln.train.arguments import ModelArguments, TrainingArguments
-from janusvln.train.checkpoints import TRAINER_STATE, RunRecord, load_weights
+from janusvln.train.checkpoints import TRAINER_STATE, load_weights
 from janusvln.train.ranks import Ranks
+from janusvln.train.run_record import RunRecord
 from janusvln.train.stop import shielded
 from janusvln.train.workers import end_where_it_cannot_send
 from vggt_cache.errors import NotFiniteError, SettingsError
