@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from janusvln.features.coverage import measure_coverage
 from janusvln.train.command import main
+from janusvln.train.trainer import FeatureTrainer
 from small_data import plan_of, write_image
 from train_kit import Kit, largest_difference, logged
 from vggt_cache.store import FeatureCache
@@ -285,6 +287,64 @@ def test_a_finished_run_that_is_started_again_is_left_as_it_is(
     assert f"[SUCCESS] Nothing is left to train: {tmp_path / 'checkpoint-4'}" in capfd.readouterr().out
     assert logged(tmp_path) == before
     assert (tmp_path / "model.safetensors").exists()
+
+
+def test_a_model_that_was_half_written_at_the_end_is_mended_from_the_last_checkpoint(
+    kit: Kit, tmp_path: Path
+) -> None:
+    """Nor does the model of an earlier end stay, where a run that was made longer is killed before it saves its own."""
+    flags = kit.flags(tmp_path, "--save_strategy", "steps", "--save_steps", 2, "--max_steps")
+    assert main([*flags, "2"]) == 0
+    earlier = {name: (tmp_path / name).read_bytes() for name in ("model.safetensors", "trainer_state.json")}
+    assert main([*flags, "4"]) == 0
+    for torn in (earlier["model.safetensors"], earlier["model.safetensors"][:1000]):
+        (tmp_path / "model.safetensors").write_bytes(torn)
+        (tmp_path / "trainer_state.json").write_bytes(earlier["trainer_state.json"])
+        assert main([*flags, "4"]) == 0
+        last = load_file(tmp_path / "checkpoint-4" / "model.safetensors")
+        found = load_file(tmp_path / "model.safetensors")
+        assert last.keys() == found.keys()
+        assert all(torch.equal(found[name], last[name]) for name in last)
+        assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 4
+
+
+def test_a_disk_that_is_full_when_a_checkpoint_is_due_is_one_sentence_and_the_run_goes_on_later(
+    kit: Kit, tmp_path: Path, small_disk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--save_strategy", "steps", "--save_steps", 1, "--save_total_limit", 1, "--max_steps", 2]
+    subprocess.run(["mount", "-o", "remount,size=40m", str(small_disk)], check=True)
+    flags = kit.flags(small_disk / "out", *more)
+    assert main(flags[:-1] + ["1"]) == 0
+    capfd.readouterr()
+    free = shutil.disk_usage(small_disk).free
+    filler = small_disk / "filler"
+    for room in (100_000, (free - 100_000) // 2):
+        filler.write_bytes(b"0" * (free - room))
+        assert "so training ends here, and the last checkpoint before it is kept" in refusal(capfd, flags)
+        filler.unlink()
+        assert [path.name for path in (small_disk / "out").glob("checkpoint-*/trainer_state.json")]
+    assert main(flags) == 0
+    assert "Resuming from" in capfd.readouterr().out
+
+
+def test_memory_that_runs_out_is_one_sentence(
+    kit: Kit, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(self: FeatureTrainer, *_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+    monkeypatch.setattr(FeatureTrainer, "training_step", step)
+    sentence = refusal(capfd, kit.flags(tmp_path, "--max_steps", 1))
+    assert "memory has run out (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0" in sentence
+    assert "PER_DEVICE_BATCH_SIZE" in sentence
+
+
+@pytest.mark.parametrize("name", ["adamw_bnb_8bit", "galore_adamw"])
+def test_an_optimizer_that_cannot_be_had_is_one_sentence(
+    kit: Kit, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    sentence = refusal(capfd, kit.flags(tmp_path, "--max_steps", 1, "--optim", name))
+    assert f"--optim {name} cannot be used here (" in sentence
 
 
 SAVING = ["--save_strategy", "steps", "--save_steps", 2]

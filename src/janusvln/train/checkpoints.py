@@ -6,10 +6,13 @@ import json
 import re
 import shutil
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -19,11 +22,14 @@ from janusvln.train.arguments import TrainingArguments
 from janusvln.train.ranks import Ranks
 from janusvln.train.run_record import RunRecord, read_json
 from vggt_cache.encoder.files import find_files
-from vggt_cache.errors import CheckpointError, DataError, SettingsError
+from vggt_cache.errors import CheckpointError, DataError, FileAccessError, SettingsError
+from vggt_cache.precompute.report import bytes_text
 
 _NAME = re.compile(r"checkpoint-([0-9]+)")
 TRAINER_STATE = "trainer_state.json"
 """Written last, when all ranks have written their parts: a checkpoint that has it is whole."""
+_OF_WRITING = re.compile("PytorchStreamWriter|inline_container")
+"""In what torch says where a file cannot be written."""
 
 
 def checkpoint_to_resume(output_dir: str, record: RunRecord, ranks: Ranks) -> str | None:
@@ -114,11 +120,43 @@ def is_finished(checkpoint: str, arguments: TrainingArguments) -> bool:
 
 
 def copy_model(checkpoint: str, output_dir: str) -> None:
-    """Put a checkpoint's model where a run leaves its own, as far as it is not there."""
-    for pattern in ("*.safetensors", "*.json", "*.jinja"):
-        for path in Path(checkpoint).glob(pattern):
-            if not (Path(output_dir) / path.name).exists():
-                shutil.copy2(path, output_dir)
+    """Put a checkpoint's model where a run leaves its own, as far as it is not there.
+
+    What lies there may be of an earlier end of this run, or half written when it was killed: it is whole where the
+    state beside it, which is written last, is of the same step.
+    """
+    source, target = Path(checkpoint), Path(output_dir)
+    whole = _step(target / TRAINER_STATE) == _step(source / TRAINER_STATE)
+    found = [path for pattern in ("*.safetensors", "*.json", "*.jinja") for path in source.glob(pattern)]
+    for path in sorted(found, key=lambda one: one.name == TRAINER_STATE):
+        if not whole or not (target / path.name).exists():
+            shutil.copy2(path, target)
+
+
+def _step(trainer_state: Path) -> Any:
+    return (read_json(trainer_state) or {}).get("global_step")
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Raises FileAccessError in place of what torch and safetensors say where a model cannot be written."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not _OF_WRITING.search(str(error)):
+            raise
+        raise FileAccessError(
+            directory,
+            f"cannot be written ({' '.join(str(error).split())[:150]}; {_free_text(directory)}), so training ends here, "
+            "and the last checkpoint before it is kept: make room, and the same command goes on from there",
+        ) from error
+
+
+def _free_text(directory: Path) -> str:
+    try:
+        return f"{bytes_text(shutil.disk_usage(directory).free)} are free"
+    except OSError:
+        return "its disk does not answer"
 
 
 def load_weights(model: nn.Module, directory: str) -> None:

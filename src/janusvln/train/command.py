@@ -25,11 +25,18 @@ from janusvln.train.run import TrainingRun
 from janusvln.train.stop import EXIT_CODES, StopRequest
 from vggt_cache.cluster.network import MEET_TIMEOUT_S, free_port, resolve, wait_for_node_0
 from vggt_cache.environment import rank_of, seconds_of
-from vggt_cache.errors import SettingsError, VggtCacheError
+from vggt_cache.errors import OutOfMemoryError, SettingsError, VggtCacheError
 from vggt_cache.output import print_any_name
+from vggt_cache.precompute.encode import is_out_of_memory
 
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
 """What a launcher tells its processes in numbers; torch, transformers and DeepSpeed read them."""
+
+_LESS_MEMORY = (
+    "give a smaller --per_device_train_batch_size (PER_DEVICE_BATCH_SIZE) and more --gradient_accumulation_steps, "
+    "--gradient_checkpointing True, or an engine that takes less (DS_CONFIG=scripts/zero3.json, zero2_offload.json), and "
+    "see whether others hold memory (nvidia-smi)"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             exit_code = TrainingRun(arguments, stop.ranks, stop).run()
         except VggtCacheError as error:
             return stop.ranks.stop_all(sentence_of(error), error.exit_code)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            sentence = f"memory has run out ({' '.join(str(error).split())[:200]}): {_LESS_MEMORY}"
+            return stop.ranks.stop_all(sentence, OutOfMemoryError.exit_code)
         stop.ranks.close()
         if dist.is_initialized():
             dist.destroy_process_group()

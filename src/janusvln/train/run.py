@@ -33,6 +33,7 @@ from janusvln.train.checkpoints import (
     given_checkpoint,
     is_finished,
     trained_features,
+    writing,
 )
 from janusvln.train.ranks import Ranks, agree_on_snapshot
 from janusvln.train.run_record import RunRecord
@@ -303,10 +304,11 @@ class TrainingRun:
                 f"{step} holds it, and the same command goes on from there"
             )
             return EXIT_CODES[stopping.signal]
-        trainer.save_state()
         model.config.use_cache = True
-        trainer.save_model()
         saved = os.path.abspath(self.output_dir)
+        with writing(Path(saved)):
+            trainer.save_model()
+            trainer.save_state()
         if self.model_arguments.lora_enable:
             self._say(f"To make one model of it: python -m janusvln.export.merge {saved} OUT")
         self._say(f"Model saved in {saved}", "SUCCESS")
