@@ -60,4 +60,7 @@ def test_a_run_does_not_go_on_with_another_mean(
     saving = ["--save_strategy", "steps", "--save_steps", 1, "--max_steps"]
     assert main(kit.flags(tmp_path, *saving, 1)) == 0
     assert main(kit.flags(tmp_path, *saving, 2, "--loss_mean_over", "step")) == 2
-    assert "written by --loss_mean_over micro_batch, and this run has --loss_mean_over step" in capfd.readouterr().err
+    assert (
+        "written by --loss_mean_over micro_batch, and this run has --loss_mean_over step"
+        in capfd.readouterr().err
+    )

@@ -17,6 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from janusvln.demo.tiny_qwen import write_tiny_qwen
 from janusvln.features.coverage import measure_coverage
 from janusvln.train.command import main
 from janusvln.train.trainer import FeatureTrainer
@@ -314,7 +315,7 @@ def test_a_disk_that_is_full_when_a_checkpoint_is_due_is_one_sentence_and_the_ru
     more = ["--save_strategy", "steps", "--save_steps", 1, "--save_total_limit", 1, "--max_steps", 2]
     subprocess.run(["mount", "-o", "remount,size=40m", str(small_disk)], check=True)
     flags = kit.flags(small_disk / "out", *more)
-    assert main(flags[:-1] + ["1"]) == 0
+    assert main([*flags[:-1], "1"]) == 0
     capfd.readouterr()
     free = shutil.disk_usage(small_disk).free
     filler = small_disk / "filler"
@@ -421,6 +422,25 @@ def test_what_is_no_checkpoint_and_one_that_does_not_say_its_features_are_refuse
         (checkpoint / "config.json").write_text(written)
         sentence = refusal(capfd, kit.flags(tmp_path / "out", "--resume_from_checkpoint", checkpoint))
         assert f"{checkpoint} does not say which features it was trained with" in sentence
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "lam"])
+def test_a_model_that_is_built_otherwise_is_not_gone_on_with(
+    kit: Kit, tmp_path: Path, trained: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    other = write_tiny_qwen(tmp_path / "other")
+    fields = json.loads((other / "config.json").read_text())
+    if name == "lam":
+        fields["lam"] = 0.5
+    else:
+        fields["text_config"] |= {name: 1, "layer_types": fields["text_config"]["layer_types"][:1]}
+        weights = load_file(other / "model.safetensors")
+        kept = {key: weights[key] for key in weights if ".layers.1." not in key}
+        save_file(kept, other / "model.safetensors", metadata={"format": "pt"})
+    (other / "config.json").write_text(json.dumps(fields))
+    out = shutil.copytree(trained, tmp_path / "out")
+    sentence = refusal(capfd, kit.flags(out, *SAVING, "--max_steps", 6, "--model_name_or_path", other))
+    assert f"checkpoint-4 holds a model with {name} " in sentence
 
 
 def _kill_when(path: Path, flags: list[str]) -> None:

@@ -449,10 +449,10 @@ class TestResuming:
             ),
             (
                 {"learning": {"loss_mean_over": "step", "learning_rate": 1e-5}},
-                "written by --loss_mean_over micro_batch, --learning_rate 2e-05, and this run has --loss_mean_over step, "
-                "--learning_rate 1e-05: it would be another training from here on",
+                "written by --loss_mean_over micro_batch, --learning_rate 2e-05, and this run has --loss_mean_over "
+                "step, --learning_rate 1e-05: it would be another training from here on",
             ),
-            ({"seed": 7, "learning": {"loss_mean_over": "step"}}, "--loss_mean_over step: some samples of this epoch would"),
+            ({"seed": 7, "learning": {"loss_mean_over": "step"}}, "step: some samples of this epoch would"),
         ],
     )  # fmt: skip
     def test_what_another_run_wrote_is_never_begun_anew_nor_gone_on_from(
@@ -491,14 +491,23 @@ class TestResuming:
 
     def test_a_record_has_every_flag_that_says_what_is_learned(self) -> None:
         """But for those that change no number, or how long the run is."""
-        groups = parse_arguments([*NEEDED, "--loss_mean_over", "step", "--mm_projector_lr", "3e-5", "--optim", "sgd"])
+        groups = parse_arguments(
+            [*NEEDED, "--loss_mean_over", "step", "--mm_projector_lr", "3e-5", "--optim", "sgd"]
+        )
         record = RunRecord.of(groups, samples=1, samples_digest="d", skipped="no samples")
         known = {"loss_mean_over": "step", "mm_projector_lr": 3e-5, "optim": "sgd", "tune_mm_llm": False}
         assert known.items() <= record.learning.items()
         model, data, _, _ = groups
         own = {field.name for group in (model, data) for field in dataclasses.fields(group)}
         elsewhere = {
-            *("model_name_or_path", "train_data_root", "annotation_path", "data_path", "max_samples", "bad_samples"),
+            *(
+                "model_name_or_path",
+                "train_data_root",
+                "annotation_path",
+                "data_path",
+                "max_samples",
+                "bad_samples",
+            ),
             *("reference_frame", "attn_implementation"),
             *(name for name in own if name.startswith("lora_")),
         }

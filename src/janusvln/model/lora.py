@@ -174,8 +174,8 @@ def deltas_of(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
 def digest_of(directory: Path) -> str:
     """sha256 (hex) over all weights of a model's files, whole, however they are cut into files.
 
-    Whole, because a part would not tell: a short training with a small rate leaves most bfloat16 values as they were. It
-    reads what loading the model reads, 16 GB in about ten seconds, and one tensor at a time. Raises CheckpointError.
+    Whole, because a part would not tell: a short training with a small rate leaves most bfloat16 values as they were.
+    It reads as much as loading the model does, one tensor at a time. Raises CheckpointError.
     """
     digest = WeightsDigest()
     with ExitStack() as stack:

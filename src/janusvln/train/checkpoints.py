@@ -18,6 +18,7 @@ from torch import nn
 
 from janusvln.model import lora
 from janusvln.model.checkpoints import name_in_model
+from janusvln.model.config import JanusVLNConfig
 from janusvln.train.arguments import TrainingArguments
 from janusvln.train.ranks import Ranks
 from janusvln.train.run_record import RunRecord, read_json
@@ -40,7 +41,9 @@ def checkpoint_to_resume(output_dir: str, record: RunRecord, ranks: Ranks) -> st
     all hold the model alone, and DataError where a rank does not see what rank 0 sees.
     """
     named = [(_NAME.fullmatch(path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
-    written = {int(name[1]): path for name, path in named if name and read_json(path / TRAINER_STATE) is not None}
+    written = {
+        int(name[1]): path for name, path in named if name and read_json(path / TRAINER_STATE) is not None
+    }
     if written:
         record.check(written[max(written)])
         if not any(_has_optimizer(path, record) for path in written.values()):
@@ -111,6 +114,26 @@ def trained_features(checkpoint: str) -> dict[str, Any] | None:
     return trained if isinstance(trained, dict) else None
 
 
+def check_model(checkpoint: str, config: JanusVLNConfig, model_path: str) -> None:
+    """Raises SettingsError where the model that is named is built otherwise than the one to go on with."""
+    was, now = _built(JanusVLNConfig.from_pretrained(checkpoint)), _built(config)
+    if differ := [name for name, value in now.items() if was[name] != value]:
+        before, here = (", ".join(f"{name} {one[name]}" for name in differ) for one in (was, now))
+        raise SettingsError(
+            f"{checkpoint} holds a model with {before}, and --model_name_or_path {model_path} has {here}: start as the "
+            "run was started, or give another --output_dir"
+        )
+
+
+def _built(config: JanusVLNConfig) -> dict[str, Any]:
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+    text = config.get_text_config()
+    return {name: getattr(text, name) for name in names} | {
+        name: getattr(config, name)
+        for name in ("spatial_channels", "spatial_hidden_size", "lam", "action_head")
+    }
+
+
 def is_finished(checkpoint: str, arguments: TrainingArguments) -> bool:
     """Whether the run that the flags describe ends with this checkpoint: transformers would add a step to it."""
     state = json.loads((Path(checkpoint) / TRAINER_STATE).read_text())
@@ -147,8 +170,8 @@ def writing(directory: Path) -> Iterator[None]:
             raise
         raise FileAccessError(
             directory,
-            f"cannot be written ({' '.join(str(error).split())[:150]}; {_free_text(directory)}), so training ends here, "
-            "and the last checkpoint before it is kept: make room, and the same command goes on from there",
+            f"cannot be written ({' '.join(str(error).split())[:150]}; {_free_text(directory)}), so training ends "
+            "here, and the last checkpoint before it is kept: make room, and the same command goes on from there",
         ) from error
 
 

@@ -34,8 +34,8 @@ LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
 
 _LESS_MEMORY = (
     "give a smaller --per_device_train_batch_size (PER_DEVICE_BATCH_SIZE) and more --gradient_accumulation_steps, "
-    "--gradient_checkpointing True, or an engine that takes less (DS_CONFIG=scripts/zero3.json, zero2_offload.json), and "
-    "see whether others hold memory (nvidia-smi)"
+    "--gradient_checkpointing True, or an engine that takes less (DS_CONFIG=scripts/zero3.json, zero2_offload.json), "
+    "and see whether others hold memory (nvidia-smi)"
 )
 
 

@@ -28,6 +28,7 @@ from janusvln.model.checkpoints import find_directory
 from janusvln.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenerationForJanusVLN as _Model
 from janusvln.train.arguments import Arguments
 from janusvln.train.checkpoints import (
+    check_model,
     checkpoint_to_resume,
     copy_model,
     given_checkpoint,
@@ -288,6 +289,7 @@ class TrainingRun:
                 copy_model(checkpoint, self.output_dir)
             return 0
         if checkpoint:
+            check_model(checkpoint, model.config, self.model_path)
             lora.check_resumed(model, Path(checkpoint))
             self._say(f"Resuming from {checkpoint}")
         stopping = StopCallback(self.stop, self.ranks)

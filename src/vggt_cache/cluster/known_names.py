@@ -19,7 +19,11 @@ def check_names(*, optim: str, lr_scheduler_type: str, report_to: str) -> None:
     """Raises SettingsError for an optimizer, schedule or logger that transformers does not have."""
     _check("OPTIM", optim, ("adamw_torch_fused", "adamw_torch"), "training_args.py", "OptimizerNames")
     _check(
-        "LR_SCHEDULER_TYPE", lr_scheduler_type, ("cosine", "constant", "linear"), "trainer_utils.py", "SchedulerType"
+        "LR_SCHEDULER_TYPE",
+        lr_scheduler_type,
+        ("cosine", "constant", "linear"),
+        "trainer_utils.py",
+        "SchedulerType",
     )
     loggers = "integrations/integration_utils.py", "INTEGRATION_TO_CALLBACK"
     _check("REPORT_TO", report_to, ("tensorboard", "none", "all"), *loggers)
@@ -58,7 +62,10 @@ def names_of(file: str, name: str) -> tuple[str, ...]:
     for node in body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             found = [line.value for line in node.body if isinstance(line, ast.Assign)]
-        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
-            if [target.id for target in node.targets if isinstance(target, ast.Name)] == [name]:
-                found = node.value.keys
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict) and _named(node) == [name]:
+            found = node.value.keys
     return tuple(one.value for one in found if isinstance(one, ast.Constant) and isinstance(one.value, str))
+
+
+def _named(node: ast.Assign) -> list[str]:
+    return [target.id for target in node.targets if isinstance(target, ast.Name)]

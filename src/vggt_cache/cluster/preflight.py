@@ -67,9 +67,7 @@ def inspect(launch: Launch) -> list[str]:
         f"output: {_output(launch.output_dir)}",
     ]
     _check_packages(launch)
-    check_names(
-        optim=launch.optim, lr_scheduler_type=launch.lr_scheduler_type, report_to=launch.report_to
-    )
+    check_names(optim=launch.optim, lr_scheduler_type=launch.lr_scheduler_type, report_to=launch.report_to)
     return lines
 
 
