@@ -8,6 +8,7 @@ told to stop, 143, or 130 after Ctrl-C.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import sys
 import warnings
@@ -127,12 +128,18 @@ def _prepare_engine(flags: Sequence[str]) -> None:
         os.environ.update(alone | {"MASTER_PORT": str(free_port())})
     # DeepSpeed calls functions of torch by their old names, some of them in every step.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    logging.getLogger("accelerate.accelerator").addFilter(_says_something)
     if not torch.cuda.is_available():
         import deepspeed.ops
 
         # Its shared-memory all-reduce, which only inference on a CPU uses: compiling it takes half a minute, and fails
         # where there is no C++ compiler.
         getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    """Transformers accumulates itself, and so tells accelerate 1; accelerate reports that as a mismatch."""
+    return not record.getMessage().startswith("Gradient accumulation steps mismatch")
 
 
 def _join_engine(arguments: TrainingArguments) -> None:
