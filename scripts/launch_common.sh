@@ -241,6 +241,7 @@ train() {
   if [[ $NODE_RANK -gt 0 ]]; then log=node$NODE_RANK; fi
   log="$OUTPUT_DIR/${log}_$(date +%Y%m%d_%H%M%S).log"
   summary+=$'\n'"[INFO] log: $log"
+  if [[ $NODE_RANK -gt 0 ]]; then summary+="; the progress of the run is in that of node 0"; fi
   echo "$summary" | tee "$log"
 
   # These are read by libraries: exported, so that an edited line counts too.
@@ -273,6 +274,8 @@ run_logged() {
     signalled="" code=0
     wait "$job" || code=$?
   done
+  # Node 0's last line is the trainer's own, and the others have none.
+  if ((code == 0 && NODE_RANK > 0)); then echo "[INFO] training has come to its end"; fi
   if ((code != 0)); then
     code=${stopped:-$code}
     echo "[INFO] training ended with exit code $code: see $log"

@@ -244,7 +244,7 @@ def test_a_signal_goes_to_the_processes_that_train_and_not_to_torchrun(tmp_path:
         ({"BF16": "bf16"}, "BF16 is 'bf16', and True and False are known"),
         ({"TUNE_MM_LLM": "ja"}, "TUNE_MM_LLM is 'ja', and True and False are known"),
         ({"MIN_PIXELS": "900000"}, "MIN_PIXELS is 900000 and MAX_PIXELS 451584, so no image would do"),
-        ({"OPTIM": "adamw_trch_fused"}, "does not know: give adamw_torch_fused, or another of"),
+        ({"OPTIM": "adamw"}, "does not know: give adamw_torch, or another of"),
         ({"LR_SCHEDULER_TYPE": "cosinus"}, "LR_SCHEDULER_TYPE is 'cosinus', which transformers "),
         ({"REPORT_TO": "tensorbord"}, "REPORT_TO is 'tensorbord', which transformers "),
         ({"REPORT_TO": "wandb"}, "-m pip install wandb, or set REPORT_TO=none"),
@@ -361,6 +361,11 @@ def test_a_node_is_told_where_to_meet_and_has_a_log_of_its_own(tmp_path: Path) -
     assert "NCCL_SOCKET_IFNAME=lo GLOO_SOCKET_IFNAME=lo NCCL_IB_HCA=mlx5_0" in launch.out
     (log,) = launch.logs()
     assert log.name.startswith("node1_")  # nodes share the directory
+    assert (
+        f"[INFO] log: {log.relative_to(tmp_path)}; the progress of the run is in that of node 0"
+        in launch.out.replace("./", "")
+    )
+    assert launch.out.splitlines()[-1] == "[INFO] training has come to its end"
     assert log.parent.name == "vln_h800_2node"
 
 

@@ -139,7 +139,7 @@ def _prepare_engine(flags: Sequence[str]) -> None:
 
 def _says_something(record: logging.LogRecord) -> bool:
     """Transformers accumulates itself, and so tells accelerate 1; accelerate reports that as a mismatch."""
-    return not record.getMessage().startswith("Gradient accumulation steps mismatch")
+    return "Gradient accumulation steps mismatch" not in record.getMessage()
 
 
 def _join_engine(arguments: TrainingArguments) -> None:

@@ -79,7 +79,7 @@ class RunRecord:
     def check(self, checkpoint: Path) -> None:
         """Raises SettingsError where a run that goes on from the checkpoint would not be the one that wrote it."""
         instead = (
-            "start as it was started, or give another --output_dir and --model_name_or_path "
+            "start as it was started, or give another --output_dir (OUTPUT_DIR) and --model_name_or_path (MODEL_PATH) "
             f"{checkpoint} to go on from its weights alone"
         )
         try:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import importlib.util
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,7 +34,9 @@ def _check(variable: str, given: str, usual: Sequence[str], file: str, name: str
     if given in usual or not (known := names_of(file, name)):
         return
     if given not in known:
-        near = " or ".join(difflib.get_close_matches(given, [*usual, *known], 1)) or usual[0]
+        near = next(
+            (found for names in (usual, known) for found in get_close_matches(given, names, 1)), usual[0]
+        )
         raise SettingsError(
             f"{variable} is '{given}', which transformers {version('transformers')} does not know: give {near}, or "
             f"another of its {len(known)} {name}"
