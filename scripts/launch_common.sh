@@ -30,6 +30,7 @@ check_settings() {
   for name in SEED MODEL_MAX_LENGTH MAX_PIXELS MIN_PIXELS MAX_HISTORY_IMAGES NUM_WORKERS SAVE_TOTAL_LIMIT; do
     whole_number "$name"
   done
+  ((MIN_PIXELS <= MAX_PIXELS)) || refuse "MIN_PIXELS is $MIN_PIXELS and MAX_PIXELS $MAX_PIXELS, so no image would do: give MAX_PIXELS the larger one"
   [[ $MAX_STEPS =~ ^(-1|[0-9]+)$ ]] || refuse "MAX_STEPS is '$MAX_STEPS', which is no number of steps: give one, or -1 for as many as NUM_EPOCHS has"
   for name in NUM_EPOCHS LEARNING_RATE MM_PROJECTOR_LR VISION_TOWER_LR WEIGHT_DECAY WARMUP_RATIO LOGGING_STEPS SAVE_STEPS LAM; do
     [[ ${!name} =~ ^([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$ || $name == LAM && -z $LAM ]] \
@@ -215,7 +216,7 @@ check_and_describe() {
   "$python" -m vggt_cache.cluster preflight --model_path "$MODEL_PATH" --vggt_model_path "$VGGT_MODEL_PATH" \
     --data_root "$DATA_ROOT" --annotation_path "$ANNOTATION_PATH" --data_path "$DATA_PATH" --output_dir "$OUTPUT_DIR" \
     --cache_dir "$VGGT_CACHE_DIR" --cache_miss "$VGGT_CACHE_MISS" --ds_config "$DS_CONFIG" --device "$device" \
-    --report_to "$REPORT_TO" --nodes "$NNODES" --processes "$NPROC_PER_NODE" \
+    --report_to "$REPORT_TO" --optim "$OPTIM" --lr_scheduler_type "$LR_SCHEDULER_TYPE" --nodes "$NNODES" --processes "$NPROC_PER_NODE" \
     --batch_size "$PER_DEVICE_BATCH_SIZE" --accumulation "$GRAD_ACCUM_STEPS"
   if [[ $NNODES -gt 1 ]]; then
     echo "[INFO] node $NODE_RANK of $NNODES, meeting at $MASTER_ADDR:$MASTER_PORT"
@@ -240,6 +241,7 @@ train() {
   if [[ $NODE_RANK -gt 0 ]]; then log=node$NODE_RANK; fi
   log="$OUTPUT_DIR/${log}_$(date +%Y%m%d_%H%M%S).log"
   summary+=$'\n'"[INFO] log: $log"
+  if [[ $NODE_RANK -gt 0 ]]; then summary+="; the progress of the run is in that of node 0"; fi
   echo "$summary" | tee "$log"
 
   # These are read by libraries: exported, so that an edited line counts too.
@@ -272,6 +274,8 @@ run_logged() {
     signalled="" code=0
     wait "$job" || code=$?
   done
+  # Node 0's last line is the trainer's own, and the others have none.
+  if ((code == 0 && NODE_RANK > 0)); then echo "[INFO] training has come to its end"; fi
   if ((code != 0)); then
     code=${stopped:-$code}
     echo "[INFO] training ended with exit code $code: see $log"

@@ -15,6 +15,7 @@ import pytest
 
 from launch_kit import ROOT, SCRIPTS, Launch
 from store_kit import write_shard
+from vggt_cache.cluster.known_names import names_of
 
 CPU = {"DEVICE": "cpu"}
 NODE_1 = {
@@ -242,6 +243,11 @@ def test_a_signal_goes_to_the_processes_that_train_and_not_to_torchrun(tmp_path:
         ({"LAM": "half"}, "LAM is 'half', which is not a number"),
         ({"BF16": "bf16"}, "BF16 is 'bf16', and True and False are known"),
         ({"TUNE_MM_LLM": "ja"}, "TUNE_MM_LLM is 'ja', and True and False are known"),
+        ({"MIN_PIXELS": "900000"}, "MIN_PIXELS is 900000 and MAX_PIXELS 451584, so no image would do"),
+        ({"OPTIM": "adamw"}, "does not know: give adamw_torch, or another of"),
+        ({"LR_SCHEDULER_TYPE": "cosinus"}, "LR_SCHEDULER_TYPE is 'cosinus', which transformers "),
+        ({"REPORT_TO": "tensorbord"}, "REPORT_TO is 'tensorbord', which transformers "),
+        ({"REPORT_TO": "wandb"}, "-m pip install wandb, or set REPORT_TO=none"),
         # As the guide spells it: never passed over.
         (
             {"per_device_batch_size": "2"},
@@ -254,6 +260,17 @@ def test_what_is_wrong_is_one_sentence_before_anything_is_started(
     settings: dict[str, str], sentence: str, tmp_path: Path
 ) -> None:
     assert sentence in refusal(Launch(tmp_path, **{**CPU, **settings}))
+
+
+def test_what_is_known_before_the_start_is_what_transformers_knows() -> None:
+    utils = pytest.importorskip("transformers.trainer_utils")
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+    from transformers.training_args import OptimizerNames
+
+    assert names_of("training_args.py", "OptimizerNames") == tuple(one.value for one in OptimizerNames)
+    assert names_of("trainer_utils.py", "SchedulerType") == tuple(one.value for one in utils.SchedulerType)
+    loggers = names_of("integrations/integration_utils.py", "INTEGRATION_TO_CALLBACK")
+    assert loggers == tuple(INTEGRATION_TO_CALLBACK)
 
 
 def test_a_setting_behind_the_command_is_not_passed_over(tmp_path: Path) -> None:
@@ -344,6 +361,11 @@ def test_a_node_is_told_where_to_meet_and_has_a_log_of_its_own(tmp_path: Path) -
     assert "NCCL_SOCKET_IFNAME=lo GLOO_SOCKET_IFNAME=lo NCCL_IB_HCA=mlx5_0" in launch.out
     (log,) = launch.logs()
     assert log.name.startswith("node1_")  # nodes share the directory
+    assert (
+        f"[INFO] log: {log.relative_to(tmp_path)}; the progress of the run is in that of node 0"
+        in launch.out.replace("./", "")
+    )
+    assert launch.out.splitlines()[-1] == "[INFO] training has come to its end"
     assert log.parent.name == "vln_h800_2node"
 
 

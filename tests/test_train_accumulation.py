@@ -39,6 +39,7 @@ def test_over_the_step_two_ranks_under_zero_3_are_the_same_training(kit: Kit, tm
     assert main(kit.flags(tmp_path / "one", *more, *sizes(8, 1))) == 0
     two = train(kit, tmp_path / "two", *more, "--gradient_accumulation_steps", 4, config="zero3.json")
     assert largest_difference(logged(tmp_path / "one"), two) < 1e-4
+    assert "mismatch" not in (tmp_path / "two" / "log").read_text()  # of accelerate's count and DeepSpeed's
 
 
 def test_what_is_counted_is_what_the_losses_are_means_over() -> None:
@@ -52,3 +53,15 @@ def test_what_is_counted_is_what_the_losses_are_means_over() -> None:
 def test_another_mean_is_refused(kit: Kit, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(kit.flags(tmp_path, "--loss_mean_over", "epoch")) == 2
     assert "--loss_mean_over epoch is none of micro_batch, step" in capfd.readouterr().err
+
+
+def test_a_run_does_not_go_on_with_another_mean(
+    kit: Kit, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    saving = ["--save_strategy", "steps", "--save_steps", 1, "--max_steps"]
+    assert main(kit.flags(tmp_path, *saving, 1)) == 0
+    assert main(kit.flags(tmp_path, *saving, 2, "--loss_mean_over", "step")) == 2
+    assert (
+        "written by --loss_mean_over micro_batch, and this run has --loss_mean_over step"
+        in capfd.readouterr().err
+    )

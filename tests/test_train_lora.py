@@ -151,6 +151,19 @@ def test_a_base_that_has_moved_is_named_and_another_one_refused(
     assert merge([str(checkpoint), str(out), "--model_name_or_path", str(moved)]) == 0
 
 
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_one_value_at_the_end_of_a_weight_makes_another_base(
+    kit: Kit, tmp_path: Path, trained: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    other = shutil.copytree(kit.qwen, tmp_path / "other")
+    (file,) = other.glob("*.safetensors")
+    weights = load_file(file)
+    weights[name][-1, -1] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+    assert merge([str(trained), str(tmp_path / "out"), "--model_name_or_path", str(other)]) == 2
+    assert f"{other} is another model than the one" in capsys.readouterr().err
+
+
 def test_what_has_no_adapters_is_not_merged(
     kit: Kit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,7 +182,7 @@ def test_only_the_same_kind_of_run_goes_on(
     kit: Kit, tmp_path: Path, trained: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = shutil.copytree(trained, tmp_path / "out")
-    more = [*SAVING, "--max_steps", 6]
+    more = [*SAVING, "--max_steps", 6, "--learning_rate", "1e-2"]
     assert "was trained with LoRA, and this run is without it" in refusal(capfd, kit.flags(out, *more))
     sentence = refusal(capfd, kit.flags(out, *more, *LORA, "--lora_r", 8))
     assert "was trained with LoRA's r 4, and this run has 8" in sentence
@@ -179,7 +192,7 @@ def test_only_the_same_kind_of_run_goes_on(
     sentence = refusal(capfd, kit.flags(out, *more, *LORA, "--model_name_or_path", other))
     assert f"{other} is another model than the one" in sentence
     full = tmp_path / "full"
-    assert main(kit.flags(full, *SAVING, "--max_steps", 2)) == 0
+    assert main(kit.flags(full, *SAVING, "--max_steps", 2, "--learning_rate", "1e-2")) == 0
     assert "was trained without LoRA, and this run is with it" in refusal(
         capfd, kit.flags(full, *more, *LORA)
     )

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+from janusvln.demo.tiny_qwen import write_tiny_qwen
 from janusvln.features.coverage import measure_coverage
 from janusvln.train.command import main
+from janusvln.train.trainer import FeatureTrainer
 from small_data import plan_of, write_image
 from train_kit import Kit, largest_difference, logged
 from vggt_cache.store import FeatureCache
@@ -287,6 +290,66 @@ def test_a_finished_run_that_is_started_again_is_left_as_it_is(
     assert (tmp_path / "model.safetensors").exists()
 
 
+def test_a_model_that_was_half_written_at_the_end_is_mended_from_the_last_checkpoint(
+    kit: Kit, tmp_path: Path
+) -> None:
+    """Nor does the model of an earlier end stay, where a run that was made longer is killed before it saves its own."""
+    flags = kit.flags(tmp_path, "--save_strategy", "steps", "--save_steps", 1, "--max_steps", 2)
+    assert main(flags) == 0
+    earlier = (tmp_path / "checkpoint-1" / "model.safetensors").read_bytes()
+    for left in (earlier, earlier[:1000]):
+        (tmp_path / "model.safetensors").write_bytes(left)
+        shutil.copy(tmp_path / "checkpoint-1" / "trainer_state.json", tmp_path)
+        assert main(flags) == 0
+        last = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+        found = load_file(tmp_path / "model.safetensors")
+        assert last.keys() == found.keys()
+        assert all(torch.equal(found[name], last[name]) for name in last)
+        assert json.loads((tmp_path / "trainer_state.json").read_text())["global_step"] == 2
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_when_a_checkpoint_is_due_is_one_sentence_and_the_run_goes_on_later(
+    kit: Kit, tmp_path: Path, small_disk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--save_strategy", "steps", "--save_steps", 1, "--save_total_limit", 1, "--max_steps", 2]
+    subprocess.run(["mount", "-o", "remount,size=40m", str(small_disk)], check=True)
+    flags = kit.flags(small_disk / "out", *more)
+    assert main([*flags[:-1], "1"]) == 0
+    capfd.readouterr()
+    written = [small_disk / "out" / "checkpoint-1" / name for name in ("model.safetensors", "optimizer.pt")]
+    model, optimizer = (path.stat().st_size for path in written)
+    filler = small_disk / "filler"
+    for room in (model // 2, model + optimizer // 2):
+        filler.write_bytes(b"0" * (shutil.disk_usage(small_disk).free - room))
+        assert "so training ends here, and the last checkpoint before it is kept" in refusal(capfd, flags)
+        filler.unlink()
+        (whole,) = (small_disk / "out").glob("checkpoint-*/trainer_state.json")
+        assert whole.parent.name == "checkpoint-1"
+        shutil.rmtree(small_disk / "out" / "checkpoint-2", ignore_errors=True)
+    assert main(flags) == 0
+    assert "Resuming from" in capfd.readouterr().out
+
+
+def test_memory_that_runs_out_is_one_sentence(
+    kit: Kit, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(self: FeatureTrainer, *_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+
+    monkeypatch.setattr(FeatureTrainer, "training_step", step)
+    sentence = refusal(capfd, kit.flags(tmp_path, "--max_steps", 1))
+    assert "memory has run out (CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0" in sentence
+    assert "PER_DEVICE_BATCH_SIZE" in sentence
+
+
+def test_an_optimizer_that_cannot_be_had_is_one_sentence(
+    kit: Kit, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sentence = refusal(capfd, kit.flags(tmp_path, "--max_steps", 1, "--optim", "galore_adamw"))
+    assert "--optim galore_adamw cannot be used here (" in sentence
+
+
 SAVING = ["--save_strategy", "steps", "--save_steps", 2]
 
 
@@ -361,6 +424,25 @@ def test_what_is_no_checkpoint_and_one_that_does_not_say_its_features_are_refuse
         (checkpoint / "config.json").write_text(written)
         sentence = refusal(capfd, kit.flags(tmp_path / "out", "--resume_from_checkpoint", checkpoint))
         assert f"{checkpoint} does not say which features it was trained with" in sentence
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "lam"])
+def test_a_model_that_is_built_otherwise_is_not_gone_on_with(
+    kit: Kit, tmp_path: Path, trained: Path, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
+    other = write_tiny_qwen(tmp_path / "other")
+    fields = json.loads((other / "config.json").read_text())
+    if name == "lam":
+        fields["lam"] = 0.5
+    else:
+        fields["text_config"] |= {name: 1, "layer_types": fields["text_config"]["layer_types"][:1]}
+        weights = load_file(other / "model.safetensors")
+        kept = {key: weights[key] for key in weights if ".layers.1." not in key}
+        save_file(kept, other / "model.safetensors", metadata={"format": "pt"})
+    (other / "config.json").write_text(json.dumps(fields))
+    out = shutil.copytree(trained, tmp_path / "out")
+    sentence = refusal(capfd, kit.flags(out, *SAVING, "--max_steps", 6, "--model_name_or_path", other))
+    assert f"checkpoint-4 holds a model with {name} " in sentence
 
 
 def _kill_when(path: Path, flags: list[str]) -> None:

@@ -24,8 +24,9 @@ from janusvln.features.resolve import (
     unfit,
 )
 from janusvln.train.arguments import MEANINGLESS, TrainingArguments, parse_arguments
-from janusvln.train.checkpoints import RunRecord, checkpoint_to_resume, given_checkpoint
+from janusvln.train.checkpoints import checkpoint_to_resume, given_checkpoint
 from janusvln.train.ranks import Ranks
+from janusvln.train.run_record import RunRecord
 from janusvln.train.trainer import EpochOrder, LengthGroupedOrder, freeze, parameter_groups, part_of
 from small_data import plan_of, write_dataset
 from store_kit import make_spec, write_shard
@@ -446,6 +447,12 @@ class TestResuming:
                 "a skipped_samples.jsonl of no samples, and this run has a skipped_samples.jsonl of 1 sample (digest "
                 "0): some samples of this epoch would",
             ),
+            (
+                {"learning": {"loss_mean_over": "step", "learning_rate": 1e-5}},
+                "written by --loss_mean_over micro_batch, --learning_rate 2e-05, and this run has --loss_mean_over "
+                "step, --learning_rate 1e-05: it would be another training from here on",
+            ),
+            ({"seed": 7, "learning": {"loss_mean_over": "step"}}, "step: some samples of this epoch would"),
         ],
     )  # fmt: skip
     def test_what_another_run_wrote_is_never_begun_anew_nor_gone_on_from(
@@ -482,6 +489,30 @@ class TestResuming:
         with pytest.raises(SettingsError, match="holds checkpoint-5, which would be written over"):
             given_checkpoint("False", str(tmp_path), ALONE, alone())
 
+    def test_a_record_has_every_flag_that_says_what_is_learned(self) -> None:
+        """But for those that change no number, or how long the run is."""
+        groups = parse_arguments(
+            [*NEEDED, "--loss_mean_over", "step", "--mm_projector_lr", "3e-5", "--optim", "sgd"]
+        )
+        record = RunRecord.of(groups, samples=1, samples_digest="d", skipped="no samples")
+        known = {"loss_mean_over": "step", "mm_projector_lr": 3e-5, "optim": "sgd", "tune_mm_llm": False}
+        assert known.items() <= record.learning.items()
+        model, data, _, _ = groups
+        own = {field.name for group in (model, data) for field in dataclasses.fields(group)}
+        elsewhere = {
+            *(
+                "model_name_or_path",
+                "train_data_root",
+                "annotation_path",
+                "data_path",
+                "max_samples",
+                "bad_samples",
+            ),
+            *("reference_frame", "attn_implementation"),
+            *(name for name in own if name.startswith("lora_")),
+        }
+        assert own - elsewhere <= record.learning.keys()
+
     def found(self, named: str, checkpoint: Path, record: RunRecord) -> str | None:
         """What is gone on from: without the flag, with `True`, or with the checkpoint's path."""
         if not named:
@@ -503,7 +534,7 @@ class _Answers(Ranks):
 
 ALONE = RunRecord(
     world_size=1, zero_stage=None, batch_size=1, accumulation=1, seed=42, by_length=False, drop_last=False, samples=32,
-    samples_digest="d", skipped="no samples",
+    samples_digest="d", skipped="no samples", learning={"loss_mean_over": "micro_batch", "learning_rate": 2e-5},
 )  # fmt: skip
 
 

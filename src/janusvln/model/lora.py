@@ -11,10 +11,9 @@ config.json                                      of the whole model
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from janusvln.model.checkpoints import ADAPTER_CONFIG, name_in_model
+from vggt_cache.encoder.checkpoint import WeightsDigest
 from vggt_cache.encoder.files import TensorFile, find_files, read_json
 from vggt_cache.errors import CheckpointError, SettingsError
 
@@ -37,7 +37,6 @@ NEEDED = "peft>=0.18"
 _ADAPTER = "default"
 _PREFIX = "base_model.model."
 """What peft puts before the model's names in its files."""
-_SAMPLED_BYTES = 4096
 
 
 def need_peft() -> Any:
@@ -59,7 +58,7 @@ def is_adapted(model: nn.Module) -> bool:
 def add_adapters(
     model: Any,
     base: str,
-    directory: Path,
+    digest: str,
     *,
     r: int | None = None,
     alpha: float | None = None,
@@ -68,8 +67,8 @@ def add_adapters(
 ) -> None:
     """Put the small matrices into the language model; at first they change nothing that it computes.
 
-    base, directory: what the model was loaded from, as a checkpoint shall name it, and where that lies. targets: names
-    of linear layers, separated by commas. Raises SettingsError.
+    base, digest: what the model was loaded from, as a checkpoint shall name it, and its `digest_of`. targets: names of
+    linear layers, separated by commas. Raises SettingsError.
     """
     peft = need_peft()
     names = [name.strip() for name in targets.split(",")] if targets else list(TARGETS)
@@ -88,7 +87,7 @@ def add_adapters(
         task_type="CAUSAL_LM",
     )
     peft.LoraModel(model, config, _ADAPTER)
-    model.lora_base_digest = digest_of(directory)
+    model.lora_base_digest = digest
 
 
 def save(model: Any, directory: Path, state_dict: Mapping[str, Tensor] | None) -> None:
@@ -173,19 +172,18 @@ def deltas_of(directory: Path) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def digest_of(directory: Path) -> str:
-    """Of a model's files: the name, dtype, shape and first bytes of every weight.
+    """sha256 (hex) over all weights of a model's files, whole, however they are cut into files.
 
-    Not of all bytes, which would take as long as reading the model: a model that was trained differs everywhere.
+    Whole, because a part would not tell: a short training with a small rate leaves most bfloat16 values as they were.
+    It reads as much as loading the model does, one tensor at a time. Raises CheckpointError.
     """
-    found = []
-    for path in find_files(directory):
-        with TensorFile(path) as file, open(path, "rb") as raw:
-            for entry in file.entries.values():
-                raw.seek(entry.begin)
-                data = raw.read(min(_SAMPLED_BYTES, entry.end - entry.begin))
-                name = name_in_model(entry.name)
-                found.append((name, entry.dtype, entry.shape, hashlib.sha256(data).hexdigest()))
-    return hashlib.sha256(json.dumps(sorted(found)).encode()).hexdigest()
+    digest = WeightsDigest()
+    with ExitStack() as stack:
+        files = [stack.enter_context(TensorFile(path)) for path in find_files(directory)]
+        places = {name_in_model(name): (file, name) for file in files for name in file.entries}
+        for own, (file, name) in sorted(places.items(), key=lambda place: place[0]):
+            digest.add(own, file.read(name))
+    return digest.hex()
 
 
 def _trained(model: nn.Module) -> list[str]:

@@ -6,112 +6,31 @@ import json
 import re
 import shutil
 import socket
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from janusvln.model import lora
 from janusvln.model.checkpoints import name_in_model
-from janusvln.train.arguments import TrainingArguments, zero_settings
+from janusvln.model.config import JanusVLNConfig
+from janusvln.train.arguments import TrainingArguments
 from janusvln.train.ranks import Ranks
+from janusvln.train.run_record import RunRecord, read_json
 from vggt_cache.encoder.files import find_files
-from vggt_cache.errors import CheckpointError, DataError, SettingsError
+from vggt_cache.errors import CheckpointError, DataError, FileAccessError, SettingsError
+from vggt_cache.precompute.report import bytes_text
 
 _NAME = re.compile(r"checkpoint-([0-9]+)")
 TRAINER_STATE = "trainer_state.json"
 """Written last, when all ranks have written their parts: a checkpoint that has it is whole."""
-RECORD_FILE = "run_record.json"
-"""Beside every saved model."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunRecord:
-    """What decides which samples each step of a run sees, and for which processes its optimizer's state is cut up."""
-
-    world_size: int
-    zero_stage: int | None
-    """None: without DeepSpeed."""
-    batch_size: int
-    accumulation: int
-    seed: int
-    by_length: bool
-    drop_last: bool
-    samples: int
-    """Those that are left out count too."""
-    samples_digest: str
-    """Of the annotations, in their order; see `SampleIndex.digest`."""
-    skipped: str
-    """Which samples are left out; see `skipped_text`."""
-
-    @classmethod
-    def of(
-        cls, arguments: TrainingArguments, *, samples: int, samples_digest: str, skipped: str
-    ) -> RunRecord:
-        zero = zero_settings(arguments)
-        return cls(
-            world_size=arguments.world_size,
-            zero_stage=None if zero is None else zero.get("stage", 0),
-            batch_size=arguments.per_device_train_batch_size,
-            accumulation=arguments.gradient_accumulation_steps,
-            seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
-            by_length=arguments.group_by_modality_length,
-            drop_last=arguments.dataloader_drop_last,
-            samples=samples,
-            samples_digest=samples_digest,
-            skipped=skipped,
-        )
-
-    def write(self, directory: str) -> None:
-        (Path(directory) / RECORD_FILE).write_text(json.dumps(asdict(self)) + "\n")
-
-    def check(self, checkpoint: Path) -> None:
-        """Raises SettingsError where a run that goes on from the checkpoint would not be the one that wrote it."""
-        instead = (
-            "start as it was started, or give another --output_dir and --model_name_or_path "
-            f"{checkpoint} to go on from its weights alone"
-        )
-        try:
-            found = RunRecord(**_json(checkpoint / RECORD_FILE))
-        except TypeError:  # absent, torn, or another's
-            raise SettingsError(
-                f"{checkpoint} has no {RECORD_FILE} that says which run wrote it, so samples may come twice or never "
-                f"in a run that goes on from it: {instead}"
-            ) from None
-        if found != self:
-            differ = [field for field, value in asdict(self).items() if getattr(found, field) != value]
-            lost = "the optimizer's state cannot be carried over"
-            if not {"world_size", "zero_stage"} & set(differ):
-                lost = "some samples of this epoch would come twice and others never"
-            raise SettingsError(
-                f"{checkpoint} was written by {found._words(differ)}, and this run has {self._words(differ)}: "
-                f"{lost}; {instead}"
-            )
-
-    def _words(self, fields: Sequence[str]) -> str:
-        engine = "no DeepSpeed" if self.zero_stage is None else f"ZeRO-{self.zero_stage}"
-        words = []
-        if {"world_size", "zero_stage"} & set(fields):
-            words.append(f"{self.world_size} process{'es' if self.world_size > 1 else ''} with {engine}")
-        return ", ".join(
-            words + [f"{_FLAGS[name]} {getattr(self, name)}" for name in fields if name in _FLAGS]
-        )
-
-
-_FLAGS = {
-    "batch_size": "--per_device_train_batch_size",
-    "accumulation": "--gradient_accumulation_steps",
-    "seed": "--seed (or --data_seed)",
-    "by_length": "--group_by_modality_length",
-    "drop_last": "--dataloader_drop_last",
-    "samples": "a number of samples of",
-    "samples_digest": "annotations of digest",
-    "skipped": "a skipped_samples.jsonl of",
-}
+_OF_WRITING = re.compile("PytorchStreamWriter|inline_container")
+"""In what torch says where a file cannot be written."""
 
 
 def checkpoint_to_resume(output_dir: str, record: RunRecord, ranks: Ranks) -> str | None:
@@ -122,7 +41,9 @@ def checkpoint_to_resume(output_dir: str, record: RunRecord, ranks: Ranks) -> st
     all hold the model alone, and DataError where a rank does not see what rank 0 sees.
     """
     named = [(_NAME.fullmatch(path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
-    written = {int(name[1]): path for name, path in named if name and _json(path / TRAINER_STATE) is not None}
+    written = {
+        int(name[1]): path for name, path in named if name and read_json(path / TRAINER_STATE) is not None
+    }
     if written:
         record.check(written[max(written)])
         if not any(_has_optimizer(path, record) for path in written.values()):
@@ -161,7 +82,7 @@ def given_checkpoint(given: str, output_dir: str, record: RunRecord, ranks: Rank
                 "give another --output_dir to begin anew, or leave the flag out to go on"
             )
         return last
-    if _json(Path(given) / TRAINER_STATE) is None:
+    if read_json(Path(given) / TRAINER_STATE) is None:
         raise SettingsError(
             f"--resume_from_checkpoint {given} is no directory of a checkpoint (it has no trainer_state.json), so "
             "nothing can be resumed from it: give one, or leave the flag out to go on from the last in --output_dir"
@@ -188,9 +109,29 @@ def _only_model(checkpoint: Path) -> str:
 
 def trained_features(checkpoint: str) -> dict[str, Any] | None:
     """What a checkpoint says about the features it was trained with; None where it says nothing."""
-    fields = _json(Path(checkpoint) / "config.json")
+    fields = read_json(Path(checkpoint) / "config.json")
     trained = fields.get("feature_spec") if isinstance(fields, dict) else None
     return trained if isinstance(trained, dict) else None
+
+
+def check_model(checkpoint: str, config: JanusVLNConfig, model_path: str) -> None:
+    """Raises SettingsError where the model that is named is built otherwise than the one to go on with."""
+    was, now = _built(JanusVLNConfig.from_pretrained(checkpoint)), _built(config)
+    if differ := [name for name, value in now.items() if was[name] != value]:
+        before, here = (", ".join(f"{name} {one[name]}" for name in differ) for one in (was, now))
+        raise SettingsError(
+            f"{checkpoint} holds a model with {before}, and --model_name_or_path {model_path} has {here}: start as the "
+            "run was started, or give another --output_dir"
+        )
+
+
+def _built(config: JanusVLNConfig) -> dict[str, Any]:
+    names = ("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+    text = config.get_text_config()
+    return {name: getattr(text, name) for name in names} | {
+        name: getattr(config, name)
+        for name in ("spatial_channels", "spatial_hidden_size", "lam", "action_head")
+    }
 
 
 def is_finished(checkpoint: str, arguments: TrainingArguments) -> bool:
@@ -202,11 +143,43 @@ def is_finished(checkpoint: str, arguments: TrainingArguments) -> bool:
 
 
 def copy_model(checkpoint: str, output_dir: str) -> None:
-    """Put a checkpoint's model where a run leaves its own, as far as it is not there."""
-    for pattern in ("*.safetensors", "*.json", "*.jinja"):
-        for path in Path(checkpoint).glob(pattern):
-            if not (Path(output_dir) / path.name).exists():
-                shutil.copy2(path, output_dir)
+    """Put a checkpoint's model where a run leaves its own, as far as it is not there.
+
+    What lies there may be of an earlier end of this run, or half written when it was killed: it is whole where the
+    state beside it, which is written last, is of the same step.
+    """
+    source, target = Path(checkpoint), Path(output_dir)
+    whole = _step(target / TRAINER_STATE) == _step(source / TRAINER_STATE)
+    found = [path for pattern in ("*.safetensors", "*.json", "*.jinja") for path in source.glob(pattern)]
+    for path in sorted(found, key=lambda one: one.name == TRAINER_STATE):
+        if not whole or not (target / path.name).exists():
+            shutil.copy2(path, target)
+
+
+def _step(trainer_state: Path) -> Any:
+    return (read_json(trainer_state) or {}).get("global_step")
+
+
+@contextmanager
+def writing(directory: Path) -> Iterator[None]:
+    """Raises FileAccessError in place of what torch and safetensors say where a model cannot be written."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not _OF_WRITING.search(str(error)):
+            raise
+        raise FileAccessError(
+            directory,
+            f"cannot be written ({' '.join(str(error).split())[:150]}; {_free_text(directory)}), so training ends "
+            "here, and the last checkpoint before it is kept: make room, and the same command goes on from there",
+        ) from error
+
+
+def _free_text(directory: Path) -> str:
+    try:
+        return f"{bytes_text(shutil.disk_usage(directory).free)} are free"
+    except OSError:
+        return "its disk does not answer"
 
 
 def load_weights(model: nn.Module, directory: str) -> None:
@@ -229,11 +202,3 @@ def load_weights(model: nn.Module, directory: str) -> None:
             f"{directory} does not hold this model's weights ({wrong[0]} and {len(wrong) - 1} more differ), so nothing "
             "can be resumed from it: use the flags it was trained with, or an empty --output_dir"
         )
-
-
-def _json(path: Path) -> Any:
-    """What a file holds; None where it cannot be read."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None

@@ -8,6 +8,7 @@ told to stop, 143, or 130 after Ctrl-C.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import sys
 import warnings
@@ -25,11 +26,18 @@ from janusvln.train.run import TrainingRun
 from janusvln.train.stop import EXIT_CODES, StopRequest
 from vggt_cache.cluster.network import MEET_TIMEOUT_S, free_port, resolve, wait_for_node_0
 from vggt_cache.environment import rank_of, seconds_of
-from vggt_cache.errors import SettingsError, VggtCacheError
+from vggt_cache.errors import OutOfMemoryError, SettingsError, VggtCacheError
 from vggt_cache.output import print_any_name
+from vggt_cache.precompute.encode import is_out_of_memory
 
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
 """What a launcher tells its processes in numbers; torch, transformers and DeepSpeed read them."""
+
+_LESS_MEMORY = (
+    "give a smaller --per_device_train_batch_size (PER_DEVICE_BATCH_SIZE) and more --gradient_accumulation_steps, "
+    "--gradient_checkpointing True, or an engine that takes less (DS_CONFIG=scripts/zero3.json, zero2_offload.json), "
+    "and see whether others hold memory (nvidia-smi)"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,6 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             exit_code = TrainingRun(arguments, stop.ranks, stop).run()
         except VggtCacheError as error:
             return stop.ranks.stop_all(sentence_of(error), error.exit_code)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            sentence = f"memory has run out ({' '.join(str(error).split())[:200]}): {_LESS_MEMORY}"
+            return stop.ranks.stop_all(sentence, OutOfMemoryError.exit_code)
         stop.ranks.close()
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -115,12 +128,18 @@ def _prepare_engine(flags: Sequence[str]) -> None:
         os.environ.update(alone | {"MASTER_PORT": str(free_port())})
     # DeepSpeed calls functions of torch by their old names, some of them in every step.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    logging.getLogger("accelerate.accelerator").addFilter(_says_something)
     if not torch.cuda.is_available():
         import deepspeed.ops
 
         # Its shared-memory all-reduce, which only inference on a CPU uses: compiling it takes half a minute, and fails
         # where there is no C++ compiler.
         getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    """Transformers accumulates itself, and so tells accelerate 1; accelerate reports that as a mismatch."""
+    return "Gradient accumulation steps mismatch" not in record.getMessage()
 
 
 def _join_engine(arguments: TrainingArguments) -> None:

@@ -28,14 +28,16 @@ from janusvln.model.checkpoints import find_directory
 from janusvln.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenerationForJanusVLN as _Model
 from janusvln.train.arguments import Arguments
 from janusvln.train.checkpoints import (
-    RunRecord,
+    check_model,
     checkpoint_to_resume,
     copy_model,
     given_checkpoint,
     is_finished,
     trained_features,
+    writing,
 )
 from janusvln.train.ranks import Ranks, agree_on_snapshot
+from janusvln.train.run_record import RunRecord
 from janusvln.train.samples import listed_samples, settle_samples, skipped_text
 from janusvln.train.stop import EXIT_CODES, StopCallback, StopRequest
 from janusvln.train.trainer import EpochCallback, FeatureTrainer, freeze
@@ -55,6 +57,7 @@ class TrainingRun:
     """The parts of a run, made in order. Every rank makes its own."""
 
     def __init__(self, arguments: Arguments, ranks: Ranks, stop: StopRequest) -> None:
+        self.arguments = arguments
         self.model_arguments, self.data, self.features, self.training = arguments
         self.ranks = ranks
         self.stop = stop
@@ -119,7 +122,7 @@ class TrainingRun:
         """As rank 0 sees the data: one rank reads the annotations once more, and not all of them."""
         own = ["", ""] if self.ranks.rank else [index.digest(), skipped_text(listed_samples(self.output_dir))]
         digest, skipped = json.loads(self.ranks.exchange("samples", json.dumps(own))[0])
-        return RunRecord.of(self.training, samples=len(index), samples_digest=digest, skipped=skipped)
+        return RunRecord.of(self.arguments, samples=len(index), samples_digest=digest, skipped=skipped)
 
     def _checkpoint(self, spec: FeatureSpec, record: RunRecord) -> str | None:
         """What this run goes on from, if anything: a checkpoint of the same run, trained with the same features."""
@@ -246,10 +249,12 @@ class TrainingRun:
 
     def _add_adapters(self, model: _Model) -> None:
         given, path = self.model_arguments, Path(self.model_path)
+        # Rank 0 reads all weights once more; the others wait without a collective.
+        own = "" if self.ranks.rank else lora.digest_of(self.model_dir)
         lora.add_adapters(
             model,
             str(path.absolute()) if path.exists() else self.model_path,
-            self.model_dir,
+            self.ranks.exchange("base of the adapters", own)[0],
             r=given.lora_r,
             alpha=given.lora_alpha,
             dropout=given.lora_dropout,
@@ -284,6 +289,7 @@ class TrainingRun:
                 copy_model(checkpoint, self.output_dir)
             return 0
         if checkpoint:
+            check_model(checkpoint, model.config, self.model_path)
             lora.check_resumed(model, Path(checkpoint))
             self._say(f"Resuming from {checkpoint}")
         stopping = StopCallback(self.stop, self.ranks)
@@ -300,10 +306,11 @@ class TrainingRun:
                 f"{step} holds it, and the same command goes on from there"
             )
             return EXIT_CODES[stopping.signal]
-        trainer.save_state()
         model.config.use_cache = True
-        trainer.save_model()
         saved = os.path.abspath(self.output_dir)
+        with writing(Path(saved)):
+            trainer.save_model()
+            trainer.save_state()
         if self.model_arguments.lora_enable:
             self._say(f"To make one model of it: python -m janusvln.export.merge {saved} OUT")
         self._say(f"Model saved in {saved}", "SUCCESS")

@@ -23,8 +23,9 @@ from janusvln.model import lora
 from janusvln.model.checkpoints import copy_settings
 from janusvln.model.modeling_qwen2_5_vl import learned
 from janusvln.train.arguments import ModelArguments, TrainingArguments
-from janusvln.train.checkpoints import TRAINER_STATE, RunRecord, load_weights
+from janusvln.train.checkpoints import TRAINER_STATE, load_weights, writing
 from janusvln.train.ranks import Ranks
+from janusvln.train.run_record import RunRecord
 from janusvln.train.stop import shielded
 from janusvln.train.workers import end_where_it_cannot_send
 from vggt_cache.errors import NotFiniteError, SettingsError
@@ -168,8 +169,14 @@ class FeatureTrainer(Trainer):
         if self.optimizer is None:
             trained: Any = self.model if model is None else model
             groups = parameter_groups(trained, self.args, set(self.get_decay_parameter_names(trained)))
-            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, trained)
-            self.optimizer = optimizer_class(groups, **settings)
+            try:
+                optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, trained)
+                self.optimizer = optimizer_class(groups, **settings)
+            except (ImportError, TypeError, ValueError) as error:
+                raise SettingsError(
+                    f"--optim {getattr(self.args.optim, 'value', self.args.optim)} cannot be used here "
+                    f"({' '.join(str(error).split())[:200]}): give adamw_torch_fused, or leave it out"
+                ) from error
             self._group_rates = [group["lr"] for group in groups]
         return self.optimizer
 
@@ -202,11 +209,12 @@ class FeatureTrainer(Trainer):
         load_weights(trained, resume_from_checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        if self.args.should_save:
-            # One of an earlier run at this step would call the checkpoint whole that is half written.
-            directory = Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}")
-            (directory / TRAINER_STATE).unlink(missing_ok=True)
-        super()._save_checkpoint(model, trial)
+        directory = Path(str(self.args.output_dir), f"checkpoint-{self.state.global_step}")
+        with writing(directory):
+            if self.args.should_save:
+                # One of an earlier run at this step would call the checkpoint whole that is half written.
+                (directory / TRAINER_STATE).unlink(missing_ok=True)
+            super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -168,6 +168,8 @@ def wait_for_node_0(host: str, port: int, *, patience_s: float) -> None:
         left_s = max(0.1, deadline_s - time.monotonic())
         try:
             socket.create_connection((address, port), timeout=min(5.0, left_s)).close()
+            if told:
+                print("[INFO] node 0 answers", flush=True)
             return
         except OSError as error:
             reason = error.strerror or error

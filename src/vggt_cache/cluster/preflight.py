@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from vggt_cache.cluster.known_names import check_names
 from vggt_cache.errors import (
     CacheAccessError,
     CacheNotFoundError,
@@ -43,6 +44,8 @@ class Launch:
     device: str
     """`cpu` or `cuda`."""
     report_to: str
+    optim: str
+    lr_scheduler_type: str
     nodes: int
     processes: int
     """On each node."""
@@ -64,6 +67,7 @@ def inspect(launch: Launch) -> list[str]:
         f"output: {_output(launch.output_dir)}",
     ]
     _check_packages(launch)
+    check_names(optim=launch.optim, lr_scheduler_type=launch.lr_scheduler_type, report_to=launch.report_to)
     return lines
 
 
