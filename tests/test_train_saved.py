@@ -118,3 +118,28 @@ def test_files_have_the_modes_that_the_umask_leaves(kit: Kit, tmp_path: Path, um
     assert {path.name for path in files} >= {"model.safetensors", "optimizer.pt", "preprocessor_config.json"}
     wrong = {path.name for path in files if stat.S_IMODE(path.stat().st_mode) != 0o666 & ~umask}
     assert wrong == set()
+
+
+def test_earlier_checkpoints_go_when_the_disk_holds_the_new_one(
+    kit: Kit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a loss of power could take both."""
+    synced: set[str] = set()
+    torn: dict[str, set[str]] = {}
+    fsync, remove = os.fsync, shutil.rmtree
+
+    def noting_fsync(fd: int) -> None:
+        synced.add(os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    def noting_remove(path: str, *args: Any, **more: Any) -> None:
+        if Path(path).name == "checkpoint-1":
+            new = Path(path).with_name("checkpoint-2")
+            torn[Path(path).name] = {str(found) for found in (new, *new.rglob("*"))} - synced
+        remove(path, *args, **more)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(shutil, "rmtree", noting_remove)
+    assert main(kit.flags(tmp_path / "out", *SAVING[:-1], 2, "--save_total_limit", 1)) == 0
+    assert torn == {"checkpoint-1": set()}
+    assert (tmp_path / "out" / "checkpoint-2" / "trainer_state.json").exists()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 import socket
@@ -173,6 +175,23 @@ def writing(directory: Path) -> Iterator[None]:
             f"cannot be written ({' '.join(str(error).split())[:150]}; {_free_text(directory)}), so training ends "
             "here, and the last checkpoint before it is kept: make room, and the same command goes on from there",
         ) from error
+
+
+def sync_tree(directory: str | Path) -> None:
+    """Have the disk hold all of a directory, so that a loss of power leaves it whole. Raises OSError."""
+    for folder, _, names in os.walk(directory):
+        for path in (*(os.path.join(folder, name) for name in names), folder):
+            try:
+                fd = os.open(path, os.O_RDONLY)
+            except FileNotFoundError:  # another rank's, which has its final name by now
+                continue
+            try:
+                os.fsync(fd)
+            except OSError as error:
+                if error.errno != errno.EINVAL:  # a file system on which this needs none
+                    raise
+            finally:
+                os.close(fd)
 
 
 def _free_text(directory: Path) -> str:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerState
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from janusvln.data.images import QwenPixels
 from janusvln.features.source import FeatureSource
@@ -23,7 +23,7 @@ from janusvln.model import lora
 from janusvln.model.checkpoints import copy_settings
 from janusvln.model.modeling_qwen2_5_vl import learned
 from janusvln.train.arguments import ModelArguments, TrainingArguments
-from janusvln.train.checkpoints import TRAINER_STATE, load_weights, writing
+from janusvln.train.checkpoints import TRAINER_STATE, load_weights, sync_tree, writing
 from janusvln.train.ranks import Ranks
 from janusvln.train.run_record import RunRecord
 from janusvln.train.stop import shielded
@@ -214,10 +214,22 @@ class FeatureTrainer(Trainer):
             if self.args.should_save:
                 # One of an earlier run at this step would call the checkpoint whole that is half written.
                 (directory / TRAINER_STATE).unlink(missing_ok=True)
-            super()._save_checkpoint(model, trial)
+            limit, self.args.save_total_limit = self.args.save_total_limit, None
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
+            if self.args.should_save:
+                # Earlier ones go when the disk holds this one: a loss of power must not take both.
+                sync_tree(directory)
+                rotate_checkpoints(
+                    str(self.args.output_dir), limit, self.state.best_model_checkpoint, use_mtime=True
+                )
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
+        with writing(Path(output_dir)):
+            sync_tree(output_dir)  # on every rank: what another node has written is not rank 0's to sync
         # Rank 0 goes on to call the checkpoint whole, and to remove earlier ones: not before it is.
         self.accelerator.wait_for_everyone()
 
