@@ -252,6 +252,17 @@ def test_what_precompute_has_stored_is_found_without_saying_what_it_kept(
     assert sorted(tmp_path.glob("joint-*")) == stores
 
 
+def test_a_cache_of_another_context_alone_is_told(
+    aggregator: Aggregator, small_checkpoint: Path, tmp_path: Path
+) -> None:
+    """`frame` is what precompute makes where nobody says otherwise."""
+    precompute([images_of(1)], tmp_path, encoder=small_checkpoint, context="frame", device="cpu")
+    with pytest.warns(
+        UserWarning, match="of context frame, and the module is called for those of context joint"
+    ):
+        called(CachedAggregator(aggregator, tmp_path), images_of(1)[None])
+
+
 @pytest.mark.parametrize("asked", [{"layers": -1}, {"tokens": "all"}])
 def test_a_cache_of_which_nothing_can_be_found_is_told(
     aggregator: Aggregator, small_checkpoint: Path, tmp_path: Path, asked: dict[str, Any]

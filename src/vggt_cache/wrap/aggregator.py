@@ -287,7 +287,14 @@ class CachedAggregator(ModuleInPlace):
         found = {spec for spec in kinds if spec in alike}
         if len(found) == 1:
             return found.pop()
-        if alike and wanted not in alike:
+        seen_otherwise = [spec for spec in there if spec.encoder.weights_digest == own]
+        if seen_otherwise and not alike:
+            warn(
+                f"{self._cache_dir} holds features of context {seen_otherwise[0].context}, and the module is called "
+                f"for those of context {context}: nothing of it is found, and all is computed anew; precompute with "
+                f"--context {context}, or leave it to the first epoch"
+            )
+        elif alike and wanted not in alike:
             warn(
                 f"{self._cache_dir} holds {'; '.join(map(describe_spec, alike))}, and the module is asked for "
                 f"{describe_spec(wanted)}: nothing of it is found, and all is computed anew; to read it, ask for "
