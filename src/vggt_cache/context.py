@@ -42,7 +42,7 @@ class ContextRule(ABC):
     noun: str = "feature"
     """What is counted in the lines of a run."""
     features_per_block: int
-    """How many features one process claims together, at least."""
+    """How many features one process claims together while much is left; trees that share prefixes stay whole."""
     shares_prefixes: bool = False
     """Whether a frame's keys and values, once computed, serve all lists that begin with the same frames."""
     of_all_frames: bool = False

@@ -1,7 +1,7 @@
 """One process's share of the work: claim blocks, decode ahead, encode, write; all four at the same time.
 
     claimed block ──> decode workers ──> encoder ──> writer's threads ──> committed shard, claim given back
-        (two blocks ahead)             (this thread)
+      (at most two ahead)              (this thread)
 
 Nothing is computed that the store has, and nothing is stored under any key but that of the bytes decoded for it.
 """

@@ -36,14 +36,14 @@ def verify_data(cache: FeatureCache, plan: Plan, *, threads: int = 8) -> Iterato
     table = DigestTable(cache.cache_dir)
     digests: dict[int, bytes | str] = {}
     with ThreadPoolExecutor(threads) as pool:
-        for block in plan.blocks:
-            lists = [plan.frames_of(feature).tolist() for feature in block.features]
+        for features in parts_of(range(len(plan)), 64):
+            lists = [plan.frames_of(feature).tolist() for feature in features]
             unread = list(dict.fromkeys(f for frames in lists for f in frames if f not in digests))
             seen = list(pool.map(read_digest, (plan.frames.paths[f] for f in unread)))
             digests.update((frame, digest) for frame, (digest, _) in zip(unread, seen, strict=True))
             table.correct({state: digest for digest, state in seen if state and isinstance(digest, bytes)})
             reasons = pool.map(lambda frames: _complaint(cache, [digests[frame] for frame in frames]), lists)
-            for feature, reason in zip(block.features, reasons, strict=True):
+            for feature, reason in zip(features, reasons, strict=True):
                 yield plan.label(feature) if reason else "", reason
 
 
