@@ -1,0 +1,154 @@
+"""The small files beside a cache's stores, where the cache lies in a bucket: claims, tables of rows, the failures.
+
+An object cannot be appended to. So a file that grows is a folder of parts: each process writes its own, the last of
+which it replaces with more until it is large enough. What is read are all parts in the order of their names; the parts
+of one process stand in the order in which they were written.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import xxhash
+
+from vggt_cache.errors import FileAbsentError, FileAccessError, FileTooLargeError
+from vggt_cache.place import absolute, address_of, is_url
+from vggt_cache.small_files import FileState, SmallFolder
+from vggt_cache.store.bucket import Bucket
+from vggt_cache.store.filesystem import ExplainedError
+
+PART_BYTES = 256 * 1024
+"""A part grows to about this size: what is appended costs at most so much to send, and a reader few requests."""
+_MAX_MARK_BYTES = 4096
+_BEATS = 64
+
+
+def folder_at(path: str, *, may_be_link: bool = False) -> SmallFolder:
+    """The small files at a path, or at a URL. Raises SettingsError for a URL that is none."""
+    return ObjectFolder(path) if is_url(path) else SmallFolder(path, may_be_link=may_be_link)
+
+
+class ObjectFolder(SmallFolder):
+    def __init__(self, url: str) -> None:
+        super().__init__(absolute(url))
+        address = address_of(url)
+        self._key = address.key
+        self._bucket = Bucket(f"{address.scheme}://{address.bucket}")
+        self._parts: dict[str, list[tuple[str, int]]] = {}
+        """By name the keys and sizes of a file's parts, as listed last."""
+        self._own: dict[str, tuple[str, bytes]] = {}
+        """By name the key of this process's last part, and what it holds."""
+
+    def make(self) -> None:
+        """A bucket has no folders."""
+
+    def names(self) -> list[str]:
+        with self._failures_of(""):
+            found = self._bucket.list_all(self._key)
+        start, names, parts = len(self._key) + bool(self._key), set(), dict[str, list[tuple[str, int]]]()
+        for meta in sorted(found, key=lambda meta: str(meta["path"])):
+            name, _, part = meta["path"][start:].partition("/")
+            names.add(name)
+            if part:
+                parts.setdefault(name, []).append((meta["path"], meta["size"]))
+        self._parts = parts
+        return sorted(names)
+
+    def read(self, name: str, limit: int, offset: int = 0) -> bytes:
+        """Of a file with parts, what was there at the last `names`; where that was never asked, what is there now."""
+        with self._failures_of(name):
+            parts = self._parts.get(name)
+            if parts is None:
+                try:
+                    return self._whole(name, limit)[offset:]
+                except FileNotFoundError:
+                    parts = [
+                        (meta["path"], meta["size"]) for meta in self._bucket.list_all(self._key_of(name))
+                    ]
+                    if not parts:
+                        raise
+            return self._joined(name, sorted(parts), limit, offset)
+
+    def state(self, name: str) -> FileState | None:
+        try:
+            with self._failures_of(name):
+                meta = self._bucket.head(self._key_of(name))
+        except (FileAbsentError, FileAccessError):
+            return None
+        changed_ns = int(meta["last_modified"].timestamp() * 1e9)
+        return meta["size"], changed_ns, 0, xxhash.xxh3_64_intdigest(str(meta["e_tag"]).encode())
+
+    def touch(self, name: str) -> None:
+        """Put again with another number of blanks behind it: the time alone has whole seconds."""
+        with self._failures_of(name):
+            data = self._whole(name, _MAX_MARK_BYTES)
+            content = data.rstrip(b" ")
+            blanks = (len(data) - len(content) + 1) % _BEATS
+            self._bucket.put(self._key_of(name), content + b" " * blanks)
+
+    def append(self, name: str, data: bytes) -> None:
+        key, before = self._own.get(name, ("", b""))
+        if not before or len(before) + len(data) > PART_BYTES:
+            key, before = f"{self._key_of(name)}/{_part_name(key)}", b""
+        with self._failures_of(name):
+            self._bucket.put(key, before + data)
+        self._own[name] = key, before + data
+
+    def create(self, name: str, data: bytes) -> bool:
+        with self._failures_of(name):
+            try:
+                self._bucket.put_new(self._key_of(name), data)
+            except FileExistsError:
+                return False
+        return True
+
+    def remove(self, name: str) -> None:
+        with self._failures_of(name):
+            self._bucket.delete(self._key_of(name))
+
+    # ------------------------------------------------------------ steps
+
+    def _key_of(self, name: str) -> str:
+        return f"{self._key}/{name}" if self._key else name
+
+    def _whole(self, name: str, limit: int) -> bytes:
+        data = self._bucket.get_whole(self._key_of(name), limit)
+        if data is None:
+            raise self._too_large(name, limit)
+        return data
+
+    def _joined(self, name: str, parts: list[tuple[str, int]], limit: int, offset: int) -> bytes:
+        """What lies behind `offset`; parts before it are not fetched."""
+        if sum(size for _, size in parts) - offset > limit:
+            raise self._too_large(name, limit)
+        found, begin = [], 0
+        for key, size in parts:
+            if begin + size > offset:
+                skipped = max(0, offset - begin)
+                found.append(bytes(self._bucket.get(key, skipped, size - skipped)))
+            begin += size
+        return b"".join(found)
+
+    def _too_large(self, name: str, limit: int) -> FileTooLargeError:
+        return FileTooLargeError(
+            self.of(name), f"has over {limit} bytes, which no such file has: check what it is"
+        )
+
+    @contextmanager
+    def _failures_of(self, name: str) -> Iterator[None]:
+        path = self.of(name).rstrip("/")
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise FileAbsentError(path, "does not exist") from error
+        except ExplainedError as error:
+            raise FileAccessError(path, f"cannot be read or written ({error}): {error.remedy}") from error
+
+
+def _part_name(before: str) -> str:
+    """Later than the one before of this process, whose key is given, and than those of others by the clock."""
+    last_ms = int(before.rpartition("/")[2].partition("-")[0] or "0", 16)
+    return f"{max(time.time_ns() // 1_000_000, last_ms + 1):012x}-{os.urandom(8).hex()}"
