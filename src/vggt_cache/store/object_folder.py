@@ -1,8 +1,8 @@
 """The small files beside a cache's stores, where the cache lies in a bucket: claims, tables of rows, the failures.
 
-An object cannot be appended to. So a file that grows is a folder of parts: each process writes its own, the last of
-which it replaces with more until it is large enough. What is read are all parts in the order of their names; the parts
-of one process stand in the order in which they were written.
+An object cannot be appended to. So a file that grows is a folder of parts, named by when they were begun and read in
+this order. Each process has its own, the last of which it replaces with more; where others append too, only for a short
+while, so that what is later stands later.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import xxhash
 
@@ -22,6 +23,8 @@ from vggt_cache.store.filesystem import ExplainedError
 
 PART_BYTES = 256 * 1024
 """A part grows to about this size: what is appended costs at most so much to send, and a reader few requests."""
+PART_MS = 1000
+"""So long a part grows to whose file other processes append too."""
 _MAX_MARK_BYTES = 4096
 _BEATS = 64
 
@@ -29,6 +32,12 @@ _BEATS = 64
 def folder_at(path: str, *, may_be_link: bool = False) -> SmallFolder:
     """The small files at a path, or at a URL. Raises SettingsError for a URL that is none."""
     return ObjectFolder(path) if is_url(path) else SmallFolder(path, may_be_link=may_be_link)
+
+
+class _Part(NamedTuple):
+    key: str
+    begun_ms: int
+    data: bytes
 
 
 class ObjectFolder(SmallFolder):
@@ -39,8 +48,8 @@ class ObjectFolder(SmallFolder):
         self._bucket = Bucket(f"{address.scheme}://{address.bucket}")
         self._parts: dict[str, list[tuple[str, int]]] = {}
         """By name the keys and sizes of a file's parts, as listed last."""
-        self._own: dict[str, tuple[str, bytes]] = {}
-        """By name the key of this process's last part, and what it holds."""
+        self._own: dict[str, _Part] = {}
+        """By name this process's last part."""
 
     def make(self) -> None:
         """A bucket has no folders."""
@@ -89,13 +98,15 @@ class ObjectFolder(SmallFolder):
             blanks = (len(data) - len(content) + 1) % _BEATS
             self._bucket.put(self._key_of(name), content + b" " * blanks)
 
-    def append(self, name: str, data: bytes) -> None:
-        key, before = self._own.get(name, ("", b""))
-        if not before or len(before) + len(data) > PART_BYTES:
-            key, before = f"{self._key_of(name)}/{_part_name(key)}", b""
+    def append(self, name: str, data: bytes, *, alone: bool = False) -> None:
+        own, now_ms = self._own.get(name), time.time_ns() // 1_000_000
+        is_old = own is not None and not alone and now_ms - own.begun_ms >= PART_MS
+        if own is None or is_old or len(own.data) + len(data) > PART_BYTES:
+            begun_ms = max(now_ms, own.begun_ms + 1 if own else 0)
+            own = _Part(f"{self._key_of(name)}/{begun_ms:012x}-{os.urandom(8).hex()}", begun_ms, b"")
         with self._failures_of(name):
-            self._bucket.put(key, before + data)
-        self._own[name] = key, before + data
+            self._bucket.put(own.key, own.data + data)
+        self._own[name] = own._replace(data=own.data + data)
 
     def create(self, name: str, data: bytes) -> bool:
         with self._failures_of(name):
@@ -146,9 +157,3 @@ class ObjectFolder(SmallFolder):
             raise FileAbsentError(path, "does not exist") from error
         except ExplainedError as error:
             raise FileAccessError(path, f"cannot be read or written ({error}): {error.remedy}") from error
-
-
-def _part_name(before: str) -> str:
-    """Later than the one before of this process, whose key is given, and than those of others by the clock."""
-    last_ms = int(before.rpartition("/")[2].partition("-")[0] or "0", 16)
-    return f"{max(time.time_ns() // 1_000_000, last_ms + 1):012x}-{os.urandom(8).hex()}"

@@ -93,7 +93,7 @@ class RowTable:
         if not self._own_name or self._own_bytes + len(chunk) > _MAX_FILE_BYTES:
             self._own_name, self._own_bytes = self._new_name(), 0
         try:
-            self._folder.append(self._own_name, chunk)
+            self._folder.append(self._own_name, chunk, alone=True)
             self._own_bytes += len(chunk)
         except SmallFileError:
             self._own_name = ""  # a torn chunk would hide those after it
