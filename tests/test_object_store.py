@@ -364,6 +364,17 @@ def test_what_processes_append_is_read_by_all_in_parts(bucket: str, monkeypatch:
     assert len(keys_in(bucket)) > 2  # parts
 
 
+def test_small_files_brought_from_a_disk_are_read_and_go_on(bucket: str) -> None:
+    place, key = Bucket("/".join(bucket.split("/")[:3])), "some/cache/failures.jsonl"
+    place.put(key, b'{"path": "old.png", "reason": "is torn", "of": "data"}\n')
+    reporter = Reporter()
+    reporter.list_failures(bucket, "data")
+    assert reporter.earlier_failures() == ["old.png"]
+    reporter.mended(["old.png"])
+    reporter.failed("new.png", "is empty")
+    assert standing_failures(bucket) == {("data", "new.png"): "is empty"}
+
+
 def test_failures_of_all_processes_stand_in_one_list(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vggt_cache.store.object_folder.PART_MS", 0)
     reporters = [Reporter(), Reporter()]

@@ -47,7 +47,7 @@ class ObjectFolder(SmallFolder):
         self._key = address.key
         self._bucket = Bucket(f"{address.scheme}://{address.bucket}")
         self._parts: dict[str, list[tuple[str, int]]] = {}
-        """By name the keys and sizes of a file's parts, as listed last."""
+        """By name the keys and sizes of what a file consists of, as listed last."""
         self._own: dict[str, _Part] = {}
         """By name this process's last part."""
 
@@ -57,29 +57,16 @@ class ObjectFolder(SmallFolder):
     def names(self) -> list[str]:
         with self._failures_of(""):
             found = self._bucket.list_all(self._key)
-        start, names, parts = len(self._key) + bool(self._key), set(), dict[str, list[tuple[str, int]]]()
+        start, self._parts = len(self._key) + bool(self._key), {}
         for meta in sorted(found, key=lambda meta: str(meta["path"])):
-            name, _, part = meta["path"][start:].partition("/")
-            names.add(name)
-            if part:
-                parts.setdefault(name, []).append((meta["path"], meta["size"]))
-        self._parts = parts
-        return sorted(names)
+            name = meta["path"][start:].partition("/")[0]
+            self._parts.setdefault(name, []).append((meta["path"], meta["size"]))
+        return sorted(self._parts)
 
     def read(self, name: str, limit: int, offset: int = 0) -> bytes:
-        """Of a file with parts, what was there at the last `names`; where that was never asked, what is there now."""
+        """What was there at the last `names`; of a file that was not, what is there now."""
         with self._failures_of(name):
-            parts = self._parts.get(name)
-            if parts is None:
-                try:
-                    return self._whole(name, limit)[offset:]
-                except FileNotFoundError:
-                    parts = [
-                        (meta["path"], meta["size"]) for meta in self._bucket.list_all(self._key_of(name))
-                    ]
-                    if not parts:
-                        raise
-            return self._joined(name, sorted(parts), limit, offset)
+            return self._joined(name, self._parts.get(name) or self._parts_of(name), limit, offset)
 
     def state(self, name: str) -> FileState | None:
         try:
@@ -93,7 +80,7 @@ class ObjectFolder(SmallFolder):
     def touch(self, name: str) -> None:
         """Put again with another number of blanks behind it: the time alone has whole seconds."""
         with self._failures_of(name):
-            data = self._whole(name, _MAX_MARK_BYTES)
+            data = self._bucket.get_whole(self._key_of(name), _MAX_MARK_BYTES) or b""
             content = data.rstrip(b" ")
             blanks = (len(data) - len(content) + 1) % _BEATS
             self._bucket.put(self._key_of(name), content + b" " * blanks)
@@ -125,16 +112,22 @@ class ObjectFolder(SmallFolder):
     def _key_of(self, name: str) -> str:
         return f"{self._key}/{name}" if self._key else name
 
-    def _whole(self, name: str, limit: int) -> bytes:
-        data = self._bucket.get_whole(self._key_of(name), limit)
-        if data is None:
-            raise self._too_large(name, limit)
-        return data
+    def _parts_of(self, name: str) -> list[tuple[str, int]]:
+        """Of a file that was brought here from a disk, the object of its name is the first."""
+        key = self._key_of(name)
+        parts = [(str(meta["path"]), int(meta["size"])) for meta in self._bucket.list_all(key)]
+        try:
+            parts.append((key, self._bucket.head(key)["size"]))
+        except FileNotFoundError:
+            if not parts:
+                raise
+        return sorted(parts)
 
     def _joined(self, name: str, parts: list[tuple[str, int]], limit: int, offset: int) -> bytes:
         """What lies behind `offset`; parts before it are not fetched."""
         if sum(size for _, size in parts) - offset > limit:
-            raise self._too_large(name, limit)
+            what = f"has over {limit} bytes, which no such file has: check what it is"
+            raise FileTooLargeError(self.of(name), what)
         found, begin = [], 0
         for key, size in parts:
             if begin + size > offset:
@@ -142,11 +135,6 @@ class ObjectFolder(SmallFolder):
                 found.append(bytes(self._bucket.get(key, skipped, size - skipped)))
             begin += size
         return b"".join(found)
-
-    def _too_large(self, name: str, limit: int) -> FileTooLargeError:
-        return FileTooLargeError(
-            self.of(name), f"has over {limit} bytes, which no such file has: check what it is"
-        )
 
     @contextmanager
     def _failures_of(self, name: str) -> Iterator[None]:
