@@ -114,5 +114,7 @@ def test_training_fills_a_bucket(kit: Kit, bucket: str, tmp_path: Path) -> None:
     miss = ["--vggt_cache_miss", "fill", "--vggt_model_path", str(kit.vggt), "--image_size", "56"]
     first = trained(kit, tmp_path / "first", bucket, *miss, "--feature_dtype", "float32")
     assert {entry["cache_hit_rate"] for entry in first} == {0.0}
-    again = trained(kit, tmp_path / "again", bucket)
+    miss[1] = "encode"
+    again = trained(kit, tmp_path / "again", bucket, *miss)
+    assert {entry["cache_hit_rate"] for entry in again} == {1.0}
     assert largest_difference(first, again) < 1e-5

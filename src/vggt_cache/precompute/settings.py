@@ -47,7 +47,7 @@ class PrecomputeSettings:
     data_path: str | None = flag(
         None, help="folder that relative image names start from; with --annotation_path"
     )
-    cache_dir: str = flag(help="where the features are kept")
+    cache_dir: str = flag(help="where the features are kept: a directory, or a URL (s3://, gs://, az://)")
     model_path: str | None = flag(
         None, help="Qwen2.5-VL directory; whether training will take the frames' grids is checked"
     )

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from vggt_cache.environment import seconds_of
@@ -28,6 +28,8 @@ _MAX_RETRIES = 10
 _STALL_S, _PUT_S = 30.0, 600.0
 """A read without a byte for so long is given up and repeated; the same of a whole upload."""
 _STATUS = re.compile(r"status code: (\d{3})")
+_LOOKING_FOR_CREDENTIALS = re.compile(r"169\.254\.169\.254|metadata\.google|Account must be specified")
+"""Machines ask there for the credentials of their role, when the environment has none."""
 _used_by: int | None = None
 """The process that obstore's threads live in, once they do. A fork has none of them, and would wait for ever."""
 
@@ -159,6 +161,12 @@ class Bucket:
             raise _explained(error) from None
 
 
+@lru_cache
+def bucket_at(root: str) -> Bucket:
+    """One for each in a process, so that its connections are shared."""
+    return Bucket(root)
+
+
 def require_obstore(url: str) -> Any:
     """The package. Raises SettingsError where it is not installed."""
     try:
@@ -208,7 +216,7 @@ def _explained(error: Exception) -> ExplainedError:
         )
     if "NoSuchBucket" in text:
         return _no_bucket()
-    if "169.254.169.254" in text or "metadata" in text or "Account must be specified" in text:
+    if _LOOKING_FOR_CREDENTIALS.search(text):
         return ExplainedError("no credentials were found", _CREDENTIALS)
     if status in ("429", "503"):
         return ExplainedError(

@@ -18,7 +18,7 @@ import xxhash
 from vggt_cache.errors import FileAbsentError, FileAccessError, FileTooLargeError
 from vggt_cache.place import absolute, address_of, is_url
 from vggt_cache.small_files import FileState, SmallFolder
-from vggt_cache.store.bucket import Bucket
+from vggt_cache.store.bucket import bucket_at
 from vggt_cache.store.filesystem import ExplainedError
 
 PART_BYTES = 256 * 1024
@@ -45,7 +45,7 @@ class ObjectFolder(SmallFolder):
         super().__init__(absolute(url))
         address = address_of(url)
         self._key = address.key
-        self._bucket = Bucket(f"{address.scheme}://{address.bucket}")
+        self._bucket = bucket_at(f"{address.scheme}://{address.bucket}")
         self._parts: dict[str, list[tuple[str, int]]] = {}
         """By name the keys and sizes of what a file consists of, as listed last."""
         self._own: dict[str, _Part] = {}

@@ -22,7 +22,7 @@ import numpy as np
 import xxhash
 
 from vggt_cache.place import absolute, address_of, is_url
-from vggt_cache.store.bucket import Bucket, Meta
+from vggt_cache.store.bucket import Meta, bucket_at
 from vggt_cache.store.filesystem import OPERATING_SYSTEM, Buffer, FileSystem
 from vggt_cache.store.format import SHARD_NAME
 
@@ -76,7 +76,7 @@ class ObjectFileSystem(FileSystem):
     reads_whole = True
 
     def __init__(self, root: str) -> None:
-        self._root, self._bucket = root, Bucket(root)
+        self._root, self._bucket = root, bucket_at(root)
         # Each use of these is one step for the interpreter: a lock could be held by a thread that a fork has not.
         self._numbers = count(_FIRST_HANDLE)
         self._handles: dict[int, _Folder | _NewObject | _Object] = {}
