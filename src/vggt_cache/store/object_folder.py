@@ -29,9 +29,9 @@ _MAX_MARK_BYTES = 4096
 _BEATS = 64
 
 
-def folder_at(path: str, *, may_be_link: bool = False) -> SmallFolder:
+def folder_at(path: str | os.PathLike[str], *, may_be_link: bool = False) -> SmallFolder:
     """The small files at a path, or at a URL. Raises SettingsError for a URL that is none."""
-    return ObjectFolder(path) if is_url(path) else SmallFolder(path, may_be_link=may_be_link)
+    return ObjectFolder(os.fspath(path)) if is_url(path) else SmallFolder(path, may_be_link=may_be_link)
 
 
 class _Part(NamedTuple):
@@ -78,7 +78,10 @@ class ObjectFolder(SmallFolder):
         return meta["size"], changed_ns, 0, xxhash.xxh3_64_intdigest(str(meta["e_tag"]).encode())
 
     def touch(self, name: str) -> None:
-        """Put again with another number of blanks behind it: the time alone has whole seconds."""
+        """Put again with another number of blanks behind it: the time alone has whole seconds. Of the folder: nothing,
+        since no listing of a bucket is old."""
+        if name == ".":
+            return
         with self._failures_of(name):
             data = self._bucket.get_whole(self._key_of(name), _MAX_MARK_BYTES) or b""
             content = data.rstrip(b" ")
