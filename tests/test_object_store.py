@@ -306,7 +306,7 @@ def test_no_message_and_no_object_has_the_credentials(
     ):
         with pytest.raises(SettingsError) as refused:
             FeatureCache.open(url, spec=SPEC)
-        told.append("".join(traceback.format_exception(refused.value)).replace(url, ""))
+        told.append("".join(traceback.format_exception(refused.value)))
     s3.fault = lambda request: None
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     with pytest.raises(CacheAccessError, match="cannot be reached") as refused:

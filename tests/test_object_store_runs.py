@@ -13,7 +13,7 @@ import golden_recipe
 from bucket_kit import SECRET, Proxy
 from janusvln.train.command import main as train
 from train_kit import Kit, largest_difference, logged
-from vggt_cache import CachedAggregator
+from vggt_cache import CachedAggregator, CachedModule
 from vggt_cache.cli import main
 from vggt_cache.encoder import EncoderConfig
 from vggt_cache.store import FeatureCache
@@ -106,6 +106,17 @@ def test_a_wrapped_encoder_finds_in_a_bucket_what_another_has_put_there(
         computed = filling(images)[0][-2]
         filling.close()
         assert torch.equal(finding(images)[0][-2], computed)
+        finding.close()
+
+
+def test_a_wrapped_module_finds_in_a_bucket_what_another_has_put_there(bucket: str) -> None:
+    module, inputs = torch.nn.Linear(4, 4).eval().requires_grad_(False), torch.rand(3, 4)
+    with torch.no_grad():
+        filling = CachedModule(module, bucket)
+        computed = filling(inputs)
+        filling.close()
+        finding = CachedModule(module, bucket, miss="error")
+        assert torch.equal(finding(inputs), computed)
         finding.close()
 
 

@@ -223,7 +223,7 @@ def _explained(error: Exception) -> ExplainedError:
             f"the service asks for fewer requests, HTTP status {status}, also when asked again for a while",
             "start fewer processes, and run the same command again",
         )
-    if status.startswith("5"):
+    if status.startswith("5") or status == "408":
         return ExplainedError(
             f"the service fails with HTTP status {status}, also when asked again for a while", _LATER
         )
