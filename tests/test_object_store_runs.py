@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +15,7 @@ import pytest
 import torch
 
 import golden_recipe
-from bucket_kit import SECRET, Proxy
+from bucket_kit import SECRET, Proxy, Request
 from janusvln.train.command import main as train
 from train_kit import Kit, largest_difference, logged
 from vggt_cache import CachedAggregator, CachedModule
@@ -25,7 +30,7 @@ def records(cache_dir: str | Path) -> dict[bytes, torch.Tensor]:
         return {key: cache.get_by_key(key) for key in cache}
 
 
-def precomputed(kit: Kit, bucket: str, *more: str) -> int:
+def flags_of(kit: Kit, bucket: str) -> list[str]:
     flags = [
         "precompute",
         "--vggt_model_path",
@@ -35,8 +40,21 @@ def precomputed(kit: Kit, bucket: str, *more: str) -> int:
         "--cache_dir",
         bucket,
     ]
-    flags += ["--image_size", "56", "--feature_dtype", "float32", "--device", "cpu", "--num_workers", "0"]
-    return main([*flags, *more])
+    return [
+        *flags,
+        "--image_size",
+        "56",
+        "--feature_dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--num_workers",
+        "0",
+    ]
+
+
+def precomputed(kit: Kit, bucket: str, *more: str) -> int:
+    return main([*flags_of(kit, bucket), *more])
 
 
 def trained(kit: Kit, output_dir: Path, cache_dir: str | Path, *more: str) -> list[dict[str, Any]]:
@@ -118,6 +136,29 @@ def test_a_wrapped_module_finds_in_a_bucket_what_another_has_put_there(bucket: s
         finding = CachedModule(module, bucket, miss="error")
         assert torch.equal(finding(inputs), computed)
         finding.close()
+
+
+@pytest.mark.slow
+def test_processes_share_the_work_in_a_bucket_and_one_that_is_killed_costs_nothing(
+    kit: Kit, bucket: str, s3: Proxy, capfd: pytest.CaptureFixture[str]
+) -> None:
+    command = [sys.executable, "-m", "vggt_cache", *flags_of(kit, bucket), "--batch_size", "1"]
+    environment = {**os.environ, "VGGT_CACHE_SHARD_BYTES": "1"}  # a shard for each batch
+    processes = [subprocess.Popen(command, env=environment) for _ in range(3)]
+    until_s = time.monotonic() + 240
+    while sum(is_shard_put(request) for request in s3.requests) < 4 and time.monotonic() < until_s:
+        time.sleep(0.01)
+    processes[0].kill()
+    assert [process.wait(240) for process in processes] == [-signal.SIGKILL, 0, 0]
+    assert main(["verify", bucket, "--data_root", str(kit.data)]) == 0
+    assert "32/32 valid, 0 invalid" in capfd.readouterr().out
+    there, here = records(bucket), records(kit.cache)
+    assert there.keys() == here.keys()
+    assert all(torch.allclose(there[key], here[key], atol=1e-4) for key in here)  # batches of another size
+
+
+def is_shard_put(request: Request) -> bool:
+    return request.kind == "PUT" and request.path.endswith(".safetensors")
 
 
 @pytest.mark.slow
