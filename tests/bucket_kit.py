@@ -20,7 +20,6 @@ ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "AKIAOFTHETESTS",
     "AWS_SECRET_ACCESS_KEY": SECRET,
     "AWS_REGION": "us-east-1",
-    "VGGT_CACHE_CLOUD_RETRY_S": "0.5",
 }
 Fault = Callable[["Request"], "int | str | None"]
 """What becomes of a request: None, it passes; a status, which is answered in its place; `lost`, it is done and its

@@ -266,8 +266,9 @@ def test_an_upload_whose_answer_is_lost_is_still_one_shard(bucket: str, s3: Prox
 
 
 def test_a_service_that_goes_on_failing_is_one_sentence_and_what_was_committed_stays(
-    bucket: str, s3: Proxy
+    bucket: str, s3: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("VGGT_CACHE_CLOUD_RETRY_S", "0.2")
     write_shard(bucket, [1])
     with opened(bucket) as cache:
         s3.fault = lambda request: 503
@@ -309,6 +310,7 @@ def test_no_message_and_no_object_has_the_credentials(
         told.append("".join(traceback.format_exception(refused.value)))
     s3.fault = lambda request: None
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("VGGT_CACHE_CLOUD_RETRY_S", "0.2")
     with pytest.raises(CacheAccessError, match="cannot be reached") as refused:
         FeatureCache.open("s3://nowhere/x", spec=SPEC)
     told.append("".join(traceback.format_exception(refused.value)))
