@@ -23,7 +23,7 @@ ENVIRONMENT = {
 }
 Fault = Callable[["Request"], "int | str | None"]
 """What becomes of a request: None, it passes; a status, which is answered in its place; `lost`, it is done and its
-answer is not given; `stalled`, half of its body is taken and no more."""
+answer is not given; `cut`, half of its answer is given; `stalled`, half of its body is taken and no more."""
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,11 @@ def _handler_of(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
             if fault == "lost":
                 self.close_connection = True
                 return
-            self._answer(answer.status, headers, data)
+            self._answer(answer.status, headers, data, data[: len(data) // 2] if fault == "cut" else data)
 
-        def _answer(self, status: int, headers: list[tuple[str, str]], data: bytes) -> None:
+        def _answer(
+            self, status: int, headers: list[tuple[str, str]], data: bytes, given: bytes | None = None
+        ) -> None:
             self.send_response_only(status)
             for name, value in headers:
                 if not re.fullmatch("(?i)content-length|transfer-encoding|connection", name):
@@ -141,7 +143,8 @@ def _handler_of(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
             )
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(data)
+                self.wfile.write(data if given is None else given)
+                self.close_connection = given is not None and len(given) < len(data)
 
         do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = _pass
 

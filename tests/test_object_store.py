@@ -256,6 +256,16 @@ def test_what_the_service_fails_to_do_for_a_while_is_asked_again(bucket: str, s3
         assert holds(cache, [1])
 
 
+def test_an_answer_that_ends_in_the_middle_is_asked_for_again(bucket: str, s3: Proxy) -> None:
+    spec = make_spec(embed_dim=1024)
+    write_shard(bucket, [1], spec)
+    with FeatureCache.open(bucket, spec=spec) as cache:
+        s3.fault = once("cut", lambda request: request.kind == "GET")
+        s3.requests.clear()
+        assert equal(cache.get_by_key(make_key(1)), make_feature(1, spec))
+        assert s3.kinds() == 2 * ["GET"]
+
+
 @pytest.mark.parametrize("fault", ["lost", 500])
 def test_an_upload_whose_answer_is_lost_is_still_one_shard(bucket: str, s3: Proxy, fault: str | int) -> None:
     s3.fault = once(fault, is_shard_put)

@@ -157,7 +157,9 @@ class Bucket:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
         except obstore.exceptions.AlreadyExistsError:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST)) from None
-        except (obstore.exceptions.BaseError, NotImplementedError) as error:
+        except ExplainedError:
+            raise
+        except (obstore.exceptions.BaseError, OSError, NotImplementedError) as error:
             raise _explained(error) from None
 
 
@@ -207,7 +209,7 @@ def _explained(error: Exception) -> ExplainedError:
         return ExplainedError("it was replaced while it was read", "read it again")
     if kind == "UnauthenticatedError":
         return ExplainedError("the service does not accept the credentials", _CREDENTIALS)
-    if kind == "PermissionDeniedError":
+    if kind in ("PermissionDeniedError", "PermissionError"):
         return ExplainedError("the credentials do not allow this", _CREDENTIALS)
     if kind in ("NotSupportedError", "NotImplementedError") or status == "501":
         return ExplainedError(
