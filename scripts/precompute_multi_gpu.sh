@@ -9,7 +9,7 @@
 #
 #   CUDA_VISIBLE_DEVICES  the GPUs to use; all of them if it is not set
 #   NUM_PROCS             number of processes, if it is to be another than that of the GPUs; needed without a GPU
-#   LOG_DIR               where each process writes its log; <cache_dir>.logs by default
+#   LOG_DIR               where each process writes its log; <cache_dir>.logs by default, of a bucket precompute.logs
 #   PROGRESS_S            seconds between two progress reports (default 30)
 #   PYTHON                the interpreter; the project's .venv, else python3
 #
@@ -61,6 +61,7 @@ fi
 
 # 4. Where do logs go? Beside the cache, not into it: a cache directory holds nothing but a cache.
 cache_dir=${cache_dir%/}
+[[ $cache_dir != *://* ]] || cache_dir="" # logs stay on this machine
 log_dir=${LOG_DIR:-${cache_dir:-precompute}.logs}
 mkdir -p "$log_dir" || fail "the log directory $log_dir cannot be made: set LOG_DIR to one that can"
 

@@ -18,6 +18,7 @@ import golden_recipe
 from vggt_cache.encoder import EncoderConfig, expected_shapes
 
 if TYPE_CHECKING:
+    from bucket_kit import Proxy
     from train_kit import Kit
 
 settings.register_profile("any machine", deadline=None)  # a busy one takes its time
@@ -67,6 +68,25 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def no_cache_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VGGT_CACHE_DIR", raising=False)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[Proxy]:
+    """A server of buckets; see bucket_kit."""
+    from bucket_kit import s3_server
+
+    with s3_server() as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def bucket(s3: Proxy, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URL of a cache directory, not yet there, in a bucket of its own."""
+    from bucket_kit import ENVIRONMENT
+
+    for name, value in {**ENVIRONMENT, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{s3.port}"}.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{s3.new_bucket()}/some/cache"
 
 
 @pytest.fixture(scope="session")

@@ -106,6 +106,7 @@ LOW = {
         "small_files",
         "output",
         "call_spec",
+        "place",
     ),
 }
 """Modules at the bottom: nothing above is imported by them."""

@@ -26,7 +26,7 @@ from vggt_cache.output import print_any_name
 from vggt_cache.precompute.settings import PrecomputeSettings
 from vggt_cache.precompute.stop import StoppedError
 
-_CACHE_DIR = "cache directory"
+_CACHE_DIR = "cache directory, or the URL of one in a bucket (s3://, gs://, az://)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -192,8 +192,14 @@ def _add_changing(commands: Any) -> None:
 
 
 def _add_beside_a_cache(commands: Any) -> None:
-    text = "Examine a file system: is it fit to hold a cache?"
-    _command(commands, "doctor", _doctor, text, directory="a directory on the mount in question")
+    text = "Examine a file system, or a bucket: is it fit to hold a cache?"
+    _command(
+        commands,
+        "doctor",
+        _doctor,
+        text,
+        directory="a directory on the mount in question, or a URL",
+    )
 
     text = (
         "Make a checkpoint as it is read here from a pickle (.pt, .pth, .bin), loaded as weights alone, or from "

@@ -17,6 +17,7 @@ from vggt_cache.errors import FrameError, NotACacheError, SettingsError, SpecMis
 from vggt_cache.frames import decode_frame, read_frame
 from vggt_cache.identity import PATCH_SIZE, FeatureSpec
 from vggt_cache.picture import Row, draw_features, picture_format
+from vggt_cache.place import absolute, require_local
 from vggt_cache.precompute.plan import plan_and_tell
 from vggt_cache.precompute.report import (
     EXIT_INVALID,
@@ -31,7 +32,6 @@ from vggt_cache.precompute.report import (
 from vggt_cache.precompute.settings import PrecomputeSettings
 from vggt_cache.store import convert, describe, prune, remove_store
 from vggt_cache.store.directory import select_store
-from vggt_cache.store.filesystem import OPERATING_SYSTEM
 from vggt_cache.store.inventory import CacheDescription, StoreDescription
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def verify_cache(
                 annotation_path=annotation_path,
                 data_path=data_path,
             )
-            reporter.info(f"Cache directory: {os.path.abspath(cache_dir)}")
+            reporter.info(f"Cache directory: {absolute(cache_dir)}")
             invalid = tell_verdicts(verify_data(cache, plan, threads=threads), len(plan), reporter)
     if data and invalid:
         reporter.warn(
@@ -164,6 +164,7 @@ def draw_view(
 
     if count < 1:
         raise SettingsError(f"--count {count} draws nothing: give 1 or more")
+    require_local(output, "--output")
     picture_format(output)
     reporter = Reporter()
     spec = select_store(cache_dir, spec=None, fingerprint=fingerprint, context=context)
@@ -228,7 +229,7 @@ def prune_cache(cache_dir: str, *, damaged: bool, spec: str | None = None, yes: 
     elif damaged:
         raise SettingsError("--damaged mends a cache and --spec removes one: give one of them")
     else:
-        path = os.path.abspath(cache_dir)
+        path = absolute(cache_dir)
         chosen = select_store(path, spec=None, fingerprint=spec, context=None, modules=True)
         actions = remove_store(path, chosen, dry_run=not yes)
     verb = "removed" if yes else "would remove"
@@ -247,9 +248,7 @@ def convert_cache(
 ) -> int:
     """Show, or with `yes` do, the rewriting of a store's shards with another codec."""
     reporter = Reporter()
-    spec = select_store(
-        os.path.abspath(cache_dir), spec=None, fingerprint=fingerprint, context=context, fs=OPERATING_SYSTEM
-    )
+    spec = select_store(absolute(cache_dir), spec=None, fingerprint=fingerprint, context=context)
     before = after = count = kept = 0
     for shard in convert(cache_dir, spec, codec, dry_run=not yes):
         if shard.problem:

@@ -12,6 +12,7 @@ import torch
 from vggt_cache.errors import StoreError
 from vggt_cache.identity import FeatureSpec, feature_key, pixel_digest
 from vggt_cache.pixels import Pixels, as_levels
+from vggt_cache.place import absolute
 from vggt_cache.precompute.write import FeatureWriter, shard_bytes
 from vggt_cache.store import FeatureCache, ShardWriter, create_store, list_stores
 
@@ -31,7 +32,7 @@ class PixelCache:
         Raises CommitError, and without `fill` what `FeatureCache.open` raises where there is no such cache.
         """
         self.spec = spec.of_given_pixels
-        self._cache_dir = os.path.abspath(cache_dir)
+        self._cache_dir = absolute(cache_dir)
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="pixel-digest")
         self._writer: FeatureWriter | None = None
         self._put: set[bytes] = set()

@@ -102,10 +102,11 @@ class SmallFolder:
         with self._opened(name) as folder:
             os.utime(name, dir_fd=folder, follow_symlinks=False)
 
-    def append(self, name: str, data: bytes) -> None:
+    def append(self, name: str, data: bytes, *, alone: bool = False) -> None:
         """In one write, so that lines of several processes do not mix. Makes folder and file where there are none.
 
-        A file that has a second name is refused: it may be somebody's own, under a name of ours.
+        A file that has a second name is refused: it may be somebody's own, under a name of ours. `alone`: no other
+        process appends to this file.
         """
         with _failures_of(self.path):
             os.makedirs(self.path, exist_ok=True)

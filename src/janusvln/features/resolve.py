@@ -23,6 +23,7 @@ from vggt_cache.errors import (
 )
 from vggt_cache.flags import about_flag
 from vggt_cache.identity import FeatureSpec, Preprocessing
+from vggt_cache.place import absolute
 from vggt_cache.precompute.settings import PrecomputeSettings, choose_compute_dtype
 from vggt_cache.store import FeatureCache, create_store, list_stores
 from vggt_cache.store.directory import describe_spec
@@ -98,7 +99,7 @@ def open_cache(
         return FeatureCache.open(cache_dir, spec=agreeing[0])
     if not specs:
         raise NotACacheError(
-            f"{os.path.abspath(cache_dir)} holds no feature cache: check VGGT_CACHE_DIR, or make the cache with "
+            f"{absolute(cache_dir)} holds no feature cache: check VGGT_CACHE_DIR, or make the cache with "
             "scripts/precompute_vggt_features.py (or train with --vggt_cache_miss fill)"
         )
     raise SettingsError(

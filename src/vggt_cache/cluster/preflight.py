@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import tempfile
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,8 +22,11 @@ from vggt_cache.errors import (
     os_errors_as,
 )
 from vggt_cache.identity import FeatureSpec
+from vggt_cache.place import is_url
 from vggt_cache.requirements import TRAINER, fault_of
 from vggt_cache.store import list_stores
+from vggt_cache.store.object_store import system_of
+from vggt_cache.store.shards import ShardFolder
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -166,6 +170,10 @@ def _stores(launch: Launch) -> list[str]:
 
 def _shards(cache_dir: str, spec: FeatureSpec) -> int:
     """How many there are. One is opened: a folder that can be listed may hold files that cannot be read."""
+    if is_url(cache_dir):
+        store_dir = os.path.join(cache_dir, spec.short_name)
+        with closing(ShardFolder(store_dir, spec, fs=system_of(cache_dir))) as shards:
+            return len(shards.names())
     folder = Path(cache_dir) / spec.short_name / "shards"
     try:
         names = sorted(os.listdir(folder)) if folder.exists() else []

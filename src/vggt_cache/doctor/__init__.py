@@ -1,4 +1,4 @@
-"""Examines a directory on the user's own mount: is it fit to hold a feature cache?
+"""Examines a directory on the user's own mount, or a place in a bucket: is it fit to hold a feature cache?
 
 The store itself commits, reads and claims there, with a second process beside it, in a temporary folder that is
 removed again; nothing else in the directory is touched.
@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from vggt_cache.doctor import trials
+from vggt_cache.doctor.bucket import examine_bucket
 from vggt_cache.doctor.findings import Finding, finding, format_findings, reason
 from vggt_cache.errors import CacheAccessError, CommitError, os_errors_as
+from vggt_cache.place import absolute, is_url
 
 __all__ = ["Finding", "examine", "format_findings"]
 
@@ -48,6 +50,8 @@ def examine(directory: str | os.PathLike[str]) -> list[Finding]:
     that need to write are left out, and a finding says so. Raises CacheAccessError if the directory is none or
     cannot be read.
     """
+    if is_url(directory):
+        return examine_bucket(absolute(directory))
     asked = Path(directory)
     place = _nearest_readable(asked)
     findings = [] if place == asked else [finding("directory", "ok", str(place), asked=asked)]

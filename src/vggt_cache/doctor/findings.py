@@ -56,6 +56,19 @@ MEANINGS = {
         "when planning: let both use NTP.",
     "file names: ok": "A cache uses names of up to {limit} bytes.",
     "file names: fail": "Names of shards may be that long: use another file system.",
+    "create if absent: ok": "Of several that make one object at once one succeeds, so work is claimed by one process.",
+    "create if absent: warn":
+        "Several can make the same object at once, so two processes may do the same work; no feature is lost by it.",
+    "create if absent: refused":
+        "The service does not make objects on the condition that there is none, so nothing can be written: for S3, "
+        "use a service that knows If-None-Match.",
+    "listed after a put: ok": "A new shard is seen by whoever lists the bucket next.",
+    "listed after a put: fail": "A new shard is seen late, so readers must not begin while writers are at work.",
+    "contents replaced: ok": "Who reads an object that was replaced gets the new one.",
+    "contents replaced: fail": "An index may be read as it was before: put no proxy that caches before the bucket.",
+    "part of an object: ok": "A feature is read by one request for its bytes alone.",
+    "part of an object: fail": "What is read is not what was written, so no cache can be kept here.",
+    "answer: ok": "Each feature takes at least that long to arrive; several readers hide it (--vggt_cache_threads).",
     "any: refused": "The operating system refused an operation that a cache needs: see the reason.",
     "cleaning up: warn": "This temporary folder of the examination could not be removed: remove it by hand.",
 }  # fmt: skip

@@ -160,7 +160,7 @@ class WatchedSystem(store.FileSystem):
 
 def commit_shard(cache_dir: Path, fs: store.FileSystem, payloads: list[bytes]) -> Path:
     """Commit features of these bytes, under their numbers as keys; returns the shard. Raises CommitError."""
-    home = store.create_store(cache_dir, SPEC, fs=fs)
+    home = Path(store.create_store(cache_dir, SPEC, fs=fs))
     side = math.isqrt(len(payloads[0]) // _PATCH_BYTES)
     with store.ShardWriter(home, SPEC, max_records=len(payloads), fs=fs) as writer:
         for number, payload in enumerate(payloads):

@@ -29,6 +29,7 @@ from pathlib import Path
 from vggt_cache.environment import seconds_of
 from vggt_cache.errors import CacheAccessError, FileAbsentError, SmallFileError
 from vggt_cache.small_files import FileState, SmallFolder
+from vggt_cache.store.object_folder import folder_at
 
 DEFAULT_TTL_S = 60.0
 """An owner whose mark has not moved for so long is succeeded."""
@@ -65,9 +66,9 @@ class Claims(AbstractContextManager["Claims"]):
 
     def __init__(
         self,
-        directory: Path,
+        directory: str | os.PathLike[str],
         *,
-        open_folder: Callable[[Path], SmallFolder] = SmallFolder,
+        open_folder: Callable[[str | os.PathLike[str]], SmallFolder] = folder_at,
         ttl_s: float | None = None,
         clock_s: Callable[[], float] = time.monotonic,
         on_silence: Callable[[float], None] = lambda seconds: None,

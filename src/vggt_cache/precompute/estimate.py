@@ -18,6 +18,7 @@ from vggt_cache.errors import DiskSpaceError
 from vggt_cache.identity import PATCH_SIZE, FeatureSpec, fits
 from vggt_cache.output import name_text
 from vggt_cache.pixels import Pixels
+from vggt_cache.place import absolute, is_url
 from vggt_cache.precompute.decode import DecodedFrame, read_digest
 from vggt_cache.precompute.encode import BatchEncoder, of_one_dtype
 from vggt_cache.precompute.known_keys import KnownKeys
@@ -112,7 +113,8 @@ class DiskNeed:
             packed = shard_codec(self.spec.feature_dtype, settings.codec) == LOSSLESS
             self.reporter.info(
                 f"Disk: {bytes_text(total)} for {count_of(len(pending), settings.noun)} of {bytes_text(feature)}"
-                f"{' at most (codec lossless)' if packed else ''}; {bytes_text(free)} free"
+                f"{' at most (codec lossless)' if packed else ''}; "
+                f"{'a bucket has no limit' if free == UNLIMITED else f'{bytes_text(free)} free'}"
             )
         if total > free and not settings.force:
             raise DiskSpaceError(
@@ -138,9 +140,14 @@ class DiskNeed:
         return math.prod(shape) * ITEM_BYTES[self.spec.feature_dtype]
 
 
-def free_bytes(directory: str) -> int:
-    """Free bytes for this user on the file system that holds, or will hold, `directory`."""
-    at = os.path.abspath(directory)
+UNLIMITED = math.inf
+
+
+def free_bytes(directory: str) -> float:
+    """Free bytes for this user on the file system that holds, or will hold, `directory`; a bucket has no limit."""
+    at = absolute(directory)
+    if is_url(at):
+        return UNLIMITED
     while not os.path.exists(at):
         at = os.path.dirname(at)
     return shutil.disk_usage(at).free

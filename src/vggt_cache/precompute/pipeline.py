@@ -12,7 +12,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from vggt_cache.codec import NONE
 from vggt_cache.errors import FrameError
@@ -62,12 +61,12 @@ class Run:
         Raises VggtCacheError; what was committed until then stays committed.
         """
         self._encoder = encoder
-        store_dir = Path(self.stored.cache.cache_dir) / self.spec.short_name
+        store_dir = os.path.join(self.stored.cache.cache_dir, self.spec.short_name)
         total, noun = sum(len(block.features) for block in blocks), self.spec.context_rule.noun
         with (
             DecodePool(self.num_workers, self.spec.preprocessing) as self._decoder,
             self.reporter.bar(total, noun) as self._bar,
-            Claims(store_dir / CLAIMS_FOLDER, on_silence=self._tell_silence) as self._claims,
+            Claims(os.path.join(store_dir, CLAIMS_FOLDER), on_silence=self._tell_silence) as self._claims,
             self.stop.deferred(),
         ):
             self._todo = Todo(

@@ -20,6 +20,7 @@ from vggt_cache.environment import rank_of
 from vggt_cache.errors import SmallFileError
 from vggt_cache.output import json_line, name_text
 from vggt_cache.small_files import SmallFolder
+from vggt_cache.store.object_folder import folder_at
 
 EXIT_OK, EXIT_INVALID, EXIT_INCOMPLETE = 0, 1, 3
 """All is well; verification found fault; some inputs could not be used (they stand in failures.jsonl)."""
@@ -84,7 +85,7 @@ class Reporter:
 
     def list_failures(self, cache_dir: str, of: str = "") -> None:
         """From now on they are written down in this cache directory, not only shown. `of`: data and specification."""
-        self._folder, self._of = SmallFolder(cache_dir, may_be_link=True), of
+        self._folder, self._of = folder_at(cache_dir, may_be_link=True), of
         self._listed = standing_failures(cache_dir)
 
     @property
@@ -129,7 +130,7 @@ def standing_failures(cache_dir: str) -> dict[tuple[str, str], str]:
     """What is listed and not mended: by `of` and path the reason."""
     standing: dict[tuple[str, str], str] = {}
     with suppress(SmallFileError):
-        folder = SmallFolder(cache_dir, may_be_link=True)
+        folder = folder_at(cache_dir, may_be_link=True)
         for line in folder.read(FAILURES_FILE, _MAX_BYTES).splitlines():
             with suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):  # torn by a crash
                 entry = json.loads(line)

@@ -10,6 +10,7 @@ from functools import cached_property
 from vggt_cache.encoder import Checkpoint
 from vggt_cache.errors import CacheNotFoundError, NotACacheError, SpecMismatchError, StoreError
 from vggt_cache.identity import FeatureSpec
+from vggt_cache.place import absolute
 from vggt_cache.precompute.digests import DigestTable
 from vggt_cache.precompute.encode import BatchEncoder, is_out_of_memory, out_of_memory
 from vggt_cache.precompute.estimate import (
@@ -235,7 +236,7 @@ class Job:
                 "another path"
             )
         self.reporter.success(f"Processed {run.committed} {settings.noun}s")
-        self.reporter.info(f"Cache directory: {os.path.abspath(settings.cache_dir)}")
+        self.reporter.info(f"Cache directory: {absolute(settings.cache_dir)}")
         if failures:
             listed = os.path.join(settings.cache_dir, FAILURES_FILE) if self.reporter.lists_failures else ""
             self.reporter.warn(
@@ -262,7 +263,7 @@ class Job:
     def _stopped(self, stop: StopRequest, run: Run) -> int:
         self.reporter.warn(
             f"Stopped by {signal.Signals(stop.signal_number).name}: {count_of(run.committed, self.settings.noun)} of "
-            f"this run are committed in {os.path.abspath(self.settings.cache_dir)}; run the same command again to go on"
+            f"this run are committed in {absolute(self.settings.cache_dir)}; run the same command again to go on"
         )
         return 128 + stop.signal_number
 

@@ -25,7 +25,9 @@ from vggt_cache.identity import (
     parse_layers,
     parse_pool,
 )
+from vggt_cache.place import absolute, is_url
 from vggt_cache.small_files import read_text
+from vggt_cache.store.bucket import require_obstore
 
 MIN_PIXELS, MAX_PIXELS = 16 * 28 * 28, 576 * 28 * 28
 """Of an image given to Qwen: training's defaults, which go before the model's own limits."""
@@ -45,7 +47,7 @@ class PrecomputeSettings:
     data_path: str | None = flag(
         None, help="folder that relative image names start from; with --annotation_path"
     )
-    cache_dir: str = flag(help="where the features are kept")
+    cache_dir: str = flag(help="where the features are kept: a directory, or a URL (s3://, gs://, az://)")
     model_path: str | None = flag(
         None, help="Qwen2.5-VL directory; whether training will take the frames' grids is checked"
     )
@@ -134,10 +136,14 @@ class PrecomputeSettings:
 
 
 def check_cache_dir(cache_dir: str) -> None:
-    """Raises SettingsError where there is something that is no directory, and none can be made."""
+    """Raises SettingsError where there is something that is no directory, and none can be made; and for a bucket
+    without the package that reads one."""
     if not cache_dir:  # of a variable that is not set: the features would lie in the present directory
         raise SettingsError("--cache_dir is empty, so it names no directory for the features: give one")
-    at = os.path.abspath(cache_dir)
+    at = absolute(cache_dir)
+    if is_url(at):
+        require_obstore(at)
+        return
     while not os.path.lexists(at):
         at = os.path.dirname(at)
     if not os.path.isdir(at):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from vggt_cache.errors import DataError, SettingsError
 from vggt_cache.output import name_text
+from vggt_cache.place import require_local
 from vggt_cache.samples.annotations import named_lines
 from vggt_cache.samples.look import MENTIONED_EXTENSIONS, READ_EXTENSIONS, begins_a_list, look_into
 from vggt_cache.samples.paths import tidy
@@ -139,6 +140,10 @@ def sources_of(data_root: str | None, annotation_path: str | None, data_path: st
         raise SettingsError(
             f"--data_path {data_path} goes with --annotation_path; with --data_root names start there: leave it out"
         )
+    given = {"--data_root": data_root, "--annotation_path": annotation_path, "--data_path": data_path}
+    for name, paths in given.items():
+        for path in _parts(paths or ""):
+            require_local(path, name, DataError)
     return (
         sources_of_files(annotation_path, data_path or "")
         if annotation_path

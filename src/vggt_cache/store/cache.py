@@ -27,8 +27,10 @@ from vggt_cache.errors import (
     ShardFormatError,
 )
 from vggt_cache.identity import KEY_BYTES, FeatureSpec, feature_key, frame_digest, pixel_digest, pixel_key
+from vggt_cache.place import absolute
 from vggt_cache.store.directory import select_store
 from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem
+from vggt_cache.store.object_store import system_of
 from vggt_cache.store.record import Record, shape_of
 from vggt_cache.store.shards import OpenShard, OpenShards, ShardFolder, ShardVanishedError
 from vggt_cache.store.siblings import Siblings
@@ -112,7 +114,8 @@ class FeatureCache:
         SettingsError. Of shards whose header is damaged only what can be proved is used, with one warning; see
         `damaged_shards`.
         """
-        path = os.path.abspath(cache_dir)
+        path = absolute(cache_dir)
+        fs = system_of(path, fs)
         if spec is None and fingerprint is None and context is None:
             warnings.warn(
                 f"the cache {path} is opened without saying which context is meant, and features of one context are "

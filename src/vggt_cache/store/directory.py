@@ -25,6 +25,7 @@ from vggt_cache.errors import (
     StoreError,
 )
 from vggt_cache.identity import CONTEXTS, GIVEN_PIXELS, FeatureSpec
+from vggt_cache.place import absolute, is_url
 from vggt_cache.store.atomic_file import replace_file
 from vggt_cache.store.filesystem import (
     OPERATING_SYSTEM,
@@ -37,6 +38,7 @@ from vggt_cache.store.filesystem import (
 )
 from vggt_cache.store.format import SHARD_NAME
 from vggt_cache.store.header import parse_header, parse_spec
+from vggt_cache.store.object_store import system_of
 from vggt_cache.store.shards import SHARDS_FOLDER, open_regular, read_header_bytes
 
 SPEC_FILE = "spec.json"
@@ -67,7 +69,7 @@ def survey(cache_dir: str | os.PathLike[str], fs: FileSystem = OPERATING_SYSTEM)
     Raises CacheNotFoundError where there is no such directory, NotACacheError where it is something else,
     CacheAccessError where it cannot be read.
     """
-    path = os.fspath(cache_dir)
+    path, fs = os.fspath(cache_dir), system_of(cache_dir, fs)
     specs: list[FeatureSpec] = []
     unreadable: list[tuple[str, StoreError]] = []
     with released_after(fs, _open_cache_dir(path, fs)) as dir_fd:
@@ -149,25 +151,26 @@ def _spec_of_a_shard(name: str, store_fd: int, fs: FileSystem) -> FeatureSpec | 
 
 def create_store(
     cache_dir: str | os.PathLike[str], spec: FeatureSpec, fs: FileSystem = OPERATING_SYSTEM
-) -> Path:
-    """Make the folders and spec.json of a store, durably; returns its path, `cache_dir/spec.short_name`.
+) -> Path | str:
+    """Make the folders and spec.json of a store, durably; returns its path, or URL, `cache_dir/spec.short_name`.
 
     Does nothing where the store exists already, and any number of processes may call it at once: all of them
     write the same bytes. Raises CommitError.
     """
-    store_dir = Path(cache_dir) / spec.short_name
-    with committing(str(store_dir)):
-        _make_directories(str(store_dir / SHARDS_FOLDER), fs)
-        with released_after(fs, fs.open_directory(str(store_dir))) as store_fd:
+    fs = system_of(cache_dir, fs)
+    store_dir = os.path.join(cache_dir, spec.short_name)
+    with committing(store_dir):
+        _make_directories(os.path.join(store_dir, SHARDS_FOLDER), fs)
+        with released_after(fs, fs.open_directory(store_dir)) as store_fd:
             _write_spec(spec, store_fd, fs)
         # Another process may have made the folders and died before they were synced.
-        for directory in (store_dir, store_dir.parent):
-            _sync_path(str(directory), fs)
-    return store_dir
+        for directory in (store_dir, os.path.dirname(store_dir) or "."):
+            _sync_path(directory, fs)
+    return store_dir if is_url(store_dir) else Path(store_dir)
 
 
 def _make_directories(path: str, fs: FileSystem, *, with_parents: bool = True) -> None:
-    parent = os.path.dirname(os.path.abspath(path))
+    parent = os.path.dirname(absolute(path))
     try:
         fs.make_directory(path)
     except FileExistsError:
@@ -259,7 +262,7 @@ def _no_one_store(
             f"{cache_dir} holds {listing}, and {wanted} is wanted: such features are not in this "
             "cache; precompute them, or ask for what it holds"
         )
-    if STORE_NAME.fullmatch(os.path.basename(os.path.abspath(cache_dir))):
+    if STORE_NAME.fullmatch(os.path.basename(absolute(cache_dir))):
         return NotACacheError(f"{cache_dir} is one store inside a cache: give the directory above it")
     return NotACacheError(
         f"{cache_dir} holds no feature cache: check the path, or make the cache with `vggt-cache precompute`"

@@ -11,11 +11,12 @@ import fcntl
 import os
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import ParamSpec, TypeVar
 
 from vggt_cache.errors import CacheAccessError, CommitError
+from vggt_cache.place import is_url
 
 Buffer = bytes | bytearray | memoryview
 P = ParamSpec("P")
@@ -30,6 +31,9 @@ class FileSystem:
 
     Python repeats such calls by itself, except those about names, which network file systems may interrupt too.
     """
+
+    reads_whole = False
+    """Whether a record is best read by one call, however large it is."""
 
     def open_directory(self, path: str, *, dir_fd: int | None = None, follow: bool = True) -> int:
         flags = _READ | os.O_DIRECTORY | (0 if follow else os.O_NOFOLLOW)
@@ -47,6 +51,10 @@ class FileSystem:
 
     def preadv(self, fd: int, buffers: Sequence[memoryview], offset: int) -> int:
         return os.preadv(fd, buffers, offset)
+
+    def probe(self, fd: int, memory: memoryview, offset: int) -> None:
+        """Write one byte into `memory`, the one at `offset`. Raises OSError (EFAULT) where it cannot be written."""
+        self.preadv(fd, [memory[:1]], offset)
 
     def expect_scattered_reads(self, fd: int) -> None:
         """A hint that reads will not follow each other, so that the system fetches nothing that nobody asked for.
@@ -102,6 +110,9 @@ class FileSystem:
     def make_directory(self, path: str, *, dir_fd: int | None = None) -> None:
         _repeated(os.mkdir, path, 0o777, dir_fd=dir_fd)
 
+    def remove_directory(self, path: str) -> None:
+        os.rmdir(path)
+
     def link(self, source: str, target: str, *, dir_fd: int) -> None:
         _repeated(os.link, source, target, src_dir_fd=dir_fd, dst_dir_fd=dir_fd, follow_symlinks=False)
 
@@ -145,6 +156,12 @@ def read_fully(fs: FileSystem, fd: int, target: memoryview, offset: int) -> int:
             break
         done += count
     return done
+
+
+def probe(fs: FileSystem, fd: int, target: memoryview, offset: int) -> int:
+    """Raises OSError (EFAULT) where `target`, whose first byte is written to, cannot be written."""
+    fs.probe(fd, target, offset)
+    return 1
 
 
 def read_bytes(fs: FileSystem, fd: int, length: int, offset: int) -> bytes:
@@ -208,12 +225,24 @@ _WRITE_REMEDY = {
 }
 
 
+class ExplainedError(OSError):
+    """A refusal without one of the system's numbers, which says itself what is wrong and what to do."""
+
+    def __init__(self, cause: str, remedy: str) -> None:
+        super().__init__(cause)
+        self.remedy = remedy
+
+
 def _cause(error: OSError) -> str:
     return os.strerror(error.errno) if error.errno else str(error)
 
 
+def _remedy(error: OSError, known: Mapping[int, str], otherwise: str) -> str:
+    return error.remedy if isinstance(error, ExplainedError) else known.get(error.errno or 0, otherwise)
+
+
 def access_error(path: str, error: OSError) -> CacheAccessError:
-    remedy = _READ_REMEDY.get(error.errno or 0, "check the file system it lies on")
+    remedy = _remedy(error, _READ_REMEDY, "check the file system it lies on")
     return CacheAccessError(f"{path} cannot be used ({_cause(error)}): {remedy}")
 
 
@@ -232,10 +261,10 @@ def committing(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = _WRITE_REMEDY.get(
-            error.errno or 0, "see that the disk is in order, and run the same command again"
-        )
+        otherwise = "see that the disk is in order, and run the same command again"
+        remedy = _remedy(error, _WRITE_REMEDY, otherwise)
+        where = "" if is_url(path) else " to the disk"
         raise CommitError(
-            f"a file in {path} could not be written to the disk ({_cause(error)}), so it was not committed; "
+            f"a file in {path} could not be written{where} ({_cause(error)}), so it was not committed; "
             f"what was committed before is untouched: {remedy}"
         ) from error

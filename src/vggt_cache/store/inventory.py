@@ -13,10 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from vggt_cache.identity import FeatureSpec
+from vggt_cache.place import absolute
 from vggt_cache.store.atomic_file import TEMP_NAME
 from vggt_cache.store.directory import survey
 from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem, accessing, is_regular, released_after
 from vggt_cache.store.index import INDEX_FOLDER, IndexFile
+from vggt_cache.store.object_store import system_of
 from vggt_cache.store.record import Rows, begins_key, payload_bytes, sort_rows
 from vggt_cache.store.shards import SHARDS_FOLDER, ShardEntry, ShardFolder
 
@@ -104,7 +106,8 @@ def describe(cache_dir: str | os.PathLike[str], fs: FileSystem = OPERATING_SYSTE
 
     Raises CacheNotFoundError, NotACacheError, CacheAccessError.
     """
-    path = os.path.abspath(cache_dir)
+    path = absolute(cache_dir)
+    fs = system_of(path, fs)
     specs, unreadable = survey(path, fs)
     return CacheDescription(
         cache_dir=path,

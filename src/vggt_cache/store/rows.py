@@ -20,7 +20,7 @@ import numpy.typing as npt
 import xxhash
 
 from vggt_cache.errors import SmallFileError
-from vggt_cache.small_files import SmallFolder
+from vggt_cache.store.object_folder import folder_at
 
 _HEADER = struct.Struct("<8sQQ")
 _ROW = np.dtype([("hi", "<u8"), ("lo", "<u8"), ("digest", "u1", 32)])
@@ -41,7 +41,7 @@ class RowTable:
     """Eight bytes in front of every chunk."""
 
     def __init__(self, cache_dir: str) -> None:
-        self._folder = SmallFolder(os.path.join(cache_dir, self.folder))
+        self._folder = folder_at(os.path.join(cache_dir, self.folder))
         self._own_name, self._own_bytes = "", 0
         self._read_to: dict[str, int] = {}
         self._rows = np.empty(0, _AGED_ROW)
@@ -93,7 +93,7 @@ class RowTable:
         if not self._own_name or self._own_bytes + len(chunk) > _MAX_FILE_BYTES:
             self._own_name, self._own_bytes = self._new_name(), 0
         try:
-            self._folder.append(self._own_name, chunk)
+            self._folder.append(self._own_name, chunk, alone=True)
             self._own_bytes += len(chunk)
         except SmallFileError:
             self._own_name = ""  # a torn chunk would hide those after it

@@ -22,6 +22,7 @@ from vggt_cache.store.filesystem import (
     access_error,
     accessing,
     is_regular,
+    probe,
     read_bytes,
     read_fully,
     release,
@@ -107,8 +108,8 @@ class OpenShard:
         codec.prepare()
         stored = self.stored(record)
         # The system refuses memory at which a decoder would crash.
-        self._fill(feature[:1], record.offset)
-        self._fill(feature[(len(feature) - 1) // 64 * 64 :][:1], record.offset)
+        self._fill(feature[:1], record.offset, probe)
+        self._fill(feature[(len(feature) - 1) // 64 * 64 :][:1], record.offset, probe)
         try:
             codec.decode(stored, feature, self._cells(record), self._folder.spec.encoder.channels)
         except ValueError as error:
@@ -121,8 +122,9 @@ class OpenShard:
     def read_stored(self, record: Record, memory: memoryview) -> memoryview:
         """The same in `memory`, of `stored_bytes` bytes, which is returned."""
         hasher = xxhash.xxh3_128()
-        for at in range(0, len(memory), PIECE_BYTES):
-            piece = memory[at : at + PIECE_BYTES]
+        step = len(memory) if self._folder.fs.reads_whole else PIECE_BYTES
+        for at in range(0, len(memory), step):
+            piece = memory[at : at + step]
             if self._fill(piece, record.offset + at) < len(piece):
                 self._corrupt(record, "ends early: the file was truncated while it was read")
             hasher.update(piece)
@@ -136,16 +138,16 @@ class OpenShard:
     def _cells(self, record: Record) -> int:
         return cells_of(self._folder.spec, record.h, record.w, record.frames)
 
-    def _fill(self, memory: memoryview, offset: int) -> int:
+    def _fill(self, memory: memoryview, offset: int, read: Callable[..., int] = read_fully) -> int:
         try:
-            return read_fully(self._folder.fs, self.fd, memory, offset)
+            return read(self._folder.fs, self.fd, memory, offset)
         except OSError as error:
             if error.errno == errno.EFAULT:
                 raise SettingsError(
                     "out lies in memory that cannot be written, such as a file mapped for reading: give a tensor with "
                     "memory of its own, or none"
                 ) from error
-            raise access_error(os.path.join(self._folder.path, self.name), error) from error
+            raise _refusal(os.path.join(self._folder.path, self.name), error) from error
 
     def _corrupt(self, record: Record, what: str, cause: Exception | None = None) -> NoReturn:
         cache_dir = os.path.dirname(os.path.dirname(self._folder.path))
@@ -241,7 +243,7 @@ class ShardFolder:
             return self._header(shard)
 
     def _header(self, shard: OpenShard) -> ShardHeader:
-        with accessing(os.path.join(self.path, shard.name)):
+        with _accessing_shard(os.path.join(self.path, shard.name)):
             header = parse_header(read_header_bytes(self.fs, shard.fd, shard.name), shard.name)
         if header.spec != self.spec:
             raise ForeignShardError(
@@ -288,7 +290,7 @@ class ShardFolder:
 
     def _rescued(self, shard: OpenShard, naming: str) -> list[Record]:
         """What is left of a damaged header that has the text `naming`. A sound record proves where the data begin."""
-        with accessing(os.path.join(self.path, shard.name)):
+        with _accessing_shard(os.path.join(self.path, shard.name)):
             remains = read_bytes(self.fs, shard.fd, LENGTH_BYTES + MAX_HEADER_BYTES, 0)
         if naming.encode() in remains:
             for records in rescue_records(remains, shard.file_bytes, self.spec):
@@ -326,15 +328,8 @@ class ShardFolder:
             yield OpenShard(self, name, fd, file_bytes)
 
     def _open(self, name: str) -> tuple[int, int]:
-        path = os.path.join(self.path, name)
-        with accessing(path):
-            try:
-                return self._in_directory(lambda dir_fd: open_regular(self.fs, name, dir_fd))
-            except FileNotFoundError as error:
-                raise ShardVanishedError(
-                    f"{path} is no longer there, although this process has seen it: it was removed, by "
-                    "`vggt-cache prune` or by hand; open the cache again, or call refresh()"
-                ) from error
+        with _accessing_shard(os.path.join(self.path, name)):
+            return self._in_directory(lambda dir_fd: open_regular(self.fs, name, dir_fd))
 
     def _with_room(self, call: Callable[[], T]) -> T:
         """The call's result. Where descriptors run out, shards that nobody is reading are closed, and it goes on."""
@@ -345,6 +340,24 @@ class ShardFolder:
             except OSError as error:
                 if error.errno not in (errno.EMFILE, errno.ENFILE) or not self.pool.release_idle(seen):
                     raise
+
+
+def _refusal(path: str, error: OSError) -> CacheAccessError:
+    """A shard that is gone may be told when it is opened, or, in a bucket, only when it is read."""
+    if isinstance(error, FileNotFoundError):
+        return ShardVanishedError(
+            f"{path} is no longer there, although this process has seen it: it was removed, by `vggt-cache prune` or "
+            "by hand; open the cache again, or call refresh()"
+        )
+    return access_error(path, error)
+
+
+@contextmanager
+def _accessing_shard(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _refusal(path, error) from error
 
 
 def open_regular(fs: FileSystem, name: str, dir_fd: int) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from vggt_cache.errors import StoreError
 from vggt_cache.identity import KEY_BYTES, FeatureSpec
+from vggt_cache.place import is_url
 from vggt_cache.store.directory import list_stores
 from vggt_cache.store.filesystem import FileSystem
 from vggt_cache.store.rows import RowTable
@@ -96,7 +97,7 @@ class Siblings:
 
     def _open(self, fingerprint: str, kind: type[FeatureCache]) -> FeatureCache | None:
         name = f"{self._spec.context}-{fingerprint[:16]}"
-        if not os.path.isdir(os.path.join(self._cache_dir, name)):
+        if not is_url(self._cache_dir) and not os.path.isdir(os.path.join(self._cache_dir, name)):
             return None
         for spec in list_stores(self._cache_dir, self._fs):
             related = spec.of_given_pixels == self._spec.of_given_pixels

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from vggt_cache.codec import NONE, codec_for, coded_form, shard_codec
 from vggt_cache.errors import CacheAccessError, CommitError, CorruptRecordError, ShardFormatError
 from vggt_cache.identity import FeatureSpec
+from vggt_cache.place import absolute
 from vggt_cache.store.atomic_file import TEMP_NAME
 from vggt_cache.store.directory import CLAIMS_FOLDER, SPEC_FILE, survey
 from vggt_cache.store.filesystem import (
@@ -31,6 +32,7 @@ from vggt_cache.store.filesystem import (
 from vggt_cache.store.format import SHARD_NAME
 from vggt_cache.store.index import INDEX_FILE, INDEX_FOLDER
 from vggt_cache.store.inventory import TEMP_MIN_AGE_S, Inventory, dead_temp_files, take_inventory
+from vggt_cache.store.object_store import system_of
 from vggt_cache.store.record import Record, begins_key, cells_of, payload_bytes, stored_length, unpack_rows
 from vggt_cache.store.shards import SHARDS_FOLDER, ReusedMemory, ShardFolder, ShardVanishedError
 from vggt_cache.store.snapshot import SnapshotTaker
@@ -47,6 +49,7 @@ class _StoreKeeper:
     """Works on one store."""
 
     def __init__(self, cache_dir: str, spec: FeatureSpec, fs: FileSystem, *, dry_run: bool) -> None:
+        fs = system_of(cache_dir, fs)
         self.store_dir = os.path.join(cache_dir, spec.short_name)
         self.dry_run, self.spec, self.fs = dry_run, spec, fs
         self.shards = ShardFolder(self.store_dir, spec, fs=fs)
@@ -197,7 +200,8 @@ def prune(
     A process that has the cache open and meets a removed shard gets a CacheAccessError that tells it to
     refresh. Raises CacheNotFoundError, NotACacheError, CacheAccessError, CommitError.
     """
-    path = os.path.abspath(cache_dir)
+    path = absolute(cache_dir)
+    fs = system_of(path, fs)
     actions: list[PruneAction] = []
     for spec in survey(path, fs)[0]:
         keeper = _StoreKeeper(path, spec, fs, dry_run=dry_run)
@@ -237,8 +241,8 @@ def remove_store(
     on. Files of other names stay, and with them the folder. A process that reads from it gets a CacheAccessError.
     Raises CacheAccessError, also where a writer is at work.
     """
-    keeper = _StoreKeeper(os.path.abspath(cache_dir), spec, fs, dry_run=dry_run)
-    actions, store_dir = [], keeper.store_dir
+    keeper = _StoreKeeper(absolute(cache_dir), spec, fs, dry_run=dry_run)
+    actions, store_dir, fs = [], keeper.store_dir, keeper.fs
     dead = {(folder, name) for folder, name, _ in dead_temp_files(store_dir, 0.0, fs)}
     names = (CLAIMS_FOLDER, SHARDS_FOLDER, INDEX_FOLDER)
     folders = [*(os.path.join(store_dir, name) for name in names), store_dir]
@@ -254,7 +258,7 @@ def remove_store(
             actions.append(PruneAction(path=path, bytes=size, reason="its specification is removed"))
     for folder in [] if dry_run else folders:
         with suppress(OSError):
-            os.rmdir(folder)
+            fs.remove_directory(folder)
     return actions
 
 
@@ -363,7 +367,7 @@ def convert(
     """
     wanted = shard_codec(spec.feature_dtype, codec)
     codec_for(wanted, spec.feature_dtype).prepare()
-    keeper = _StoreKeeper(os.path.abspath(cache_dir), spec, fs, dry_run=dry_run)
+    keeper = _StoreKeeper(absolute(cache_dir), spec, fs, dry_run=dry_run)
     with closing(keeper.shards):
         found, waiting = keeper.inventory(), dict[str, int]()
         try:

@@ -20,6 +20,7 @@ from vggt_cache.store.format import (
     build_header,
     reserved_header_bytes,
 )
+from vggt_cache.store.object_store import system_of
 from vggt_cache.store.record import Record, cells_of, payload_bytes, record_checksum, sides_of, stored_length
 from vggt_cache.store.shards import SHARDS_FOLDER
 
@@ -58,6 +59,7 @@ class ShardWriter:
                 f"{os.fspath(store_dir)} is not the store of this specification, which is {spec.short_name}: "
                 "use the path that create_store returns"
             )
+        fs = system_of(store_dir, fs)
         self._fs, self._spec, self._max_records = fs, spec, max_records
         self._codec_name = shard_codec(spec.feature_dtype, codec)
         self._codec = codec_for(self._codec_name, spec.feature_dtype)

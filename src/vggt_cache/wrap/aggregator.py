@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vggt_cache.codec.quantise import as_stored
-from vggt_cache.errors import SettingsError, SpecMismatchError
+from vggt_cache.errors import CacheNotFoundError, NotACacheError, SettingsError, SpecMismatchError
 from vggt_cache.identity import GIVEN_PIXELS, SPECIAL_TOKENS, FeatureSpec
 from vggt_cache.pixel_cache import PixelCache
 from vggt_cache.pixels import as_levels
+from vggt_cache.place import absolute
 from vggt_cache.precompute.encode import BatchEncoder, of_one_dtype
 from vggt_cache.store import list_stores
 from vggt_cache.store.directory import describe_spec
@@ -93,7 +95,7 @@ class CachedAggregator(ModuleInPlace):
             self._weights = ModuleWeights(module, layers)
             self._layers, self._depth = self._weights.layers, self._weights.config.depth
         self._tokens, self._pool, self._feature_dtype = tokens, pool, feature_dtype
-        self._cache_dir, self._miss = os.path.abspath(cache_dir), miss
+        self._cache_dir, self._miss = absolute(cache_dir), miss
         self._threads = threads
         self._names = call_names(module)
         self._most_together = _MOST_TOGETHER
@@ -269,7 +271,9 @@ class CachedAggregator(ModuleInPlace):
     def _chosen(self, context: str, compute_dtype: str) -> FeatureSpec:
         """As asked, and else as a cache that is there. Raises SpecMismatchError for other weights."""
         wanted = self._spec(context, compute_dtype)
-        there = list_stores(self._cache_dir) if os.path.isdir(self._cache_dir) else []
+        there: Sequence[FeatureSpec] = ()
+        with suppress(CacheNotFoundError, NotACacheError):
+            there = list_stores(self._cache_dir)
         alike = [spec.of_given_pixels for spec in there if not spec.contradictions({"context": context})]
         own = wanted.encoder.weights_digest
         if alike and all(spec.encoder.weights_digest != own for spec in alike):

@@ -22,8 +22,9 @@ from vggt_cache.call_spec import CallSpec
 from vggt_cache.errors import SettingsError
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.pixel_cache import PixelCache
+from vggt_cache.place import absolute
 from vggt_cache.store import FeatureCache
-from vggt_cache.store.filesystem import OPERATING_SYSTEM
+from vggt_cache.store.object_store import system_of
 from vggt_cache.store.tensors import bytes_of
 from vggt_cache.wrap.calls import (
     Leaves,
@@ -72,7 +73,7 @@ class CachedModule(ModuleInPlace):
         check_miss(miss)
         super().__init__(module, offload=offload)
         self._cache_dir, self._batch, self._miss, self._threads = (
-            os.path.abspath(cache_dir),
+            absolute(cache_dir),
             batch,
             miss,
             threads,
@@ -221,7 +222,7 @@ class _CallCache(PixelCache):
     """The same store of records by key, of module calls."""
 
     def _open(self, fill: bool) -> FeatureCache:
-        return FeatureCache(self._cache_dir, self.spec, root=None, fs=OPERATING_SYSTEM)
+        return FeatureCache(self._cache_dir, self.spec, root=None, fs=system_of(self._cache_dir))
 
 
 def _weights(tensors: Mapping[str, Tensor]) -> str:
