@@ -127,7 +127,7 @@ class Bucket:
     def _store(self, client_options: dict[str, Any]) -> Any:
         from obstore.store import AzureStore, GCSStore, S3Store
 
-        kind = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}[self._address.scheme]
+        kind: Any = {"s3": S3Store, "gs": GCSStore, "az": AzureStore}[self._address.scheme]
         # Who writes http:// into the environment means it; by default obstore refuses what is not encrypted.
         plain = any(value.startswith("http://") for name, value in os.environ.items() if "ENDPOINT" in name)
         pauses = {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=5), "base": 2}
