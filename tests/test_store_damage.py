@@ -294,14 +294,30 @@ def test_no_shard_is_removed_for_the_sake_of_one_with_a_damaged_header(tmp_path:
     assert shard_path(tmp_path, older).exists()
 
 
-def test_a_name_that_occurs_twice_in_a_damaged_header_is_nobodys(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("shape", "answer"), [(b"[2,3,4]", "right"), (b"[3,2,4]", "none")])
+def test_a_name_that_stands_twice_in_a_damaged_header_is_nobodys_unless_it_says_the_same(
+    tmp_path: Path, shape: bytes, answer: str
+) -> None:
     path = writable_shard(tmp_path, NUMBERS, max_records=4)
     data = path.read_bytes()
     at = data.index(f'"{make_key(1).hex()}":{{'.encode())
-    entry = data[at : data.index(b"}", at) + 1]
+    entry = data[at : data.index(b"}", at) + 1].replace(b"[2,3,4]", shape)
     end = len(data[: min(record.offset for record in parse_header(data, "x").records)].rstrip())
     path.write_bytes(data[:end] + entry + data[end + len(entry) :])
-    assert answers(tmp_path) == ["none", "right", "right"]
+    assert answers(tmp_path) == [answer, "right", "right"]
+
+
+def test_a_copy_of_a_name_that_reaches_into_the_data_takes_nothing_from_it(tmp_path: Path) -> None:
+    path = writable_shard(tmp_path, NUMBERS, max_records=3)
+    data = path.read_bytes()
+    first, _, last = sorted(parse_header(data, "x").records, key=lambda record: record.offset)
+    at = data.index(f'"{last.key.hex()}":"'.encode())
+    pair = data[at : at + 69]
+    begin = first.offset - 30
+    path.write_bytes(data[: begin - 1] + b"}" + pair + data[begin + len(pair) :])
+    found = answers(tmp_path)
+    assert found[NUMBERS.index(next(n for n in NUMBERS if make_key(n) == last.key))] == "right"
+    assert found.count("right") == 2
 
 
 def test_a_shard_of_another_store_is_left_out(tmp_path: Path) -> None:

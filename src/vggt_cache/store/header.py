@@ -330,10 +330,11 @@ def rescue_records(remains: bytes, file_bytes: int, spec: FeatureSpec) -> Iterat
     which covers key and shape, proves a record, and with it the place where the data begin. That is behind the header
     as its length field says; or so that they end with the file.
     """
-    texts: dict[str, list[bytes]] = {}
+    texts: dict[str, set[bytes]] = {}
     for match in _REMAINS.finditer(remains):
-        texts.setdefault(match[1].decode(), []).append(match[2])
-    # A name that does not stand there exactly twice is ambiguous, or half of it is lost.
+        texts.setdefault(match[1].decode(), set()).add(match[2])
+    # With more than two different texts behind it a name is ambiguous, with fewer half of it is lost. The same text
+    # again, which lies in the data or was written over something, takes nothing from what it says.
     pairs = [(name, min(found), max(found)) for name, found in texts.items() if len(found) == 2]
     records = sorted(_rescued(pairs, spec), key=lambda record: record.offset)[:MAX_RECORDS]
     ends = [record.offset + stored_length(spec, record) for record in records]
