@@ -203,6 +203,14 @@ class Client(FileSystem):
             raise failure(errno.EEXIST)
         self._change(directory, (name, self.disk.new_node(stat.S_IFDIR | 0o755)))
 
+    def remove_directory(self, path: str) -> None:
+        self._begin("remove_directory")
+        directory, name = self._parent(path, None)
+        node = self._existing(directory, name)
+        if node.names:
+            raise failure(errno.ENOTEMPTY)
+        self._change(directory, (name, None))
+
     def link(self, source: str, target: str, *, dir_fd: int) -> None:
         lie = self._begin("link")
         directory = self._node(dir_fd)
@@ -240,6 +248,9 @@ class Client(FileSystem):
         data = self._node(fd).data[offset : offset + self._fewer(len(buffers[0]))]
         buffers[0][: len(data)] = data
         return len(data)
+
+    def probe(self, fd: int, memory: memoryview, offset: int) -> None:
+        self.preadv(fd, [memory[:1]], offset)
 
     def expect_scattered_reads(self, fd: int) -> None:
         assert self._node(fd)

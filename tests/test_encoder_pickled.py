@@ -106,5 +106,5 @@ def test_a_dictionary_that_holds_itself_is_a_sentence(tmp_path: Path) -> None:
     around["again"] = around
     torch.save(around, tmp_path / "model.pt")
     here, there = multiprocessing.Pipe(duplex=False)
-    pickled._write(str(tmp_path / "model.pt"), str(tmp_path), there)
+    pickled._write(str(tmp_path / "model.pt"), str(tmp_path), None, there)
     assert b"holds a dictionary that holds itself" in here.recv_bytes()
