@@ -36,7 +36,7 @@ demo: $(READY) ## small data and models: precompute, verify, draw; then train li
 	$(BIN)/python -m janusvln.demo "$(DEMO_DIR)"
 
 test: lint ## all checks: ruff, mypy, pytest
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY) ## the longer trials
 	$(BIN)/python -m pytest -m slow
