@@ -18,10 +18,7 @@ import argparse
 import json
 import os
 import random
-import socket
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +30,7 @@ import obstore
 import torch
 
 import record
+from moto_server import moto_server
 from vggt_cache.identity import EncoderSpec, FeatureSpec, Preprocessing
 from vggt_cache.place import address_of
 from vggt_cache.store import FeatureCache, ShardWriter, create_store, remove_store
@@ -43,30 +41,15 @@ GRID = (35, 46)
 
 
 @contextmanager
-def moto() -> Iterator[str]:
-    """The URL of a bucket of a server that ends with this."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
+def bucket_of_moto() -> Iterator[str]:
+    """The URL of a place in a bucket of a server that ends with this."""
+    with moto_server() as port:
         endpoint = f"http://127.0.0.1:{port}"
-        while server.poll() is None:
-            try:
-                urlopen(Request(f"{endpoint}/bench", method="PUT")).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        else:
-            sys.exit("moto's server does not start: pip install 'moto[server]', or give --url")
+        urlopen(Request(f"{endpoint}/bench", method="PUT")).close()
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             os.environ[name] = "bench"
         os.environ |= {"AWS_ENDPOINT_URL": endpoint, "AWS_REGION": "us-east-1"}
         yield "s3://bench/cache"
-    finally:
-        server.kill()
-        server.wait()
 
 
 class Bench:
@@ -189,7 +172,7 @@ def main() -> None:
     if given.url:
         run(given.url, given)
     else:
-        with moto() as url:
+        with bucket_of_moto() as url:
             run(url, given)
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import http.client
 import re
-import socket
-import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+from moto_server import moto_server
 
 SECRET = "Zq7SecretAccessKeyOfTheTests"
 ENVIRONMENT = {
@@ -67,21 +69,7 @@ class Proxy:
 @contextmanager
 def s3_server() -> Iterator[Proxy]:
     """A proxy before moto's server, a process of its own."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        until_s = time.monotonic() + 60
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port)).close()
-                break
-            except OSError:
-                assert server.poll() is None, "moto's server has ended: is moto[server] installed?"
-                assert time.monotonic() < until_s
-                time.sleep(0.05)
+    with moto_server() as port:
         proxy = Proxy(port)
         with ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(proxy)) as listening:
             listening.daemon_threads = True
@@ -92,9 +80,6 @@ def s3_server() -> Iterator[Proxy]:
             yield proxy
             listening.shutdown()
             serving.join()
-    finally:
-        server.kill()
-        server.wait()
 
 
 def _handler_of(proxy: Proxy) -> type[BaseHTTPRequestHandler]:

@@ -219,6 +219,7 @@ def test_the_script_runs_from_a_checkout_without_installation(tmp_path, data):
     assert "--vggt_model_path" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_claim_torn_by_a_crash_expires(arguments, data, tmp_path):
     """Created, and killed before its owner's name was written."""
     cache_dir = tmp_path / "cache"

@@ -69,6 +69,7 @@ def test_what_cannot_be_read_is_computed_with_one_warning(
     assert 1 <= warnings <= 2  # of each rank that met it
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_or_all_ranks_stop_with_one_sentence(
     kit: Kit, tmp_path: Path, damage: Callable[[Path], None]

@@ -101,6 +101,7 @@ def test_a_rank_that_misses_alone_keeps_nobody_waiting(kit: Kit, tmp_path: Path,
     assert 1.0 in rates
 
 
+@pytest.mark.slow
 def test_ranks_that_fill_a_cache_find_each_others_features_in_the_next_epoch(
     kit: Kit, tmp_path: Path
 ) -> None:

@@ -235,6 +235,7 @@ def test_the_first_epoch_fills_the_cache_and_the_second_reads_it(
     assert (coverage.present, coverage.unknown) == (32, 0)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_really_full_does_not_stop_training(
     kit: Kit, tmp_path: Path, small_disk: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -74,7 +74,10 @@ def check_usable_alone(saved: Path, source: Path) -> None:
     JanusVLN.from_pretrained(saved)
 
 
-@pytest.mark.parametrize("form", [of_today, nested, early])
+@pytest.mark.parametrize(
+    "form",
+    [pytest.param(of_today, marks=pytest.mark.slow), nested, pytest.param(early, marks=pytest.mark.slow)],
+)
 def test_the_processors_settings_are_beside_every_saved_model(
     kit: Kit, tmp_path: Path, form: Callable[[Path], None]
 ) -> None:

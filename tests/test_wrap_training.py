@@ -17,7 +17,7 @@ from wrap_training import LISTS, STEPS, trained
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("checkpointed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_thirty_steps_have_the_same_losses_live_and_cached(tmp_path: Path, checkpointed: bool) -> None:
     live, _ = trained("live", "", checkpointed=checkpointed)
     first, calls = trained("cached", str(tmp_path), checkpointed=checkpointed)

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from (the latest that every rank finds complete), and its weights."""
+"""Checkpoints: which one a run goes on from (the latest that every rank finds complete), its weights, and the disk."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def _check(variable: str, given: str, usual: Sequence[str], file: str, name: str
 def names_of(file: str, name: str) -> tuple[str, ...]:
     """The values of a class of constants, or the keys of a dict, at the top of one of transformers' files.
 
-    None where the installed version has it elsewhere: then the trainer, which has it imported, says what is wrong.
+    Empty where the installed version has it elsewhere: then the trainer, which has it imported, says what is wrong.
     """
     package = importlib.util.find_spec("transformers")
     if package is None or package.origin is None:
