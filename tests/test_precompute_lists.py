@@ -212,6 +212,7 @@ def test_the_break_even_is_bytes_over_the_encoders_time() -> None:
         "H100: the cache pays where each such device reads more than 308 MB/s from it; below that, reading is slower "
         "than computing"
     )
+    assert "1 feature is 2.0 TiB" in pays_sentence(33_900_000, 2 * 2**40, "1 feature", 0.11, "NVIDIA H100")
 
 
 @pytest.mark.parametrize("dry", [True, False])

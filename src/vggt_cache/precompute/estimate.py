@@ -191,8 +191,9 @@ def break_even(need: DiskNeed, pending: Sequence[int], encoder: BatchEncoder) ->
 
 def pays_sentence(size: int, total: float, features: str, seconds: float, device: str) -> str:
     """`size` in bytes is what a sample reads, and what the encoder takes `seconds` for."""
+    verb = "is" if features.startswith("1 ") else "are"
     return (
-        f"A sample reads {megabytes(size)}, {features} are {bytes_text(total)}, and the encoder takes "
+        f"A sample reads {megabytes(size)}, {features} {verb} {bytes_text(total)}, and the encoder takes "
         f"{1000 * seconds:.1f} ms for a sample on {device}: the cache pays where each such device reads more than "
         f"{megabytes(size / max(seconds, 1e-9))}/s from it; below that, reading is slower than computing"
     )
