@@ -6,8 +6,8 @@ it without a traceback and exits with `exit_code`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 
 class VggtCacheError(Exception):
@@ -134,10 +134,24 @@ class DiskSpaceError(StoreError):
     exit_code = 2
 
 
+def require_one_of(name: str, value: object, allowed: Collection[object]) -> None:
+    """Raises SettingsError."""
+    if value not in allowed:
+        raise SettingsError(
+            f"{name} is {value!r}, which is not one of {', '.join(map(str, allowed))}: choose one of these"
+        )
+
+
+def os_errors_as(kind: type[VggtCacheError], fault: str, rest: str) -> AbstractContextManager[None]:
+    """As `errors_as`, of what the operating system refuses."""
+    return errors_as(kind, fault, rest, OSError)
+
+
 @contextmanager
-def os_errors_as(kind: type[VggtCacheError], fault: str, rest: str) -> Iterator[None]:
-    """Raise an OSError as `kind` instead: the fault, the system's reason in brackets, and the rest of the sentence."""
+def errors_as(kind: type[VggtCacheError], fault: str, rest: str, *caught: type[Exception]) -> Iterator[None]:
+    """Raise what is `caught` as `kind` instead: the fault, the reason in brackets, and the rest of the sentence."""
     try:
         yield
-    except OSError as error:
-        raise kind(f"{fault} ({error.strerror or error}){rest}") from error
+    except caught as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        raise kind(f"{fault} ({reason}){rest}") from error

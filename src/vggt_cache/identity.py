@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from vggt_cache.context import CONTEXTS as CONTEXTS
 from vggt_cache.context import ContextRule
-from vggt_cache.errors import FrameError, SettingsError, SpecMismatchError
+from vggt_cache.errors import FrameError, SettingsError, SpecMismatchError, require_one_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,13 +44,6 @@ SPECIAL_TOKENS = 5
 """In front of a frame's patches: the camera token, then four registers."""
 KEY_BYTES = 16
 DIGEST_BYTES = 32
-
-
-def _one_of(name: str, value: object, allowed: Sequence[object]) -> None:
-    if value not in allowed:
-        raise SettingsError(
-            f"{name} is {value!r}, which is not one of {', '.join(map(str, allowed))}: choose one of these"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +71,9 @@ class Preprocessing:
             raise SettingsError(
                 f"image_size is {size}, over the limit of 4096: use 518 (VGGT) or 644 (JanusVLN)"
             )
-        _one_of("resize_mode", self.resize_mode, RESIZE_MODES)
-        _one_of("alpha", self.alpha, ALPHA_MODES)
-        _one_of("resampling", self.resampling, ("bicubic",))
+        require_one_of("resize_mode", self.resize_mode, RESIZE_MODES)
+        require_one_of("alpha", self.alpha, ALPHA_MODES)
+        require_one_of("resampling", self.resampling, ("bicubic",))
 
 
 GIVEN_PIXELS = Preprocessing(image_size=0, resize_mode=GIVEN, alpha=GIVEN, resampling=GIVEN)
@@ -112,7 +105,7 @@ class EncoderSpec:
                 raise SettingsError(
                     f"{name} is {value!r}, which is not a whole number above 0: the encoder's description is damaged"
                 )
-        _one_of("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+        require_one_of("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
         if not 0 <= self.layer < self.depth:
             raise SettingsError(
                 f"layer is {self.layer}, but the encoder has outputs 0 to {self.depth - 1}: choose one of these"
@@ -144,9 +137,9 @@ class FeatureSpec:
     computation_version: int = COMPUTATION_VERSION
 
     def __post_init__(self) -> None:
-        _one_of("context", self.context, tuple(CONTEXTS))
-        _one_of("feature_dtype", self.feature_dtype, FEATURE_DTYPES)
-        _one_of("tokens", self.tokens, TOKENS)
+        require_one_of("context", self.context, CONTEXTS)
+        require_one_of("feature_dtype", self.feature_dtype, FEATURE_DTYPES)
+        require_one_of("tokens", self.tokens, TOKENS)
         ascending = all(type(layer) is int and layer >= 0 for layer in self.layers) and (
             list(self.layers) == sorted(set(self.layers))
         )

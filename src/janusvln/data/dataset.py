@@ -17,7 +17,7 @@ from janusvln.data.dialogue import UnfitSampleError, check_dialogue, read_dialog
 from janusvln.data.images import QwenPixels, load_frames, request_feature
 from janusvln.data.tokens import ChatEncoder, RopePositions
 from vggt_cache import samples
-from vggt_cache.errors import DataError, SettingsError, VggtCacheError
+from vggt_cache.errors import DataError, SettingsError, VggtCacheError, errors_as
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.samples import Sample, SampleIndex, Sources
 
@@ -170,13 +170,12 @@ def check_history(sample: Sample, limit: int) -> None:
 
 
 def _config(model_dir: str) -> Any:
-    try:
+    fault, remedy = (
+        f"{model_dir} has no config.json that can be read",
+        ": give the directory of a Qwen2.5-VL model",
+    )
+    with errors_as(SettingsError, fault, remedy, OSError, ValueError):
         config = AutoConfig.from_pretrained(model_dir)
-    except (OSError, ValueError) as error:
-        raise SettingsError(
-            f"{model_dir} has no config.json that can be read ({' '.join(str(error).split())[:200]}): give the "
-            "directory of a Qwen2.5-VL model"
-        ) from error
     if getattr(config, "vision_config", None) is None or getattr(config, "image_token_id", None) is None:
         raise SettingsError(f"{model_dir} holds a {config.model_type} and no Qwen2.5-VL model: give one")
     if quantised := getattr(config, "quantization_config", None):

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from janusvln.data.dialogue import UnfitSampleError
-from vggt_cache.errors import FrameError, SettingsError
+from vggt_cache.errors import FrameError, SettingsError, errors_as
 from vggt_cache.frames import decode_frame
 from vggt_cache.identity import (
     PATCH_SIZE,
@@ -151,15 +151,12 @@ class QwenPixels:
 
         Raises SettingsError for a directory without them, another patch size, or limits that contradict each other.
         """
-        try:
+        fault = f"{model_dir} has no preprocessor_config.json that can be read"
+        remedy = ": give the directory of a Qwen2.5-VL model"
+        with errors_as(SettingsError, fault, remedy, OSError, ValueError):
             # By name, and not by AutoImageProcessor: that takes torchvision's where it is installed, whose values may
             # be rounded otherwise, and older versions of transformers refuse to go without.
             processor: Any = Qwen2VLImageProcessorPil.from_pretrained(model_dir)
-        except (OSError, ValueError) as error:
-            raise SettingsError(
-                f"{model_dir} has no preprocessor_config.json that can be read ({' '.join(str(error).split())[:200]}): "
-                "give the directory of a Qwen2.5-VL model"
-            ) from error
         if processor.patch_size != PATCH_SIZE:
             raise SettingsError(
                 f"the model's processor works on patches of {processor.patch_size} pixels, VGGT on {PATCH_SIZE}: their "

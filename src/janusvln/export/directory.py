@@ -6,14 +6,14 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from janusvln.export.layout import differences, processor_files, published_config, published_name
+from janusvln.export.layout import as_json, differences, processor_files, published_config, published_name
 from janusvln.features.trained import encoder_of, features_of
 from janusvln.model import checkpoints
 from janusvln.model.checkpoints import ModelCheckpoint
@@ -177,7 +177,3 @@ def appearing(target: Path, needed_bytes: int) -> Iterator[Path]:
                 target, f"cannot be written ({error.strerror or error}): check the disk and its permissions"
             ) from error
         raise
-
-
-def as_json(fields: Mapping[str, Any]) -> str:
-    return json.dumps(fields, indent=2) + "\n"

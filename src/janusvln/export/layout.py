@@ -12,7 +12,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from janusvln.model.checkpoints import RELEASED_FEATURES
 from janusvln.model.config import OWN_FIELDS, JanusVLNConfig
 from vggt_cache.encoder.files import read_json
-from vggt_cache.errors import CheckpointError
+from vggt_cache.errors import CheckpointError, errors_as
 
 TEXT_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -99,9 +99,9 @@ def processor_files(directory: Path) -> dict[str, str]:
             "Qwen2.5-VL that this model was trained from"
         )
     settings = read_json(directory / "tokenizer_config.json")
-    files["tokenizer_config.json"] = _as_json(_tokenizer_settings(settings))
-    files["chat_template.json"] = _as_json({"chat_template": _chat_template(directory, settings)})
-    files["preprocessor_config.json"] = _as_json(_image_settings(directory))
+    files["tokenizer_config.json"] = as_json(_tokenizer_settings(settings))
+    files["chat_template.json"] = as_json({"chat_template": _chat_template(directory, settings)})
+    files["preprocessor_config.json"] = as_json(_image_settings(directory))
     if (generation := _text(directory / "generation_config.json")) is not None:
         files["generation_config.json"] = generation
     return files
@@ -153,13 +153,10 @@ def _image_settings(directory: Path) -> dict[str, Any]:
 
 
 def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): copy or make it again") from error
+    fault, remedy = f"{path} cannot be read", ": copy or make it again"
+    with errors_as(CheckpointError, fault, remedy, OSError, ValueError):
+        return path.read_text(encoding="utf-8") if path.exists() else None
 
 
-def _as_json(fields: Mapping[str, Any]) -> str:
+def as_json(fields: Mapping[str, Any]) -> str:
     return json.dumps(fields, indent=2, ensure_ascii=False) + "\n"

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from janusvln.export.directory import appearing, as_json, new_directory
+from janusvln.export.directory import appearing, new_directory
+from janusvln.export.layout import as_json
 from janusvln.model import checkpoints, lora
 from janusvln.model.checkpoints import ADAPTER_CONFIG, LEFT_OUT, name_in_model
 from janusvln.model.config import JanusVLNConfig

@@ -21,7 +21,7 @@ from janusvln.model.attention import attention_implementation
 from janusvln.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenerationForJanusVLN as JanusVLN
 from janusvln.model.streaming import StreamingFeatures
 from vggt_cache.encoder import Encoder
-from vggt_cache.errors import FrameError, SettingsError
+from vggt_cache.errors import FrameError, SettingsError, errors_as
 from vggt_cache.identity import Preprocessing
 from vggt_cache.precompute.settings import choose_compute_dtype, choose_device
 
@@ -99,13 +99,11 @@ class Navigator:
         spec = features_of(model, config.feature_spec)
         vggt = encoder_of(model, spec, vggt_model_path)
         pixels = QwenPixels(str(found.directory))
-        try:
+        remedy = ": copy its files from the Qwen2.5-VL that the model was trained from"
+        with errors_as(
+            SettingsError, f"{model} has no tokenizer that can be read", remedy, OSError, ValueError
+        ):
             tokenizer = AutoTokenizer.from_pretrained(found.directory)
-        except (OSError, ValueError) as error:
-            raise SettingsError(
-                f"{model} has no tokenizer that can be read ({' '.join(str(error).split())[:200]}): copy its files "
-                "from the Qwen2.5-VL that the model was trained from"
-            ) from error
         compute_dtype = spec.get("compute_dtype") or choose_compute_dtype("auto", chosen)
         encoder = vggt.load(device=chosen, compute_dtype=compute_dtype)
         loaded = JanusVLN.from_pretrained(

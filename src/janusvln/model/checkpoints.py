@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 from janusvln.model.config import OWN_FIELDS, JanusVLNConfig, as_janusvln_config
 from vggt_cache.encoder.files import CONFIG, INDEX, WEIGHTS, TensorFile, find_files, read_json
 from vggt_cache.environment import rank_of
-from vggt_cache.errors import CheckpointError
+from vggt_cache.errors import CheckpointError, os_errors_as
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -79,13 +79,9 @@ def open_checkpoint(location: str | os.PathLike[str], **hub: Any) -> ModelCheckp
             f"{location} holds LoRA adapters and no whole model: make one of both with python -m janusvln.export.merge "
             f"{location} OUT, and give OUT"
         )
-    try:
-        fields = read_json(directory / CONFIG)
-        stored = _stored_shapes(directory)
-    except OSError as error:
-        raise CheckpointError(
-            f"{location} cannot be read ({error.strerror or error}): check the path and its permissions"
-        ) from error
+    remedy = ": check the path and its permissions"
+    with os_errors_as(CheckpointError, f"{location} cannot be read", remedy):
+        fields, stored = read_json(directory / CONFIG), _stored_shapes(directory)
     return ModelCheckpoint(
         location=os.fspath(location),
         directory=directory,

@@ -14,7 +14,7 @@ import numpy as np
 
 from janusvln.inference.episode import Frame
 from janusvln.serve.desk import Desk, RequestError
-from vggt_cache.errors import SettingsError, VggtCacheError
+from vggt_cache.errors import SettingsError, VggtCacheError, errors_as
 from vggt_cache.frames import MAX_FILE_BYTES
 
 MAX_JSON_BYTES = 64 * 1024
@@ -34,12 +34,12 @@ class NavigationServer(ThreadingHTTPServer):
 
     def __init__(self, host: str, port: int) -> None:
         """Takes the address at once: loading a model for one that is taken would be in vain. Raises SettingsError."""
-        try:
+        fault, remedy = (
+            f"--host {host} --port {port} cannot be listened on",
+            ": give another port, or 0 for any",
+        )
+        with errors_as(SettingsError, fault, remedy, OSError, OverflowError):
             super().__init__((host, port), _Handler)
-        except (OSError, OverflowError) as error:
-            raise SettingsError(
-                f"--host {host} --port {port} cannot be listened on ({error}): give another port, or 0 for any"
-            ) from error
 
     def serve(self, desk: Desk, about: dict[str, Any]) -> None:
         """Until `shutdown`, or a signal. about: what `GET /` answers, beside the limits."""

@@ -43,7 +43,7 @@ from janusvln.train.stop import EXIT_CODES, StopCallback, StopRequest
 from janusvln.train.trainer import EpochCallback, FeatureTrainer, freeze
 from janusvln.train.workers import check_shared_memory, lost_workers_told
 from vggt_cache.delivery import ReadAhead
-from vggt_cache.errors import DataError, SettingsError, VggtCacheError
+from vggt_cache.errors import DataError, SettingsError, VggtCacheError, errors_as
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.output import print_line
 from vggt_cache.samples import Problem, Sources
@@ -203,15 +203,12 @@ class TrainingRun:
         return find_directory(self.model_path, cache_dir=self.training.cache_dir)
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        try:
+        fault = f"--model_name_or_path {self.model_path} has no tokenizer that can be read"
+        remedy = ": give the whole directory of a Qwen2.5-VL or JanusVLN model"
+        with errors_as(SettingsError, fault, remedy, OSError, ValueError):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 self.model_dir, padding_side="right", model_max_length=self.data.model_max_length
             )
-        except (OSError, ValueError) as error:
-            raise SettingsError(
-                f"--model_name_or_path {self.model_path} has no tokenizer that can be read "
-                f"({' '.join(str(error).split())[:200]}): give the whole directory of a Qwen2.5-VL or JanusVLN model"
-            ) from error
         return tokenizer
 
     # ------------------------------------------------------------ model
@@ -219,7 +216,10 @@ class TrainingRun:
     def _model(self, spec: FeatureSpec) -> _Model:
         arguments = self.model_arguments
         attention = arguments.attn_implementation or attention_implementation()
-        try:
+        fault = (
+            f"--model_name_or_path {self.model_path} cannot be loaded with --attn_implementation {attention}"
+        )
+        with errors_as(SettingsError, fault, ": give another one, or leave it out", ImportError, ValueError):
             model: _Model = _Model.from_pretrained(
                 str(self.model_dir),
                 attn_implementation=attention,
@@ -230,11 +230,6 @@ class TrainingRun:
                 distill_loss_weight=arguments.distill_loss_weight,
                 **({} if arguments.lam is None else {"lam": arguments.lam}),
             )
-        except (ImportError, ValueError) as error:
-            raise SettingsError(
-                f"--model_name_or_path {self.model_path} cannot be loaded with --attn_implementation {attention} "
-                f"({' '.join(str(error).split())[:200]}): give another one, or leave it out"
-            ) from error
         self._warn(check_trained_with(model.config.feature_spec, spec, self.model_path))
         model.config.feature_spec = summary(spec)
         model.config.use_cache = False

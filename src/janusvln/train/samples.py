@@ -20,7 +20,7 @@ from janusvln.data.check import SampleCheck
 from janusvln.data.dataset import NavigationDataset, sentence_of
 from janusvln.features.coverage import READING_S, Coverage, measure_coverage
 from janusvln.train.ranks import Ranks
-from vggt_cache.errors import DataError
+from vggt_cache.errors import DataError, errors_as, os_errors_as
 from vggt_cache.output import json_line
 from vggt_cache.precompute.report import standing_failures
 from vggt_cache.samples import Problem, Sources, iter_samples
@@ -208,32 +208,25 @@ class _Desk:
         entries = (
             {"number": at, "sample": self._place(at), "reason": reason} for at, reason in unfit.items()
         )
-        try:
+        remedy = (
+            ", and it is to say which samples the run leaves out: give an --output_dir that can be written to"
+        )
+        with os_errors_as(DataError, f"{path} cannot be written", remedy):
             path.unlink(missing_ok=True)
             if unfit:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 new = path.with_suffix(".tmp")  # whoever is killed here leaves no half of a list
                 new.write_bytes(b"".join(map(json_line, entries)))
                 new.replace(path)
-        except OSError as error:
-            raise DataError(
-                f"{path} cannot be written ({error.strerror}), and it is to say which samples the run leaves out: give "
-                "an --output_dir that can be written to"
-            ) from error
 
 
 def listed_samples(output_dir: str) -> list[int]:
     """The numbers of the samples that the run of this directory left out when it began. Raises DataError."""
     path = Path(output_dir) / SKIPPED_FILE
-    try:
-        return sorted(int(json.loads(line)["number"]) for line in path.read_bytes().splitlines())
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path} cannot be read ({error}), and it says which samples this run leaves out: give it back, or "
-            "start anew in an empty --output_dir"
-        ) from error
+    rest = ", and it says which samples this run leaves out: give it back, or start anew in an empty --output_dir"
+    with errors_as(DataError, f"{path} cannot be read", rest, OSError, ValueError, KeyError, TypeError):
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        return sorted(int(json.loads(line)["number"]) for line in lines)
 
 
 def skipped_text(numbers: Sequence[int]) -> str:

@@ -28,7 +28,7 @@ from janusvln.train.ranks import Ranks
 from janusvln.train.run_record import RunRecord
 from janusvln.train.stop import shielded
 from janusvln.train.workers import end_where_it_cannot_send
-from vggt_cache.errors import NotFiniteError, SettingsError
+from vggt_cache.errors import NotFiniteError, SettingsError, errors_as
 from vggt_cache.output import expect_bar
 
 Batch = dict[str, Any]
@@ -169,14 +169,11 @@ class FeatureTrainer(Trainer):
         if self.optimizer is None:
             trained: Any = self.model if model is None else model
             groups = parameter_groups(trained, self.args, set(self.get_decay_parameter_names(trained)))
-            try:
+            fault = f"--optim {getattr(self.args.optim, 'value', self.args.optim)} cannot be used here"
+            remedy = ": give adamw_torch_fused, or leave it out"
+            with errors_as(SettingsError, fault, remedy, ImportError, TypeError, ValueError):
                 optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, trained)
                 self.optimizer = optimizer_class(groups, **settings)
-            except (ImportError, TypeError, ValueError) as error:
-                raise SettingsError(
-                    f"--optim {getattr(self.args.optim, 'value', self.args.optim)} cannot be used here "
-                    f"({' '.join(str(error).split())[:200]}): give adamw_torch_fused, or leave it out"
-                ) from error
             self._group_rates = [group["lr"] for group in groups]
         return self.optimizer
 

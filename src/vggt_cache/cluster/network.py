@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
 
-from vggt_cache.errors import SettingsError, os_errors_as
+from vggt_cache.errors import SettingsError, errors_as, os_errors_as
 
 MEET_TIMEOUT_S = 600.0
 """How long nodes wait for each other, unless the environment's MEET_TIMEOUT_S says otherwise."""
@@ -95,13 +95,10 @@ def interface_names() -> list[str]:
 
 def resolve(host: str) -> str:
     """The IP address of a host name or address. Raises SettingsError where the name means nothing."""
-    try:
+    fault = f"MASTER_ADDR is '{host}', and this machine cannot find an address for it"
+    remedy = ": give the IP address of node 0, the same on every node"
+    with errors_as(SettingsError, fault, remedy, OSError, UnicodeError):
         return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
-    except (OSError, UnicodeError) as error:
-        raise SettingsError(
-            f"MASTER_ADDR is '{host}', and this machine cannot find an address for it ({error}): give the IP "
-            "address of node 0, the same on every node"
-        ) from error
 
 
 def local_address_towards(address: str) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor
 from vggt_cache.encoder.config import VIT_SIZES, EncoderConfig
 from vggt_cache.encoder.files import CONFIG, DTYPES, Entry, TensorFile, find_directory, find_files, read_json
 from vggt_cache.encoder.model import Encoder
-from vggt_cache.errors import CheckpointError, SettingsError
+from vggt_cache.errors import CheckpointError, SettingsError, os_errors_as
 from vggt_cache.identity import EncoderSpec
 
 VGGT_PREFIX = "aggregator."
@@ -71,12 +71,9 @@ class Checkpoint:
         CheckpointError when the checkpoint is absent, only there as a pickle, damaged, or not exactly
         the aggregator that its configuration describes; SettingsError when it has no such layer.
         """
-        try:
+        remedy = ": check the path and its permissions"
+        with os_errors_as(CheckpointError, f"{location} cannot be read", remedy):
             config, places = _checked_weights(find_directory(location))
-        except OSError as error:
-            raise CheckpointError(
-                f"{location} cannot be read ({error.strerror or error}): check the path and its permissions"
-            ) from error
         return cls(location, config, config.absolute_layers(layer), places)
 
     def weights_digest(self) -> str:

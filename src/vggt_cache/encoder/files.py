@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vggt_cache.errors import CheckpointError
+from vggt_cache.errors import CheckpointError, errors_as, os_errors_as
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -74,17 +74,14 @@ def find_files(directory: Path) -> dict[Path, frozenset[str] | None]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises CheckpointError."""
-    try:
+    fault, remedy = f"{path} cannot be read as JSON", ": download or copy it again"
+    with errors_as(CheckpointError, fault, remedy, OSError, ValueError, RecursionError):
         if path.stat().st_size > _MAX_JSON_BYTES:
             raise ValueError(f"it is over {_MAX_JSON_BYTES >> 20} MiB")
         value = json.loads(path.read_bytes())
         if not isinstance(value, dict):
             raise ValueError("it is not a JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as JSON ({error}): download or copy it again"
-        ) from error
-    return value
+        return value
 
 
 def _why_no_pickle(name: str) -> str:
@@ -185,17 +182,14 @@ class TensorFile:
 
     @contextmanager
     def _named_errors(self) -> Iterator[None]:
-        try:
+        fault = f"{self.path} is not a complete safetensors file"
+        meaning = ": it is truncated, damaged or of another format; download or copy it again"
+        remedy = ": check the file and its permissions"
+        with (
+            errors_as(CheckpointError, fault, meaning, ValueError, TypeError, KeyError, RecursionError),
+            os_errors_as(CheckpointError, f"{self.path} cannot be read", remedy),
+        ):
             yield
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.path} cannot be read ({error.strerror or error}): check the file and its permissions"
-            ) from error
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise CheckpointError(
-                f"{self.path} is not a complete safetensors file ({error}): it is truncated, damaged or of another "
-                "format; download or copy it again"
-            ) from error
 
 
 def _parse_header(path: Path, file: FileIO) -> dict[str, Entry]:

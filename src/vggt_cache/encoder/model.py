@@ -22,7 +22,7 @@ from vggt_cache.encoder.blocks import Block, Grid, PatchTower, rope_table
 from vggt_cache.encoder.config import EncoderConfig
 from vggt_cache.encoder.history import History, pick
 from vggt_cache.encoder.numerics import own_numerics
-from vggt_cache.errors import FrameError, SettingsError
+from vggt_cache.errors import FrameError, require_one_of
 from vggt_cache.identity import SPECIAL_TOKENS, TOKENS, check_grid, check_pool
 
 AGGREGATOR_EPS = 1e-5
@@ -51,11 +51,8 @@ class Encoder(nn.Module):
         compute_dtype: str = "float32",
     ) -> None:
         super().__init__()
-        for name, value, known in (("compute_dtype", compute_dtype, _DTYPES), ("tokens", tokens, TOKENS)):
-            if value not in known:
-                raise SettingsError(
-                    f"{name} is {value!r}, which is not one of {', '.join(known)}: choose one of these"
-                )
+        require_one_of("compute_dtype", compute_dtype, _DTYPES)
+        require_one_of("tokens", tokens, TOKENS)
         check_pool(tokens, pool)
         self.config = config
         self.layers = config.absolute_layers(layer)

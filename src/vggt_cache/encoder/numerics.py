@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vggt_cache.errors import SettingsError
+from vggt_cache.errors import require_one_of
 
 ATTENTION = "VGGT_CACHE_SDPA"
 """Environment variable: which attention CUDA uses, `auto` (default), `flash` or `cudnn`."""
@@ -49,10 +49,7 @@ def _attention(shape: tuple[int, ...]) -> AbstractContextManager[Any]:
     than what was lost without one: with any shapes, the total is at most twice that of the better way.
     """
     wanted = os.environ.get(ATTENTION, "auto")
-    if wanted not in ("auto", "flash", "cudnn"):
-        raise SettingsError(
-            f"{ATTENTION} is {wanted!r}, which is not one of auto, flash, cudnn: choose one of these"
-        )
+    require_one_of(ATTENTION, wanted, ("auto", "flash", "cudnn"))
     _steps[shape] += 1
     if wanted == "flash" or (wanted == "auto" and _steps[shape] <= PLAN_AFTER):
         return sdpa_kernel(_PLAN_FREE)

@@ -19,7 +19,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-from vggt_cache.errors import DataError, SmallFileError
+from vggt_cache.errors import DataError, SmallFileError, errors_as
 from vggt_cache.samples.sample import Problem, Sample
 from vggt_cache.samples.sources import EPISODE_FILE
 from vggt_cache.small_files import read_text
@@ -160,11 +160,11 @@ def _text(record: dict[str, Any], field: str, path: str) -> str | None:
 
 def _read_object(path: str) -> dict[str, Any]:
     try:
-        record = json.loads(read_text(path, _MAX_TEXT_BYTES))
+        text = read_text(path, _MAX_TEXT_BYTES)
     except SmallFileError as error:
         raise DataError(str(error)) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not valid JSON ({error}): correct it") from error
+    with errors_as(DataError, f"{path} is not valid JSON", ": correct it", ValueError, RecursionError):
+        record = json.loads(text)
     if not isinstance(record, dict):
         raise DataError(f"{path} holds no JSON object: correct it")
     return record

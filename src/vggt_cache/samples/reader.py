@@ -19,7 +19,7 @@ from functools import lru_cache
 
 import xxhash
 
-from vggt_cache.errors import DataError, FileKindError
+from vggt_cache.errors import DataError, FileKindError, errors_as
 from vggt_cache.samples.annotations import Entry, iter_entries, parse_record
 from vggt_cache.samples.episodes import list_steps, step_sample
 from vggt_cache.samples.paths import map_in_order, tidy
@@ -234,7 +234,8 @@ def _size_and_time(state: tuple[int, ...] | None) -> tuple[int, ...] | None:
 
 
 def _read_again(path: str, state: tuple[int, ...] | None, offset: int, length: int) -> bytes:
-    try:
+    fault, remedy = f"{path} cannot be read any more", ": check its mode and its mount"
+    with errors_as(DataError, fault, remedy, OSError, FileKindError):
         descriptor = open_plain(path)
         try:
             if _size_and_time(state_of(os.fstat(descriptor))) != state:
@@ -242,10 +243,6 @@ def _read_again(path: str, state: tuple[int, ...] | None, offset: int, length: i
             data = os.pread(descriptor, length, offset)
         finally:
             os.close(descriptor)
-    except (OSError, FileKindError) as error:
-        raise DataError(
-            f"{path} cannot be read any more ({getattr(error, 'strerror', '') or error}): check its mode and its mount"
-        ) from error
     if len(data) != length:
         raise _changed(path, "it is shorter")
     return data

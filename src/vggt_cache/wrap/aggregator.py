@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from vggt_cache.codec.quantise import as_stored
-from vggt_cache.errors import CacheNotFoundError, NotACacheError, SettingsError, SpecMismatchError
+from vggt_cache.errors import (
+    CacheNotFoundError,
+    NotACacheError,
+    SettingsError,
+    SpecMismatchError,
+    require_one_of,
+)
 from vggt_cache.identity import GIVEN_PIXELS, SPECIAL_TOKENS, FeatureSpec
 from vggt_cache.pixel_cache import PixelCache
 from vggt_cache.pixels import as_levels
@@ -26,7 +32,7 @@ from vggt_cache.wrap.cached_module import CachedModule
 from vggt_cache.wrap.frames_seen import FramesSeen, LazyPair
 from vggt_cache.wrap.module import ModuleInPlace
 from vggt_cache.wrap.outputs import LazyOutputs, Outputs, as_outputs
-from vggt_cache.wrap.shelf import Shelf, check_miss, warn
+from vggt_cache.wrap.shelf import MISS, Shelf, warn
 from vggt_cache.wrap.weights import ModuleWeights, call_names
 
 _MOST_TOGETHER = 32
@@ -74,7 +80,8 @@ class CachedAggregator(ModuleInPlace):
         offload: bool = False,
         threads: int = 4,
     ) -> None:
-        check_miss(miss)
+        require_one_of("miss", miss, MISS)
+        require_one_of("producer", producer, ("encoder", "module"))
         super().__init__(module, offload=offload)
         self._own: CachedModule | None = None
         if producer == "module":
@@ -87,10 +94,6 @@ class CachedAggregator(ModuleInPlace):
             several = [layers] if isinstance(layers, int) else list(layers)
             self._layers, self._depth = tuple(sorted({range(depth)[layer] for layer in several})), depth
             self._own = CachedModule(_Kept(module, self._layers), cache_dir, miss=miss, threads=threads)
-        elif producer != "encoder":
-            raise SettingsError(
-                f"producer is {producer!r}, which is not one of encoder, module: choose one of these"
-            )
         else:
             self._weights = ModuleWeights(module, layers)
             self._layers, self._depth = self._weights.layers, self._weights.config.depth

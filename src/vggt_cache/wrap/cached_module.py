@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vggt_cache.call_spec import CallSpec
-from vggt_cache.errors import SettingsError
+from vggt_cache.errors import SettingsError, errors_as, require_one_of
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.pixel_cache import PixelCache
 from vggt_cache.place import absolute
@@ -37,7 +37,7 @@ from vggt_cache.wrap.calls import (
     with_leaves,
 )
 from vggt_cache.wrap.module import ModuleInPlace
-from vggt_cache.wrap.shelf import Shelf, check_miss
+from vggt_cache.wrap.shelf import MISS, Shelf
 
 _CPU = torch.device("cpu")
 _SAME = 1e-2
@@ -70,7 +70,7 @@ class CachedModule(ModuleInPlace):
         offload: bool = False,
         threads: int = 4,
     ) -> None:
-        check_miss(miss)
+        require_one_of("miss", miss, MISS)
         super().__init__(module, offload=offload)
         self._cache_dir, self._batch, self._miss, self._threads = (
             absolute(cache_dir),
@@ -271,13 +271,10 @@ def _source(module: nn.Module) -> str:
     for home in dict.fromkeys(kind.__module__ for kind in _kinds(module)):
         package = sys.modules.get(home.partition(".")[0])
         hasher.update(json.dumps([home, str(getattr(package, "__version__", ""))]).encode())
-        try:
+        fault = f"the source of {home}, of which the module is made, cannot be read"
+        remedy = ": define the module in a file, so that a change of it makes other features"
+        with errors_as(SettingsError, fault, remedy, OSError, TypeError, KeyError):
             hasher.update(inspect.getsource(sys.modules[home]).encode())
-        except (OSError, TypeError, KeyError) as error:
-            raise SettingsError(
-                f"the source of {home}, of which the module is made, cannot be read ({error}): define the module in a "
-                "file, so that a change of it makes other features"
-            ) from error
     return hasher.hexdigest()
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vggt_cache.call_spec import ROW_BYTES
-from vggt_cache.errors import CorruptRecordError, SettingsError
+from vggt_cache.errors import CorruptRecordError, SettingsError, errors_as
 from vggt_cache.store.tensors import bytes_of
 
 _ALIGNMENT = 64
@@ -142,7 +142,9 @@ def to_record(form: Any, leaves: Sequence[Tensor]) -> Tensor:
 def from_record(record: Tensor, device: torch.device) -> tuple[Any, Leaves]:
     """Form and tensors, on `device`, of the record's own memory. Raises CorruptRecordError."""
     flat = record.reshape(-1)
-    try:
+    fault = "a stored output of a module cannot be understood"
+    meaning = ": it was written by another version of this project; use another cache directory"
+    with errors_as(CorruptRecordError, fault, meaning, ValueError, TypeError, KeyError, RuntimeError):
         length = int.from_bytes(bytes(flat[:4].tolist()), "little")
         text = json.loads(flat[4 : 4 + length].numpy().tobytes())
         begins, end = _places(4 + length, text["tensors"])
@@ -153,11 +155,6 @@ def from_record(record: Tensor, device: torch.device) -> tuple[Any, Leaves]:
             for begin, (dtype, shape) in zip(begins, text["tensors"], strict=True)
         ]
         return text["form"], [leaf.to(device) for leaf in leaves]
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise CorruptRecordError(
-            f"a stored output of a module cannot be understood ({error}): it was written by another version of this "
-            "project; use another cache directory"
-        ) from error
 
 
 def _places(begin: int, kinds: Sequence[Any]) -> tuple[list[int], int]:

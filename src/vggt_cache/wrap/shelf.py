@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vggt_cache.delivery import ReadAhead, with_retries
-from vggt_cache.errors import MissingFeatureError, OutOfMemoryError, SettingsError, StoreError
+from vggt_cache.errors import MissingFeatureError, OutOfMemoryError, StoreError
 from vggt_cache.pixel_cache import PixelCache
 
 MISS = ("fill", "encode", "error")
@@ -29,12 +29,6 @@ _LOOKING_SHARE = 0.05
 """At most so much of the time goes into looking for what others have committed: at first every list is missing."""
 Compute = Callable[[Sequence[int]], Sequence[Tensor]]
 """The features, on the device in the dtype of storage, of those of the wanted at these positions."""
-
-
-def check_miss(miss: str) -> None:
-    """Raises SettingsError."""
-    if miss not in MISS:
-        raise SettingsError(f"miss is {miss!r}, which is not one of {', '.join(MISS)}: choose one of these")
 
 
 class Shelf:

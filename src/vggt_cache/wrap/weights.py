@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vggt_cache.encoder.checkpoint import WeightsDigest, config_of_shapes, expected_shapes, on_meta
 from vggt_cache.encoder.config import EncoderConfig
 from vggt_cache.encoder.model import Encoder
-from vggt_cache.errors import CheckpointError, SettingsError
+from vggt_cache.errors import CheckpointError, SettingsError, errors_as
 from vggt_cache.identity import EncoderSpec
 
 _LARGEST_DIFFERENCE = 0.02
@@ -172,13 +172,14 @@ def _gathered(module: nn.Module) -> Tensors:
 
 
 def _config(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> EncoderConfig:
-    try:
+    fault, remedy = (
+        f"{type(module).__name__} has not the weights of VGGT's aggregator",
+        ": give the module that is called with images, such as model.vggt.aggregator; for other encoders use "
+        "CachedModule",
+    )
+    unknown = LookupError, ValueError, ArithmeticError, CheckpointError
+    with errors_as(CheckpointError, fault, remedy, *unknown):
         config = config_of_shapes(shapes)
-    except (LookupError, ValueError, ArithmeticError, CheckpointError) as error:
-        raise CheckpointError(
-            f"{type(module).__name__} has not the weights of VGGT's aggregator ({error}): give the module that is "
-            "called with images, such as model.vggt.aggregator; for other encoders use CachedModule"
-        ) from error
     expected = expected_shapes(config)
     expected.pop("patch_embed.mask_token")
     wrong = sorted(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
