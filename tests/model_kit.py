@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from janusvln.demo.tiny_qwen import TOKEN_IDS
 from janusvln.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenerationForJanusVLN as JanusVLN
+from janusvln.model.streaming import StreamingFeatures
 
 CHANNELS = 48
 HIDDEN = 96
@@ -71,3 +72,15 @@ def places_of(input_ids: Tensor) -> list[Tensor]:
 
 def feature(grid: Grid, seed: int = 0) -> Tensor:
     return torch.randn(*grid, CHANNELS, generator=torch.Generator().manual_seed(100 + seed))
+
+
+def generate_from_frames(
+    model: Any, stream: StreamingFeatures, frames: Iterable[Tensor], **inputs: Any
+) -> Any:
+    """`model.generate(**inputs)` for one prompt, with the feature of the last of `frames`.
+
+    frames: those that `stream` has not seen yet, oldest first, each uint8 [H, W, 3]: in an episode the current one,
+    after `stream.reset()` a whole list. inputs: input_ids, pixel_values, image_grid_thw, ... of the prompt.
+    """
+    features = [stream.push(frame) for frame in frames]
+    return model.generate(spatial_features=features[-1:], **inputs)

@@ -430,7 +430,7 @@ def test_a_hub_id_is_downloaded_to_where_the_user_said(plain: Path, monkeypatch:
             raise OSError("no such repository")
         return str(plain)
 
-    monkeypatch.setattr(checkpoints, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     JanusVLN.from_pretrained("Qwen/Qwen2.5-VL-3B-Instruct", cache_dir="kept", **SIZES)
     assert asked == [("Qwen/Qwen2.5-VL-3B-Instruct", "kept", None)]
     assert "no such repository" in refusal("some/absent")

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from janusvln.demo.tiny_qwen import write_tiny_qwen
-from janusvln.model.streaming import StreamingFeatures, generate_from_frames, place_of
-from model_kit import CHANNELS, images, load, prompt, rows
+from janusvln.model.streaming import StreamingFeatures, place_of
+from model_kit import CHANNELS, generate_from_frames, images, load, prompt, rows
 from vggt_cache.encoder import Checkpoint, Encoder
 from vggt_cache.encoder.causal import encode_lists
 from vggt_cache.errors import FrameError, SettingsError

@@ -16,7 +16,6 @@ from transformers import AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from janusvln.data.images import QwenPixels
-from janusvln.model import checkpoints
 from janusvln.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenerationForJanusVLN as JanusVLN
 from janusvln.train.command import main
 from train_kit import Kit
@@ -104,7 +103,7 @@ def test_a_model_of_the_hub_is_taken_from_where_the_user_said_by_every_loader(
         asked.append((repository, cache_dir))
         return str(snapshot)
 
-    monkeypatch.setattr(checkpoints, "snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     train_from(kit, "Some/Qwen", tmp_path / "out", "--cache_dir", tmp_path / "hub")
     assert asked == [("Some/Qwen", str(tmp_path / "hub"))]
     check_usable_alone(tmp_path / "out", snapshot)

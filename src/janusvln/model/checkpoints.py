@@ -14,11 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from transformers import PreTrainedConfig
 
 from janusvln.model.config import OWN_FIELDS, JanusVLNConfig, as_janusvln_config
-from vggt_cache.encoder.files import CONFIG, INDEX, WEIGHTS, TensorFile, find_files, read_json
+from vggt_cache.encoder.files import (
+    CONFIG,
+    HUB_ID,
+    INDEX,
+    WEIGHTS,
+    TensorFile,
+    download,
+    find_files,
+    read_json,
+)
 from vggt_cache.environment import rank_of
 from vggt_cache.errors import CheckpointError, os_errors_as
 
@@ -159,20 +167,12 @@ def find_directory(location: str, **hub: Any) -> Path:
     path = Path(location).expanduser()
     if path.is_dir():
         return path
-    if path.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", location):
+    if path.exists() or not HUB_ID.fullmatch(location):
         raise CheckpointError(
             f"{location} is no directory: give the directory of a Qwen2.5-VL or JanusVLN checkpoint ({CONFIG} and "
             f"{WEIGHTS}), or a hub id such as Qwen/Qwen2.5-VL-3B-Instruct"
         )
-    try:
-        return Path(snapshot_download(location, allow_patterns=HUB_FILES, **hub))
-    # Whatever the network library of the installed version raises, it means the same to the user.
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
-        raise CheckpointError(
-            f"{location} is neither an existing directory nor could it be downloaded from the Hugging Face hub "
-            f"({type(error).__name__}: {reason}): correct the path, or check the id, the network and your login"
-        ) from error
+    return download(location, HUB_FILES, **hub)
 
 
 def copy_settings(source: Path, target: Path) -> None:

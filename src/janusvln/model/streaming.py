@@ -6,9 +6,6 @@ is not the feature of the kept frames as a list.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 from torch import Tensor
 
 from vggt_cache.encoder import Encoder, History
@@ -73,15 +70,3 @@ def place_of(number: int) -> int:
     """Where an episode's frame stands: the first 8 stay, the others go round, each in the place of the oldest."""
     ring = SEEN_FRAMES - FIRST_FRAMES
     return number if number < FIRST_FRAMES else FIRST_FRAMES + (number - FIRST_FRAMES) % ring
-
-
-def generate_from_frames(
-    model: Any, stream: StreamingFeatures, frames: Iterable[Tensor], **inputs: Any
-) -> Any:
-    """`model.generate(**inputs)` for one prompt, with the feature of the last of `frames`.
-
-    frames: those that `stream` has not seen yet, oldest first, each uint8 [H, W, 3]: in an episode the current one,
-    after `stream.reset()` a whole list. inputs: input_ids, pixel_values, image_grid_thw, ... of the prompt.
-    """
-    features = [stream.push(frame) for frame in frames]
-    return model.generate(spatial_features=features[-1:], **inputs)

@@ -180,8 +180,9 @@ class TrainingArguments(transformers.TrainingArguments):
         self.remove_unused_columns = False  # the collator needs fields that the model does not take
         self.logging_nan_inf_filter = False  # it would log a mean in place of a loss that is no number
         for name, reason in UNDONE.items():
-            if getattr(self, name, False):
-                raise SettingsError(f"--{name} {getattr(self, name)}: {reason}: leave it out")
+            value = getattr(self, name, None)
+            if value != getattr(transformers.TrainingArguments, name, None):
+                raise SettingsError(f"--{name} {value}: {reason}: leave it out")
         if self.save_strategy == "best":
             raise SettingsError(
                 f"--save_strategy best: {UNDONE['load_best_model_at_end']}: give steps or epoch"
@@ -190,25 +191,8 @@ class TrainingArguments(transformers.TrainingArguments):
         super().__post_init__()  # type: ignore[no-untyped-call]
         _check_deepspeed_values(self)
         _check_loggers(self.report_to)
-        if self.use_liger_kernel:
-            raise SettingsError(
-                "--use_liger_kernel True would replace the model's forward by plain Qwen2.5-VL's, which takes no "
-                "spatial features: leave it out"
-            )
         if self.loss_mean_over not in LOSS_MEANS:
             raise SettingsError(f"--loss_mean_over {self.loss_mean_over} is none of {', '.join(LOSS_MEANS)}")
-        sampling, smoothing = self.train_sampling_strategy, self.label_smoothing_factor
-        # Flags of transformers that would do nothing here, or undo something.
-        if sampling != "random":
-            raise SettingsError(
-                f"--train_sampling_strategy {sampling}: samples come in random order, or by length with "
-                "--group_by_modality_length True: leave it out"
-            )
-        if smoothing:
-            raise SettingsError(
-                f"--label_smoothing_factor {smoothing}: it would replace the model's own loss, with its weights of "
-                "lines and actions: leave it out"
-            )
         for name, given in (("eval_strategy", self.do_eval), ("do_predict", self.do_predict)):
             if given:
                 raise SettingsError(
@@ -244,8 +228,11 @@ UNDONE = {
     "load_best_model_at_end": "there is no evaluation data set that could say which checkpoint is the best",
     "ignore_data_skip": "a run that goes on would see the first samples of its epoch twice",
     "auto_find_batch_size": "a batch that changes within a run gives some samples twice and others never",
+    "use_liger_kernel": "it would replace the model's forward by plain Qwen2.5-VL's, which takes no spatial features",
+    "train_sampling_strategy": "samples come in random order, or by length with --group_by_modality_length True",
+    "label_smoothing_factor": "it would replace the model's own loss, with its weights of lines and actions",
 }
-"""Flags of transformers that would undo something."""
+"""Flags of transformers that would do nothing here, or undo something: they keep their defaults."""
 
 
 def _check_deepspeed_file(given: Any) -> None:

@@ -51,12 +51,12 @@ def _honoured(bucket: Bucket, folder: str) -> Iterator[Finding]:
     data = secrets.token_bytes(_SPEED_BYTES)
     began_s = time.perf_counter()
     bucket.put(f"{folder}/large", data)
-    yield _speed("write speed", time.perf_counter() - began_s, "for one writer")
+    yield trials.speed("write speed", _SPEED_BYTES, time.perf_counter() - began_s, "for one writer")
     began_s = time.perf_counter()
     whole = b"".join(bucket.get(f"{folder}/large", at, 4 << 20) for at in range(0, _SPEED_BYTES, 4 << 20))
     took_s = time.perf_counter() - began_s
     yield _verdict("part of an object", whole == data)
-    yield _speed("read speed", took_s, "for one reader")
+    yield trials.speed("read speed", _SPEED_BYTES, took_s, "for one reader")
     seconds = []
     for _ in range(_ASKED):
         began_s = time.perf_counter()
@@ -84,12 +84,6 @@ def _create_if_absent(bucket: Bucket, key: str) -> Finding:
 
 def _verdict(name: str, is_right: bool) -> Finding:
     return finding(name, "ok" if is_right else "fail", "yes" if is_right else "no")
-
-
-def _speed(name: str, took_s: float, how: str) -> Finding:
-    rate = _SPEED_BYTES / took_s
-    features = rate / trials.FEATURE_BYTES
-    return finding(name, "ok", f"{rate / 1e6:,.0f} MB/s", case="speed: known", features=features, how=how)
 
 
 def _removed(bucket: Bucket, folder: str) -> list[Finding]:

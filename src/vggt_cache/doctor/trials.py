@@ -198,7 +198,7 @@ def commit(folder: Path) -> Iterator[Finding]:
         shard = commit_shard(folder, fs, payloads)
     except CommitError as error:
         refusal = error
-    written_s = time.perf_counter() - began_s
+    written_s: float | None = time.perf_counter() - began_s
     yield from _met(fs.answers)
     (folder / "new").touch()
     mode = stat.S_IMODE((folder / "new").stat().st_mode)
@@ -206,13 +206,14 @@ def commit(folder: Path) -> Iterator[Finding]:
     if refusal and not isinstance(fs.answers.get("fsync"), str):
         yield finding("commit", "fail", "refused", error=refusal)
     is_measured = shard is not None and is_roomy
-    yield _speed("write speed", written_s if is_measured else None, "for all writers, fsync included")
+    written_s = written_s if is_measured else None
+    yield speed("write speed", THROUGHPUT_BYTES, written_s, "for all writers, fsync included")
     read_s = _read_back(folder, shard, payloads) if shard else None
     if shard and read_s is None:
         yield finding("read speed", "fail", "wrong bytes")
     else:
         how = "with their checksums (partly from memory)"
-        yield _speed("read speed", read_s if is_measured else None, how)
+        yield speed("read speed", THROUGHPUT_BYTES, read_s if is_measured else None, how)
 
 
 def _met(answers: dict[str, float | str]) -> Iterator[Finding]:
@@ -225,10 +226,10 @@ def _met(answers: dict[str, float | str]) -> Iterator[Finding]:
             yield finding(name, "ok", f"{answer * 1000:.1f} ms" if is_sync else "yes")
 
 
-def _speed(name: str, took_s: float | None, how: str) -> Finding:
+def speed(name: str, size_bytes: int, took_s: float | None, how: str) -> Finding:
     if took_s is None:
         return finding(name, "warn", "not measured", case="speed: unknown")
-    rate = THROUGHPUT_BYTES / took_s
+    rate = size_bytes / took_s
     features = rate / FEATURE_BYTES
     return finding(name, "ok", f"{rate / 1e6:,.0f} MB/s", case="speed: known", features=features, how=how)
 

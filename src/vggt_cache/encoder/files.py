@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -32,7 +32,7 @@ MAX_HEADER_BYTES = 100 << 20
 """The limit of the safetensors library."""
 _MAX_JSON_BYTES = 64 << 20
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def find_directory(location: str) -> Path:
@@ -40,8 +40,8 @@ def find_directory(location: str) -> Path:
     path = Path(location).expanduser()
     if path.is_dir():
         return path
-    if not path.exists() and _HUB_ID.fullmatch(location):
-        return _download(location)
+    if not path.exists() and HUB_ID.fullmatch(location):
+        return download(location, [CONFIG, "*.safetensors", INDEX])
     why = _why_no_pickle(path.name) if path.suffix in _PICKLES else "a checkpoint is a directory"
     problem = f"is a file: {why};" if path.exists() else "does not exist:"
     raise CheckpointError(
@@ -117,12 +117,13 @@ def _shards(directory: Path) -> dict[Path, frozenset[str] | None]:
     return {directory / file: frozenset(inside) for file, inside in sorted(names.items())}
 
 
-def _download(repository: str) -> Path:
+def download(repository: str, patterns: Sequence[str], **hub: Any) -> Path:
+    """The files of a hub's repository. `hub`: cache_dir, revision, token. Raises CheckpointError."""
     # Imported here: it takes long, and most runs name a directory.
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=[CONFIG, "*.safetensors", INDEX]))
+        return Path(snapshot_download(repository, allow_patterns=list(patterns), **hub))
     # Whatever the network library of the installed version raises, it means the same to the user.
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0][:200]
