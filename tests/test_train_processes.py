@@ -193,7 +193,7 @@ def _kill_all(launcher: subprocess.Popen[bytes]) -> None:
 
 def missing_for_rank_0(kit: Kit) -> set[str]:
     """The sources of some samples that rank 0 gets, as `order.EpochOrder` deals them out: every other one is its."""
-    from janusvln.train.trainer import EpochOrder
+    from janusvln.train.order import EpochOrder
 
     index = SampleIndex(find_sources(str(kit.data)), on_problem=print)
     dealt = list(EpochOrder(len(index), seed=42))

@@ -23,11 +23,13 @@ from janusvln.features.resolve import (
     summary,
     unfit,
 )
-from janusvln.train.arguments import MEANINGLESS, TrainingArguments, parse_arguments
+from janusvln.train.arguments import TrainingArguments, parse_arguments
 from janusvln.train.checkpoints import checkpoint_to_resume, given_checkpoint
+from janusvln.train.learning import freeze, parameter_groups, part_of
+from janusvln.train.order import EpochOrder, LengthGroupedOrder
 from janusvln.train.ranks import Ranks
 from janusvln.train.run_record import RunRecord
-from janusvln.train.trainer import EpochOrder, LengthGroupedOrder, freeze, parameter_groups, part_of
+from janusvln.train.spellings import MEANINGLESS
 from small_data import plan_of, write_dataset
 from store_kit import make_spec, write_shard
 from train_kit import small_spec

@@ -36,11 +36,12 @@ from janusvln.train.checkpoints import (
     trained_features,
     writing,
 )
+from janusvln.train.learning import freeze
 from janusvln.train.ranks import Ranks, agree_on_snapshot
 from janusvln.train.run_record import RunRecord
-from janusvln.train.samples import listed_samples, settle_samples, skipped_text
+from janusvln.train.samples import SampleDesk, listed_samples, settle_samples, skipped_text
 from janusvln.train.stop import EXIT_CODES, StopCallback, StopRequest
-from janusvln.train.trainer import EpochCallback, FeatureTrainer, freeze
+from janusvln.train.trainer import EpochCallback, FeatureTrainer
 from janusvln.train.workers import check_shared_memory, lost_workers_told
 from vggt_cache.delivery import ReadAhead
 from vggt_cache.errors import DataError, SettingsError, VggtCacheError, errors_as
@@ -174,18 +175,18 @@ class TrainingRun:
         """The samples that are trained on, and the numbers of the others; and an encoder that can be had, where
         features are missing."""
         miss = self.features.vggt_cache_miss
-        settled = settle_samples(
-            dataset,
-            sources,
-            cache,
-            self.ranks,
+        desk = SampleDesk(
+            dataset=dataset,
             problems=problems,
-            skip=self.data.bad_samples == "skip",
+            sources=sources,
+            cache=cache,
             miss=miss,
+            skip=self.data.bad_samples == "skip",
             output_dir=self.output_dir,
             resumed=resumed,
             say=self._say,
         )
+        settled = settle_samples(desk, self.ranks)
         if miss != "error" and (settled.missing or settled.unknown):
             try:
                 encoder.check()

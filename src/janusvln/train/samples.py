@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from janusvln.data.check import SampleCheck
 from janusvln.data.dataset import NavigationDataset, sentence_of
@@ -34,11 +35,10 @@ Say = Callable[[str, str], None]
 """A sentence, and its level."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settled:
+class Settled(NamedTuple):
     """What rank 0 has found."""
 
-    skipped: tuple[int, ...]
+    skipped: Sequence[int]
     """Numbers of samples that are left out."""
     missing: int
     """Features that are known not to be in the cache."""
@@ -46,54 +46,40 @@ class Settled:
     """Features of which that is not known."""
 
 
-def settle_samples(
-    dataset: NavigationDataset,
-    sources: Sources,
-    cache: FeatureCache | None,
-    ranks: Ranks,
-    *,
-    problems: Sequence[Problem],
-    skip: bool,
-    miss: str,
-    output_dir: str,
-    resumed: bool,
-    say: Say,
-) -> Settled:
-    """The same on every rank. Raises DataError where the run cannot come to its end.
-
-    `dataset`: of all samples that could be read; `problems`: the others.
-    """
-    answer = ""
-    if ranks.rank == 0:
-        desk = _Desk(dataset, sources, cache, say, skip=skip)
-        kept_out = listed_samples(output_dir) if resumed else []
-        desk.look(kept_out)
-        skipped = desk.settle(Path(output_dir), problems, kept_out, resumed=resumed)
-        desk.tell_absent(miss)
-        found = desk.coverage
-        answer = json.dumps([skipped, found.missing, found.unknown])
-    skipped, missing, unknown = json.loads(ranks.exchange("settled samples", answer)[0])
-    return Settled(skipped=tuple(skipped), missing=missing, unknown=unknown)
+def settle_samples(desk: SampleDesk, ranks: Ranks) -> Settled:
+    """The same on every rank. Raises DataError where the run cannot come to its end."""
+    answer = json.dumps(desk.settle()) if ranks.rank == 0 else ""
+    return Settled(*json.loads(ranks.exchange("settled samples", answer)[0]))
 
 
-class _Desk:
-    """Rank 0's."""
+@dataclass(kw_only=True)
+class SampleDesk:
+    """All that the samples of a run are judged by. Rank 0 looks at them."""
 
-    def __init__(
-        self,
-        dataset: NavigationDataset,
-        sources: Sources,
-        cache: FeatureCache | None,
-        say: Say,
-        *,
-        skip: bool,
-    ) -> None:
-        self.dataset, self.sources, self.cache = dataset, sources, cache
-        self.say, self.skip = say, skip
+    dataset: NavigationDataset
+    """Of all samples that could be read."""
+    problems: Sequence[Problem]
+    """The others."""
+    sources: Sources
+    cache: FeatureCache | None
+    miss: str
+    skip: bool
+    output_dir: str
+    resumed: bool
+    say: Say
+
+    def __post_init__(self) -> None:
         self.coverage = Coverage(total=0, present=0, unknown=0)
         self.unfit: dict[int, str] = {}
 
-    def look(self, left_out: Sequence[int]) -> None:
+    def settle(self) -> Settled:
+        kept_out = listed_samples(self.output_dir) if self.resumed else []
+        self._look(kept_out)
+        skipped = self._skipped(kept_out)
+        self._tell_absent()
+        return Settled(skipped, self.coverage.missing, self.coverage.unknown)
+
+    def _look(self, left_out: Sequence[int]) -> None:
         count = len(self.dataset)
         samples = islice(iter_samples(self.sources, on_problem=lambda problem: None), count)
         check = SampleCheck(
@@ -139,9 +125,9 @@ class _Desk:
             except DataError as error:
                 self.unfit[at] = self._reason(at, sentence_of(error))
 
-    def tell_absent(self, miss: str) -> None:
+    def _tell_absent(self) -> None:
         """Features that are not in the cache. Raises DataError where none may be missing."""
-        cache, found = self.cache, self.coverage
+        cache, found, miss = self.cache, self.coverage, self.miss
         if cache is None:
             return
         if miss == "error" and found.missing:
@@ -164,17 +150,15 @@ class _Desk:
 
     # ------------------------------------------------------------ what is done about it
 
-    def settle(
-        self, output_dir: Path, problems: Sequence[Problem], kept_out: Sequence[int], *, resumed: bool
-    ) -> list[int]:
+    def _skipped(self, kept_out: Sequence[int]) -> list[int]:
         """The samples that are left out. Raises DataError."""
-        list_file, fresh = output_dir / SKIPPED_FILE, dict(sorted(self.unfit.items()))
-        if (fresh and resumed) or ((fresh or problems) and not self.skip):
-            raise self._refusal(fresh, problems, resumed=resumed)
+        list_file, fresh = Path(self.output_dir) / SKIPPED_FILE, dict(sorted(self.unfit.items()))
+        if (fresh and self.resumed) or ((fresh or self.problems) and not self.skip):
+            raise self._refusal(fresh, resumed=self.resumed)
         skipped = sorted({*kept_out, *fresh})
         if len(skipped) == len(self.dataset):
-            raise self._refusal(fresh, problems, resumed=False)
-        if not resumed:
+            raise self._refusal(fresh, resumed=False)
+        if not self.resumed:
             self._write(list_file, fresh)
         if skipped:
             self._tell(fresh)
@@ -185,8 +169,9 @@ class _Desk:
             )
         return skipped
 
-    def _refusal(self, unfit: dict[int, str], problems: Sequence[Problem], *, resumed: bool) -> DataError:
+    def _refusal(self, unfit: dict[int, str], *, resumed: bool) -> DataError:
         self._tell(unfit)
+        problems = self.problems
         bad, all_samples = len(unfit) + len(problems), len(self.dataset) + len(problems)
         first = f"{problems[0].where} {problems[0].reason}" if problems else ""
         first = first or next(f"{self._source(at)} {reason}" for at, reason in unfit.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -13,26 +13,26 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from janusvln.data.images import QwenPixels
 from janusvln.features.source import FeatureSource
-from janusvln.model import lora
 from janusvln.model.checkpoints import copy_settings
 from janusvln.model.modeling_qwen2_5_vl import learned
-from janusvln.train.arguments import ModelArguments, TrainingArguments
+from janusvln.train.arguments import TrainingArguments
 from janusvln.train.checkpoints import TRAINER_STATE, load_weights, sync_tree, writing
+from janusvln.train.learning import parameter_groups
+from janusvln.train.order import EpochOrder, LengthGroupedOrder
 from janusvln.train.ranks import Ranks
 from janusvln.train.run_record import RunRecord
+from janusvln.train.speed import Speed
 from janusvln.train.stop import shielded
 from janusvln.train.workers import end_where_it_cannot_send
 from vggt_cache.errors import NotFiniteError, SettingsError, errors_as
 from vggt_cache.output import expect_bar
 
 Batch = dict[str, Any]
-GROUPS_PER_POOL = 50
 MAX_SCALED_DOWN = 50
 """float16 begins at a scale of 2**16 and halves it, at the slowest in every second step."""
 
@@ -288,163 +288,3 @@ class _LookAhead(Iterator[Batch]):
         if batch is not None and batch.get("feature_requests"):
             self._source.expect(batch["feature_requests"])
         return batch
-
-
-# ---------------------------------------------------------------- the order of samples, and which parts learn how fast
-
-
-class EpochOrder(Sampler[int]):
-    """A random order of `count` samples, another one in each epoch: the same in every process and after a restart."""
-
-    def __init__(self, count: int, *, seed: int) -> None:
-        self._count = count
-        self._seed = seed
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._order(torch.Generator().manual_seed(self._seed + self._epoch)).tolist())
-
-    def _order(self, generator: torch.Generator) -> torch.Tensor:
-        return torch.randperm(self._count, generator=generator)
-
-
-class LengthGroupedOrder(EpochOrder):
-    """A random order in which each `group_size` neighbours, which meet in a step, are of similar length.
-
-    Random pools are sorted by length and cut into groups; the groups come in random order.
-    """
-
-    def __init__(self, lengths: Sequence[int], *, group_size: int, seed: int) -> None:
-        super().__init__(len(lengths), seed=seed)
-        self._lengths = torch.as_tensor(lengths)
-        self._group_size = group_size
-
-    def _order(self, generator: torch.Generator) -> torch.Tensor:
-        groups: list[torch.Tensor] = []
-        for pool in torch.split(super()._order(generator), self._group_size * GROUPS_PER_POOL):
-            by_length = pool[self._lengths[pool].argsort(descending=True, stable=True)]
-            groups += torch.split(by_length, self._group_size)
-        # Only the last may not be full, and stays last: in the middle it would shift all that follow.
-        rest = [groups.pop()] if len(groups[-1]) < self._group_size else []
-        mixed = [groups[at] for at in torch.randperm(len(groups), generator=generator).tolist()]
-        return torch.cat([*mixed, *rest])
-
-
-def freeze(model: nn.Module, arguments: ModelArguments) -> None:
-    """Set `requires_grad` of every parameter as the flags say. What JanusVLN adds is always trained."""
-    trained = {
-        "added": True,
-        "projector": arguments.tune_mm_mlp,
-        "vision": arguments.tune_mm_vision,
-        "language": arguments.tune_mm_llm and not arguments.lora_enable,
-        "adapter": True,
-    }
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad = trained[part_of(name)]
-
-
-def part_of(name: str) -> str:
-    """The part of the model that a parameter belongs to, by its name."""
-    if lora.MARK in name:
-        return "adapter"
-    steps = name.split(".")
-    if "visual" in steps:
-        return "projector" if "merger" in steps else "vision"
-    return "added" if steps[0] in ("merger", "action_head") else "language"
-
-
-def parameter_groups(
-    model: nn.Module, arguments: TrainingArguments, decaying: set[str]
-) -> list[dict[str, Any]]:
-    """Groups for the optimizer. Both mergers learn with `mm_projector_lr`, the vision tower with `vision_tower_lr`.
-
-    `decaying`: names of the parameters that weight decay applies to. Empty groups are left out.
-    """
-    mergers, vision = arguments.mm_projector_lr, arguments.vision_tower_lr
-    rates = {"added": mergers, "projector": mergers, "vision": vision, "language": None, "adapter": None}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            rate = rates[part_of(name)]
-            decay = arguments.weight_decay if name in decaying else 0.0
-            groups.setdefault((arguments.learning_rate if rate is None else rate, decay), []).append(
-                parameter
-            )
-    return [{"params": found, "lr": rate, "weight_decay": decay} for (rate, decay), found in groups.items()]
-
-
-# ---------------------------------------------------------------- what the log says beside the loss
-
-
-class Speed:
-    """What the log says beside the loss, of one logging interval over all ranks: how features and samples arrive."""
-
-    def __init__(self) -> None:
-        self.steps = self.samples = 0
-        self.data_s = 0.0
-        """This rank's waiting for the DataLoader."""
-        self._began_s: float | None = None
-        self._bytes_before, self._read_s_before = 0, 0.0
-
-    def begin(self) -> float:
-        """The time. The first call begins the first interval: what came before was no step."""
-        now_s = time.perf_counter()
-        self._began_s = self._began_s or now_s
-        return now_s
-
-    def take(self, source: FeatureSource, device: torch.device) -> dict[str, float]:
-        """The figures since the last call. Every rank logs at the same steps.
-
-        `cache_wait_ms`, `encode_ms` and `slowest_rank_s` are of one optimizer step, all its micro-batches together, on
-        the rank where it is longest, which all others wait for; `slowest_rank` is the one that waited longest for data,
-        features and encoder. Without a cache, nothing is said of one; nor of its hit rate where no feature was needed.
-        `features_not_stored`, where a cache is filled, is of all ranks since the run began.
-        """
-        counts, now_s, steps = source.take_counts(), self.begin(), max(self.steps, 1)
-        elapsed_s = now_s - (self._began_s or now_s)
-        own = [counts.hits, counts.misses, *self._reading(source), self.samples, source.not_stored or 0]
-        own += [1e3 * counts.wait_s / steps, 1e3 * counts.encode_s / steps]
-        ranks = _gathered([*own, (self.data_s + counts.wait_s + counts.encode_s) / steps], device)
-        hits, misses, read_bytes, read_s, samples, not_stored, *_ = ranks.sum(0).tolist()
-        *_, wait_ms, encode_ms, slowest_s = ranks.max(0).values.tolist()
-        self.steps, self.samples, self.data_s, self._began_s = 0, 0, 0.0, now_s
-        logs: dict[str, float] = {}
-        if source.cache is not None:
-            if hits + misses:
-                logs["cache_hit_rate"] = round(hits / (hits + misses), 6)
-            logs["cache_wait_ms"] = round(wait_ms, 3)
-            logs["cache_read_mb_per_s"] = round(read_bytes / read_s / 1e6, 1) if read_s else 0.0
-        logs |= {
-            "encode_ms": round(encode_ms, 3),
-            "samples_per_s": round(samples / elapsed_s, 4) if elapsed_s else 0.0,
-            "slowest_rank": int(ranks[:, -1].argmax()),
-            "slowest_rank_s": round(slowest_s, 3),
-        }
-        if source.not_stored is not None:
-            logs["features_not_stored"] = int(not_stored)
-        return logs
-
-    def _reading(self, source: FeatureSource) -> tuple[int, float]:
-        """Bytes and seconds of thread time that reads took."""
-        if source.cache is None:
-            return 0, 0.0
-        stats = source.cache.stats
-        found = stats.bytes_read - self._bytes_before, stats.read_s - self._read_s_before
-        self._bytes_before, self._read_s_before = stats.bytes_read, stats.read_s
-        return found
-
-
-def _gathered(figures: list[float], device: torch.device) -> torch.Tensor:
-    """[ranks, figures]"""
-    own = torch.tensor(figures, dtype=torch.float32, device=device)
-    if not (dist.is_available() and dist.is_initialized()):
-        return own[None].cpu()
-    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, own)
-    return torch.stack(parts).cpu()
