@@ -72,9 +72,8 @@ class NavigationClient:
         self.close()
 
     def _ask(self, method: str, path: str, body: bytes | None = None) -> dict[str, Any]:
-        for _ in range(
-            2
-        ):  # the server closes a connection that was quiet for long; it repeats nothing it has done
+        # Twice: the server closes a connection that was quiet for long. It repeats nothing that it has done.
+        for _ in range(2):
             try:
                 text = self._sent(method, path, body)
                 break

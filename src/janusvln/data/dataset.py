@@ -170,10 +170,8 @@ def check_history(sample: Sample, limit: int) -> None:
 
 
 def _config(model_dir: str) -> Any:
-    fault, remedy = (
-        f"{model_dir} has no config.json that can be read",
-        ": give the directory of a Qwen2.5-VL model",
-    )
+    fault = f"{model_dir} has no config.json that can be read"
+    remedy = ": give the directory of a Qwen2.5-VL model"
     with errors_as(SettingsError, fault, remedy, OSError, ValueError):
         config = AutoConfig.from_pretrained(model_dir)
     if getattr(config, "vision_config", None) is None or getattr(config, "image_token_id", None) is None:

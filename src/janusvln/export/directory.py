@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from janusvln.export.layout import as_json, differences, processor_files, published_config, published_name
-from janusvln.features.trained import encoder_of, features_of
+from janusvln.features.resolve import encoder_of, features_of
 from janusvln.model import checkpoints
 from janusvln.model.checkpoints import ModelCheckpoint
 from janusvln.model.config import JanusVLNConfig

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from janusvln.data.dialogue import UnfitSampleError
 from janusvln.data.images import QwenPixels
 from janusvln.data.tokens import ChatEncoder
-from janusvln.features.trained import encoder_of, features_of
+from janusvln.features.resolve import encoder_of, features_of
 from janusvln.inference.episode import Episode, Frame
 from janusvln.inference.prompt import Prompt, action_of
 from janusvln.model import checkpoints
@@ -99,10 +99,9 @@ class Navigator:
         spec = features_of(model, config.feature_spec)
         vggt = encoder_of(model, spec, vggt_model_path)
         pixels = QwenPixels(str(found.directory))
+        fault = f"{model} has no tokenizer that can be read"
         remedy = ": copy its files from the Qwen2.5-VL that the model was trained from"
-        with errors_as(
-            SettingsError, f"{model} has no tokenizer that can be read", remedy, OSError, ValueError
-        ):
+        with errors_as(SettingsError, fault, remedy, OSError, ValueError):
             tokenizer = AutoTokenizer.from_pretrained(found.directory)
         compute_dtype = spec.get("compute_dtype") or choose_compute_dtype("auto", chosen)
         encoder = vggt.load(device=chosen, compute_dtype=compute_dtype)

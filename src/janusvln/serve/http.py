@@ -34,10 +34,8 @@ class NavigationServer(ThreadingHTTPServer):
 
     def __init__(self, host: str, port: int) -> None:
         """Takes the address at once: loading a model for one that is taken would be in vain. Raises SettingsError."""
-        fault, remedy = (
-            f"--host {host} --port {port} cannot be listened on",
-            ": give another port, or 0 for any",
-        )
+        fault = f"--host {host} --port {port} cannot be listened on"
+        remedy = ": give another port, or 0 for any"
         with errors_as(SettingsError, fault, remedy, OSError, OverflowError):
             super().__init__((host, port), _Handler)
 

@@ -37,9 +37,8 @@ class Ranks:
         self.world_size = world_size
         self._store = store
         self._stopping = threading.Event()
-        self._to_say_it = (
-            threading.Lock()
-        )  # whoever has it, the main thread or the watching one, says why all stop
+        self._to_say_it = threading.Lock()
+        """Whoever has it, the main thread or the watching one, says why all stop."""
         self._watcher = threading.Thread(target=self._watch, args=[store], name="stop-watch", daemon=True)
         if store is not None:
             self._watcher.start()

@@ -293,9 +293,8 @@ class TrainingRun:
         with lost_workers_told():
             trainer.train(resume_from_checkpoint=checkpoint)
         if stopping.signal:
-            self.ranks.exchange(
-                "stopped", ""
-            )  # a launcher ends the others when one has ended: not before all is saved
+            # A launcher ends the others when one has ended: not before all is saved.
+            self.ranks.exchange("stopped", "")
             step = trainer.state.global_step
             self._say(
                 f"Stopped by {stopping.signal.name} after step {step}: {os.path.abspath(self.output_dir)}/checkpoint-"

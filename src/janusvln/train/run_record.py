@@ -17,15 +17,8 @@ LEARNING = (
     *("tune_mm_llm", "tune_mm_vision", "tune_mm_mlp", "lam", "action_head", "distill_loss_weight"),
     *("model_max_length", "max_history_images", "min_pixels", "max_pixels", "data_flatten"),
     *("subinstruction_weight", "desc2d_weight", "desc3d_weight", "action_weight"),
-    *(
-        "learning_rate",
-        "mm_projector_lr",
-        "vision_tower_lr",
-        "lr_scheduler_type",
-        "warmup_steps",
-        "weight_decay",
-    ),
-    *("optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
+    *("learning_rate", "mm_projector_lr", "vision_tower_lr", "lr_scheduler_type", "warmup_steps"),
+    *("weight_decay", "optim", "optim_args", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm"),
     *("loss_mean_over", "bf16", "fp16"),
 )
 """Flags that say what is learned of each sample, and how. Of some a resumed run would take the checkpoint's values

@@ -12,7 +12,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -119,16 +119,14 @@ class StopCallback(TrainerCallback):
         self._request.phase = "end"
 
 
-def shielded(number: int, *, then: Callable[[int], None] | None) -> None:
-    """For worker `number` of a DataLoader: a signal that is meant for the run, sent to all of its processes, does not
-    end it, since the step that is under way needs its samples. SIGTERM of its own process does."""
+def shield() -> None:
+    """In a worker of a DataLoader: a signal that is meant for the run, sent to all of its processes, does not end it,
+    since the step that is under way needs its samples. SIGTERM of its own process does."""
     signal.set_wakeup_fd(-1)
     for one in EXIT_CODES.keys() - {signal.SIGTERM}:
         signal.signal(one, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_leave_when_told, args=[os.getppid()], name="shield", daemon=True).start()
-    if then is not None:
-        then(number)
 
 
 def _leave_when_told(owner: int) -> None:

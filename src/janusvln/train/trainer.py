@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,7 +27,7 @@ from janusvln.train.order import EpochOrder, LengthGroupedOrder
 from janusvln.train.ranks import Ranks
 from janusvln.train.run_record import RunRecord
 from janusvln.train.speed import Speed
-from janusvln.train.stop import shielded
+from janusvln.train.stop import shield
 from janusvln.train.workers import end_where_it_cannot_send
 from vggt_cache.errors import NotFiniteError, SettingsError, errors_as
 from vggt_cache.output import expect_bar
@@ -81,8 +81,7 @@ class FeatureTrainer(Trainer):
     def get_train_dataloader(self) -> Any:
         loader = super().get_train_dataloader()
         inner = getattr(loader, "base_dataloader", loader)  # accelerate's own only passes reading on
-        shield = partial(shielded, then=inner.worker_init_fn)
-        inner.worker_init_fn = partial(end_where_it_cannot_send, then=shield)
+        inner.worker_init_fn = partial(_begin_worker, then=inner.worker_init_fn)
         return loader
 
     def get_batch_samples(
@@ -243,6 +242,14 @@ class FeatureTrainer(Trainer):
             self.record.write(directory)
             if self.settings_from is not None:
                 copy_settings(self.settings_from, Path(directory))
+
+
+def _begin_worker(number: int, *, then: Callable[[int], Any] | None) -> None:
+    """What a process of the loader does first; `then`: what it would have done."""
+    end_where_it_cannot_send()
+    shield()
+    if then is not None:
+        then(number)
 
 
 class EpochCallback(TrainerCallback):

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.queues import Queue
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from transformers import TrainingArguments
@@ -45,11 +45,9 @@ def check_shared_memory(dataset: NavigationDataset, arguments: TrainingArguments
         )
 
 
-def end_where_it_cannot_send(worker: int, *, then: Callable[[int], Any] | None = None) -> None:
-    """In a worker, when it begins: the process ends where torch would lose a batch. Then `then` is called."""
+def end_where_it_cannot_send() -> None:
+    """In a worker, when it begins: the process ends where torch would lose a batch."""
     Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]
-    if then is not None:
-        then(worker)
 
 
 def _end(error: BaseException, batch: object) -> NoReturn:

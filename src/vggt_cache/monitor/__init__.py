@@ -34,15 +34,12 @@ class MonitorSettings:
     def __post_init__(self) -> None:
         stall_s, count = self.stall_s, self.samples_per_step
         drop = "is not a difference of hit rates: give a number over 0 and up to 1, such as 0.05"
+        samples = "cannot be: give batch size x accumulation x ranks"
         for name, sound, advice in (
             ("interval", self.interval > 0, "is not a time to wait: give seconds, such as 5"),
             ("stall_s", stall_s is None or stall_s > 0, "would warn all the time: give seconds, such as 600"),
             ("hit_rate_drop", 0 < self.hit_rate_drop <= 1, drop),
-            (
-                "samples_per_step",
-                count is None or count >= 1,
-                "cannot be: give batch size x accumulation x ranks",
-            ),
+            ("samples_per_step", count is None or count >= 1, samples),
         ):
             if not sound:
                 raise SettingsError(f"--{name} {getattr(self, name):g} {advice}")

@@ -8,7 +8,7 @@ Precompute and training see the same ordered frame lists because both read them 
 package opens an image. `docs/data.md` describes the layouts.
 """
 
-from vggt_cache.samples.episodes import EpisodeText, history_indexes, read_episode_text
+from vggt_cache.samples.episodes import history_indexes, read_episode_text
 from vggt_cache.samples.frame_table import FrameTable
 from vggt_cache.samples.paths import locate_frame
 from vggt_cache.samples.reader import SampleIndex, iter_samples
@@ -17,7 +17,6 @@ from vggt_cache.samples.sources import Sources, find_sources, sources_of, source
 from vggt_cache.small_files import FileState
 
 __all__ = [
-    "EpisodeText",
     "FileState",
     "FrameTable",
     "Problem",

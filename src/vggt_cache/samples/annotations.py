@@ -251,9 +251,8 @@ class _Window:
                 if len(self._text) - self.at > MAX_RECORD_BYTES:
                     raise ValueError(f"it is not JSON or over {MAX_RECORD_BYTES} bytes ({error})") from error
             else:
-                if (
-                    found[-1] < len(self._text) or self._ended
-                ):  # else a number might go on behind what was read
+                # At the very end of what was read a number might go on.
+                if found[-1] < len(self._text) or self._ended:
                     self.go_to(found[-1])
                     return found
             self._read_on()

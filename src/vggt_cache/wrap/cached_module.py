@@ -11,7 +11,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast
 
@@ -72,12 +72,8 @@ class CachedModule(ModuleInPlace):
     ) -> None:
         require_one_of("miss", miss, MISS)
         super().__init__(module, offload=offload)
-        self._cache_dir, self._batch, self._miss, self._threads = (
-            absolute(cache_dir),
-            batch,
-            miss,
-            threads,
-        )
+        self._cache_dir, self._miss = absolute(cache_dir), miss
+        self._batch, self._threads = batch, threads
         self._known: tuple[object, CallSpec] | None = None
         self._is_probed = self._is_batch_checked = False
 
@@ -257,19 +253,14 @@ def _random_states() -> list[Tensor]:
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if has_gpu else [])]
 
 
-def _kinds(module: nn.Module) -> Iterator[type]:
-    for kind in sorted(
-        {type(part) for part in module.modules()}, key=lambda kind: (kind.__module__, kind.__qualname__)
-    ):
-        if kind.__module__.partition(".")[0] != "torch":
-            yield kind
-
-
 def _source(module: nn.Module) -> str:
     """Of whole files: a class calls functions beside it. torch itself is taken as it is."""
     hasher = hashlib.sha256(b"vggt-feature-cache module source 1\0")
-    for home in dict.fromkeys(kind.__module__ for kind in _kinds(module)):
-        package = sys.modules.get(home.partition(".")[0])
+    for home in sorted({type(part).__module__ for part in module.modules()}):
+        name = home.partition(".")[0]
+        if name == "torch":
+            continue
+        package = sys.modules.get(name)
         hasher.update(json.dumps([home, str(getattr(package, "__version__", ""))]).encode())
         fault = f"the source of {home}, of which the module is made, cannot be read"
         remedy = ": define the module in a file, so that a change of it makes other features"

@@ -172,10 +172,10 @@ def _gathered(module: nn.Module) -> Tensors:
 
 
 def _config(module: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> EncoderConfig:
-    fault, remedy = (
-        f"{type(module).__name__} has not the weights of VGGT's aggregator",
+    fault = f"{type(module).__name__} has not the weights of VGGT's aggregator"
+    remedy = (
         ": give the module that is called with images, such as model.vggt.aggregator; for other encoders use "
-        "CachedModule",
+        "CachedModule"
     )
     unknown = LookupError, ValueError, ArithmeticError, CheckpointError
     with errors_as(CheckpointError, fault, remedy, *unknown):
