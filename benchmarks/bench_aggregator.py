@@ -74,7 +74,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         # On a CPU the module computes, and the cache keeps, float32.
         cached = CachedAggregator(Weights(config).to(device), folder, layers=-1, miss="error")
-        spec = cached._spec("joint", "float32", "float32")
+        spec = cached._asked.spec("joint", "float32", feature_dtype="float32")
         tokens = 5 + given.height // 14 * (given.width // 14)
         with_feature = PixelCache(folder, spec, fill=True)
         with_feature.put(with_feature.keys([images]), torch.rand((1, given.frames, tokens, given.channels)))

@@ -230,7 +230,7 @@ def test_the_identity_is_that_of_the_checkpoint(
     aggregator: Aggregator, small_checkpoint: Path, tmp_path: Path
 ) -> None:
     cached = CachedAggregator(aggregator, tmp_path, layers=(1, -1))
-    assert cached._spec("joint", "float32").encoder == Checkpoint.open(
+    assert cached._asked.spec("joint", "float32").encoder == Checkpoint.open(
         str(small_checkpoint), layer=(1, -1)
     ).spec("float32")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vggt_cache.errors import SettingsError
+from vggt_cache.errors import SettingsError, require_one_of
 
 if TYPE_CHECKING:
     from vggt_cache.codec.base import Codec
@@ -28,10 +28,8 @@ ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int8": 2, "uint8": 1}
 
 def shard_codec(feature_dtype: str, chosen: str = NONE) -> str:
     """Name of the codec of a new shard, for features of this dtype. Raises SettingsError where there is none."""
-    if chosen not in CODECS and not chosen == feature_dtype == INT8:
-        raise SettingsError(
-            f"codec is {chosen!r}, which is not one of {', '.join(CODECS)}: choose one of these"
-        )
+    if not chosen == feature_dtype == INT8:
+        require_one_of("codec", chosen, CODECS)
     if chosen == LOSSLESS and feature_dtype != "bfloat16":
         raise SettingsError(
             f"codec {chosen} packs bfloat16, and these features are kept in {feature_dtype}: leave --codec out, or "
@@ -52,8 +50,5 @@ def codec_for(name: str, feature_dtype: str = "bfloat16") -> Codec:
     from vggt_cache.codec.lossless import Lossless
 
     codecs: dict[str, Codec] = {NONE: Plain(ITEM_BYTES[feature_dtype]), LOSSLESS: Lossless(), INT8: Int8()}
-    if name not in codecs:
-        raise SettingsError(
-            f"codec is {name!r}, which is not one of {', '.join(codecs)}: choose one of these"
-        )
+    require_one_of("codec", name, codecs)
     return codecs[name]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,24 +14,20 @@ from torch import Tensor, nn
 
 from vggt_cache.codec.quantise import as_stored
 from vggt_cache.errors import (
-    CacheNotFoundError,
-    NotACacheError,
     SettingsError,
-    SpecMismatchError,
     require_one_of,
 )
-from vggt_cache.identity import GIVEN_PIXELS, SPECIAL_TOKENS, FeatureSpec
+from vggt_cache.identity import SPECIAL_TOKENS
 from vggt_cache.pixel_cache import PixelCache
 from vggt_cache.pixels import as_levels
 from vggt_cache.place import absolute
 from vggt_cache.precompute.encode import BatchEncoder, of_one_dtype
-from vggt_cache.store import list_stores
-from vggt_cache.store.directory import describe_spec
+from vggt_cache.wrap.asked import Asked
 from vggt_cache.wrap.cached_module import CachedModule
 from vggt_cache.wrap.frames_seen import FramesSeen, LazyPair
 from vggt_cache.wrap.module import ModuleInPlace
 from vggt_cache.wrap.outputs import LazyOutputs, Outputs, as_outputs
-from vggt_cache.wrap.shelf import MISS, Shelf, warn
+from vggt_cache.wrap.shelf import MISS, Shelf
 from vggt_cache.wrap.weights import ModuleWeights, call_names
 
 _MOST_TOGETHER = 32
@@ -97,13 +92,15 @@ class CachedAggregator(ModuleInPlace):
         else:
             self._weights = ModuleWeights(module, layers)
             self._layers, self._depth = self._weights.layers, self._weights.config.depth
-        self._tokens, self._pool, self._feature_dtype = tokens, pool, feature_dtype
+            self._asked = Asked(
+                self._weights, absolute(cache_dir), tokens=tokens, pool=pool, feature_dtype=feature_dtype
+            )
+            self._asked.spec("joint", "float32")  # refuses wrong settings at once
+        self._tokens, self._pool = tokens, pool
         self._cache_dir, self._miss = absolute(cache_dir), miss
         self._threads = threads
         self._names = call_names(module)
         self._most_together = _MOST_TOGETHER
-        if self._own is None:
-            self._spec("joint", "float32")  # refuses wrong settings at once
 
     def forward(
         self,
@@ -250,64 +247,11 @@ class CachedAggregator(ModuleInPlace):
         key = context, f"{compute_dtype} {encoder.weights_digest}", device
         shelf = self._shelves.get(key)
         if shelf is None or shelf.pid != os.getpid():
-            spec = self._chosen(context, compute_dtype)
+            spec = self._asked.chosen(context, compute_dtype)
             store = PixelCache(self._cache_dir, spec, fill=self._miss == "fill")
             shelf = Shelf(store, device, miss=self._miss, threads=self._threads)
             self._shelves[key] = shelf
         return shelf, torch.float32 if autocast else weights
-
-    def _spec(
-        self, context: str, compute_dtype: str, *, tokens: str = "all", feature_dtype: str = ""
-    ) -> FeatureSpec:
-        """As asked; `tokens` and `feature_dtype` (default: as it is computed) are for what was left open."""
-        layers = self._weights.layers
-        return FeatureSpec(
-            encoder=self._weights.spec(compute_dtype),
-            preprocessing=GIVEN_PIXELS,
-            context=context,
-            feature_dtype=self._feature_dtype or feature_dtype or compute_dtype,
-            layers=layers if len(layers) > 1 else (),
-            tokens=self._tokens or tokens,
-            pool=self._pool,
-        )
-
-    def _chosen(self, context: str, compute_dtype: str) -> FeatureSpec:
-        """As asked, and else as a cache that is there. Raises SpecMismatchError for other weights."""
-        wanted = self._spec(context, compute_dtype)
-        there: Sequence[FeatureSpec] = ()
-        with suppress(CacheNotFoundError, NotACacheError):
-            there = list_stores(self._cache_dir)
-        alike = [spec.of_given_pixels for spec in there if not spec.contradictions({"context": context})]
-        own = wanted.encoder.weights_digest
-        if alike and all(spec.encoder.weights_digest != own for spec in alike):
-            other = alike[0].encoder
-            if other.layer == wanted.encoder.layer:
-                raise SpecMismatchError(
-                    f"{self._cache_dir} was made with other weights ({other.weights_digest[:16]}) than those of the "
-                    f"module ({own[:16]}, {self._weights.dtype}): its features would be another encoder's; load the "
-                    "same checkpoint in the same dtype before the module is wrapped, give offload=True where the "
-                    "model is converted to another dtype afterwards, or use another cache directory"
-                )
-        # Special tokens alone would give the outputs another shape.
-        open_kinds = {(spec.tokens, spec.feature_dtype) for spec in alike if spec.tokens != "special"}
-        kinds = [self._spec(context, compute_dtype, tokens=one, feature_dtype=two) for one, two in open_kinds]
-        found = {spec for spec in kinds if spec in alike}
-        if len(found) == 1:
-            return found.pop()
-        seen_otherwise = [spec for spec in there if spec.encoder.weights_digest == own]
-        if seen_otherwise and not alike:
-            warn(
-                f"{self._cache_dir} holds features of context {seen_otherwise[0].context}, and the module is called "
-                f"for those of context {context}: nothing of it is found, and all is computed anew; precompute with "
-                f"--context {context}, or leave it to the first epoch"
-            )
-        elif alike and wanted not in alike:
-            warn(
-                f"{self._cache_dir} holds {'; '.join(map(describe_spec, alike))}, and the module is asked for "
-                f"{describe_spec(wanted)}: nothing of it is found, and all is computed anew; to read it, ask for "
-                "what it holds (layers, tokens, pool, feature_dtype), under the autocast that it was computed in"
-            )
-        return wanted
 
 
 class _Kept(nn.Module):

@@ -6,12 +6,8 @@ model.vision_tower = CachedModule(model.vision_tower, "/path/to/cache")
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import inspect
-import json
 import os
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, cast
 
@@ -19,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from vggt_cache.call_spec import CallSpec
-from vggt_cache.errors import SettingsError, errors_as, require_one_of
+from vggt_cache.errors import SettingsError, require_one_of
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.pixel_cache import PixelCache
 from vggt_cache.place import absolute
 from vggt_cache.store import FeatureCache
 from vggt_cache.store.object_store import system_of
-from vggt_cache.store.tensors import bytes_of
 from vggt_cache.wrap.calls import (
     Leaves,
     flat_inputs,
@@ -37,6 +32,7 @@ from vggt_cache.wrap.calls import (
     with_leaves,
 )
 from vggt_cache.wrap.module import ModuleInPlace
+from vggt_cache.wrap.module_identity import identity_of
 from vggt_cache.wrap.shelf import MISS, Shelf
 
 _CPU = torch.device("cpu")
@@ -202,15 +198,7 @@ class CachedModule(ModuleInPlace):
         tensors = self._tensors
         state = [(tensor._version, tensor.dtype) for tensor in tensors.values()]
         if self._known is None or state != self._known[0]:
-            kind = type(self.wrapped)
-            spec = CallSpec(
-                module=f"{kind.__module__}.{kind.__qualname__}",
-                source=_source(self.wrapped),
-                settings=_settings(self.wrapped),
-                weights=_weights(tensors),
-                autocast="none",
-            )
-            self._known = state, spec
+            self._known = state, identity_of(self.wrapped, tensors)
         return self._known[1]
 
 
@@ -219,14 +207,6 @@ class _CallCache(PixelCache):
 
     def _open(self, fill: bool) -> FeatureCache:
         return FeatureCache(self._cache_dir, self.spec, root=None, fs=system_of(self._cache_dir))
-
-
-def _weights(tensors: Mapping[str, Tensor]) -> str:
-    hasher = hashlib.sha256(b"vggt-feature-cache module weights 1\0")
-    for name, tensor in sorted(tensors.items()):
-        hasher.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        hasher.update(bytes_of(tensor.detach().cpu().contiguous()))
-    return hasher.hexdigest()
 
 
 def _rows(leaves: Leaves) -> int:
@@ -251,52 +231,3 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 def _random_states() -> list[Tensor]:
     has_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if has_gpu else [])]
-
-
-def _source(module: nn.Module) -> str:
-    """Of whole files: a class calls functions beside it. torch itself is taken as it is."""
-    hasher = hashlib.sha256(b"vggt-feature-cache module source 1\0")
-    for home in sorted({type(part).__module__ for part in module.modules()}):
-        name = home.partition(".")[0]
-        if name == "torch":
-            continue
-        package = sys.modules.get(name)
-        hasher.update(json.dumps([home, str(getattr(package, "__version__", ""))]).encode())
-        fault = f"the source of {home}, of which the module is made, cannot be read"
-        remedy = ": define the module in a file, so that a change of it makes other features"
-        with errors_as(SettingsError, fault, remedy, OSError, TypeError, KeyError):
-            hasher.update(inspect.getsource(sys.modules[home]).encode())
-    return hasher.hexdigest()
-
-
-def _settings(module: nn.Module) -> str:
-    """Of all parts by name: what they are, and what they have set beside tensors."""
-    hasher = hashlib.sha256(b"vggt-feature-cache module settings 1\0")
-    for name, part in module.named_modules():
-        own = {
-            key: _told(value)
-            for key, value in vars(part).items()
-            if not key.startswith("_") and key != "training"
-        }
-        told = {key: value for key, value in own.items() if value is not None}
-        hasher.update(
-            json.dumps([name, type(part).__qualname__, part.extra_repr(), told], sort_keys=True).encode()
-        )
-    return hasher.hexdigest()
-
-
-def _told(value: Any) -> Any:
-    """A setting as text; None where it is no plain value. Of a configuration all but where it was loaded from."""
-    if isinstance(value, (tuple, list)):
-        return [_told(part) for part in value]
-    if isinstance(value, (str, int, float, bool, torch.dtype)):
-        return repr(value)
-    if callable(getattr(value, "to_dict", None)):
-        return {
-            key: repr(part)
-            for key, part in value.to_dict().items()
-            if key not in ("_name_or_path", "name_or_path")
-        }
-    if inspect.isfunction(value) or inspect.isbuiltin(value):
-        return f"{value.__module__}.{value.__qualname__}"
-    return None
