@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from vggt_cache.errors import DataError
 from vggt_cache.samples import Problem, find_sources, look, unpacked
-from vggt_cache.samples import sources as sources_module
+from vggt_cache.samples import walk as walk_module
 
 SAMPLE = {"images": ["a.png"], "conversations": []}
 
@@ -80,7 +80,7 @@ def test_the_order_is_not_that_of_the_file_system(tree, monkeypatch):
 
         def __exit__(self, *exc: object) -> None: ...
 
-    monkeypatch.setattr(sources_module.os, "scandir", Backwards)
+    monkeypatch.setattr(walk_module.os, "scandir", Backwards)
     assert find_sources(tree) == expected
 
 
@@ -182,9 +182,9 @@ def test_the_description_of_an_image_beside_it_is_no_annotation_but_a_list_is(tm
 
 
 def test_of_a_million_descriptions_few_are_opened(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources_module, "_MOST_SIDECARS_OPENED", 3)
+    monkeypatch.setattr(walk_module, "_MOST_SIDECARS_OPENED", 3)
     opened: list[str] = []
-    monkeypatch.setattr(sources_module, "begins_a_list", lambda path: bool(opened.append(path)))
+    monkeypatch.setattr(walk_module, "begins_a_list", lambda path: bool(opened.append(path)))
     _put(tmp_path / "train.jsonl", json.dumps(SAMPLE))
     for number in range(9):
         (tmp_path / f"{number}.png").touch()
@@ -301,9 +301,7 @@ def test_a_folder_that_may_not_be_listed_is_told_and_the_rest_is_found(tree, mon
             raise PermissionError(13, "Permission denied")
         return scan(path)
 
-    monkeypatch.setattr(
-        sources_module.os, "scandir", refuse
-    )  # root, as which tests may run, is refused nothing
+    monkeypatch.setattr(walk_module.os, "scandir", refuse)  # root, as which tests may run, is refused nothing
     found = find_sources(tree)
     assert _relative(tree, found.jsonl_files) == ["a/TRAIN.JSONL"]
     reason = "cannot be read (Permission denied): check its mode and its mount"
@@ -314,7 +312,7 @@ def test_a_root_that_may_not_be_listed_is_refused(tree, monkeypatch):
     def refuse(path: str) -> object:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(sources_module.os, "scandir", refuse)
+    monkeypatch.setattr(walk_module.os, "scandir", refuse)
     with pytest.raises(DataError, match=r"^the data root .* cannot be read \(Permission denied\)"):
         find_sources(tree)
 

@@ -6,13 +6,11 @@ belongs to the published trainer and means nothing here, is refused with the rea
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import transformers
@@ -27,6 +25,7 @@ from janusvln.data.dataset import DataOptions, flag
 from janusvln.features.resolve import AS_PUBLISHED, WantedFeatures
 from janusvln.features.source import MISS_POLICIES
 from janusvln.model import lora
+from janusvln.train.engine import check_file, check_values
 from janusvln.train.samples import BAD_SAMPLES
 from janusvln.train.spellings import modern
 from vggt_cache.delivery import THREADS
@@ -188,9 +187,9 @@ class TrainingArguments(transformers.TrainingArguments):
             raise SettingsError(
                 f"--save_strategy best: {UNDONE['load_best_model_at_end']}: give steps or epoch"
             )
-        _check_deepspeed_file(self.deepspeed)
+        check_file(self.deepspeed)
         super().__post_init__()  # type: ignore[no-untyped-call]
-        _check_deepspeed_values(self)
+        check_values(self)
         _check_loggers(self.report_to)
         if self.loss_mean_over not in LOSS_MEANS:
             raise SettingsError(f"--loss_mean_over {self.loss_mean_over} is none of {', '.join(LOSS_MEANS)}")
@@ -205,23 +204,6 @@ class TrainingArguments(transformers.TrainingArguments):
             if value is not None and value < 0:
                 raise SettingsError(f"--{name} {value} is negative: give a learning rate, or leave it out")
 
-        zero = zero_settings(self) or {}
-        gathers = "stage3_gather_16bit_weights_on_model_save"
-        if zero.get("stage") == 3 and not zero.get(gathers):
-            raise SettingsError(
-                f"--deepspeed {self.deepspeed} is ZeRO-3 without {gathers}, so no checkpoint and no result would hold "
-                "the model's weights: set it to true there, as scripts/zero3.json does"
-            )
-
-
-def zero_settings(arguments: transformers.TrainingArguments) -> dict[str, Any] | None:
-    """`zero_optimization` of the DeepSpeed configuration; None without DeepSpeed."""
-    if not arguments.deepspeed:
-        return None
-    config = getattr(arguments.hf_deepspeed_config, "config", {})
-    found: dict[str, Any] = config.get("zero_optimization", {})
-    return found
-
 
 UNDONE = {
     "enable_jit_checkpoint": "its checkpoint is written at another step on each rank, and nothing can go on from it; a "
@@ -234,36 +216,6 @@ UNDONE = {
     "label_smoothing_factor": "it would replace the model's own loss, with its weights of lines and actions",
 }
 """Flags of transformers that would do nothing here, or undo something: they keep their defaults."""
-
-
-def _check_deepspeed_file(given: Any) -> None:
-    """Raises SettingsError for sections that would replace what the flags describe, before DeepSpeed acts on them."""
-    config = given
-    if isinstance(given, str):
-        try:
-            config = json.loads(Path(given).read_text())
-        except (OSError, ValueError):
-            return  # transformers says what is wrong with it
-    for section in ("optimizer", "scheduler"):
-        if isinstance(config, dict) and section in config:
-            raise SettingsError(
-                f"--deepspeed {given} has the section {section}, which would take the place of the flags' and drop the "
-                "learning rates of mergers and vision tower: remove it there, and use --optim, --learning_rate and "
-                "--lr_scheduler_type"
-            )
-
-
-def _check_deepspeed_values(arguments: transformers.TrainingArguments) -> None:
-    """Raises SettingsError where the file contradicts the flags; transformers would say so when the model is loaded."""
-    config = arguments.hf_deepspeed_config if arguments.deepspeed else None
-    if differing := getattr(config, "mismatches", None):
-        values = "; ".join(
-            text.removeprefix("- ds ").replace(" vs hf ", ", and the flags say ") for text in differing
-        )
-        raise SettingsError(
-            f'--deepspeed {arguments.deepspeed} contradicts the flags ({values}): write "auto" there, as in '
-            "scripts/zero3.json, or give the same value"
-        )
 
 
 def _check_loggers(names: Any) -> None:

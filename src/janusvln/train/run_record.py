@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from janusvln.train.arguments import Arguments, zero_settings
+from janusvln.train.arguments import Arguments
+from janusvln.train.engine import zero_settings
 from vggt_cache.errors import SettingsError
 
 RECORD_FILE = "run_record.json"

@@ -21,7 +21,7 @@ from typing import Any
 
 from vggt_cache.errors import DataError, SmallFileError, errors_as
 from vggt_cache.samples.sample import Problem, Sample
-from vggt_cache.samples.sources import EPISODE_FILE
+from vggt_cache.samples.walk import EPISODE_FILE
 from vggt_cache.small_files import read_text
 
 FRAMES_PER_SAMPLE = 9
