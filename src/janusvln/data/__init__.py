@@ -2,11 +2,6 @@
 
     sources_of(flags) ──> SampleIndex ──> NavigationDataset[i] ──> PaddedCollator or PackedCollator ──> batch
 
-    dialogue   what is said in a sample
-    tokens     token ids, labels, weights, position ids
-    images     image files to digests, features' keys and Qwen's pixel values
-    check      what cannot be trained on, found before the first step
-
 A batch carries keys of features, not features: see `janusvln.features`.
 """
 

@@ -29,6 +29,7 @@ from vggt_cache.encoder.files import (
 )
 from vggt_cache.environment import rank_of
 from vggt_cache.errors import CheckpointError, os_errors_as
+from vggt_cache.output import print_line
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -138,24 +139,16 @@ def check(found: ModelCheckpoint, config: JanusVLNConfig, expected: Shapes) -> N
     refuse(found, "has in other shapes", words)
     if rank_of("RANK", 0):
         return
-    starting = [
-        words for name, words in fresh.items() if any(lost.startswith(f"{name}.") for lost in missing)
-    ]
-    if starting:
-        kind = (
-            "is a plain Qwen2.5-VL"
-            if "the spatial merger" in starting
-            else "was trained without an action head"
-        )
+    parts = {name.split(".")[0] for name in missing}
+    if starting := [words for name, words in fresh.items() if name in parts]:
+        kind = "is a plain Qwen2.5-VL" if "merger" in parts else "was trained without an action head"
         verb = "starts" if len(starting) == 1 else "start"
-        print(
-            f"[INFO] {found.location} {kind}: {' and '.join(starting)} {verb} from fresh weights", flush=True
-        )
+        print_line("INFO", f"{found.location} {kind}: {' and '.join(starting)} {verb} from fresh weights")
     if found.vggt:
-        print(
-            f"[INFO] {found.location} is a JanusVLN checkpoint: its {len(found.vggt)} weights of VGGT (vggt.*) are "
-            "left out, features come with the batch",
-            flush=True,
+        print_line(
+            "INFO",
+            f"{found.location} is a JanusVLN checkpoint: its {len(found.vggt)} weights of VGGT (vggt.*) are left out, "
+            "features come with the batch",
         )
 
 

@@ -8,7 +8,4 @@ GET    /                                                                   -> wh
 
 STEP counts an episode's frames from 0; a frame that is sent again gets its answer again. What cannot be done is
 {"error": one sentence} with status 400 to 499, 500 where the fault is here.
-
-desk      the episodes, and the one thread that works with the model
-http      requests in, JSON out
 """

@@ -18,13 +18,8 @@ _UNLIKE_THEIR_PACKAGE = ("azure_ml", "dagshub", "flyte", "kubeflow")
 def check_names(*, optim: str, lr_scheduler_type: str, report_to: str) -> None:
     """Raises SettingsError for an optimizer, schedule or logger that transformers does not have."""
     _check("OPTIM", optim, ("adamw_torch_fused", "adamw_torch"), "training_args.py", "OptimizerNames")
-    _check(
-        "LR_SCHEDULER_TYPE",
-        lr_scheduler_type,
-        ("cosine", "constant", "linear"),
-        "trainer_utils.py",
-        "SchedulerType",
-    )
+    schedules = "trainer_utils.py", "SchedulerType"
+    _check("LR_SCHEDULER_TYPE", lr_scheduler_type, ("cosine", "constant", "linear"), *schedules)
     loggers = "integrations/integration_utils.py", "INTEGRATION_TO_CALLBACK"
     _check("REPORT_TO", report_to, ("tensorboard", "none", "all"), *loggers)
 
@@ -34,9 +29,7 @@ def _check(variable: str, given: str, usual: Sequence[str], file: str, name: str
     if given in usual or not (known := names_of(file, name)):
         return
     if given not in known:
-        near = next(
-            (found for names in (usual, known) for found in get_close_matches(given, names, 1)), usual[0]
-        )
+        near, *_ = *get_close_matches(given, usual, 1), *get_close_matches(given, known, 1), usual[0]
         raise SettingsError(
             f"{variable} is '{given}', which transformers {version('transformers')} does not know: give {near}, or "
             f"another of its {len(known)} {name}"
@@ -64,10 +57,10 @@ def names_of(file: str, name: str) -> tuple[str, ...]:
     for node in body:
         if isinstance(node, ast.ClassDef) and node.name == name:
             found = [line.value for line in node.body if isinstance(line, ast.Assign)]
-        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict) and _named(node) == [name]:
+        elif (
+            isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Dict)
+            and ast.unparse(node.targets[0]) == name
+        ):
             found = node.value.keys
     return tuple(one.value for one in found if isinstance(one, ast.Constant) and isinstance(one.value, str))
-
-
-def _named(node: ast.Assign) -> list[str]:
-    return [target.id for target in node.targets if isinstance(target, ast.Name)]
