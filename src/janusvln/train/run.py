@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from signal import Signals
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
@@ -280,10 +281,7 @@ class TrainingRun:
         )
         trainer.add_callback(EpochCallback(trainer, self.ranks, fills=self.fills))
         if checkpoint and is_finished(checkpoint, self.training):
-            self._say(f"Nothing is left to train: {checkpoint} is the end of this run", "SUCCESS")
-            if self.ranks.rank == 0:
-                copy_model(checkpoint, self.output_dir)
-            return 0
+            return self._left_as_it_is(checkpoint)
         if checkpoint:
             check_model(checkpoint, model.config, self.model_path)
             lora.check_resumed(model, Path(checkpoint))
@@ -293,15 +291,28 @@ class TrainingRun:
         with lost_workers_told():
             trainer.train(resume_from_checkpoint=checkpoint)
         if stopping.signal:
-            # A launcher ends the others when one has ended: not before all is saved.
-            self.ranks.exchange("stopped", "")
-            step = trainer.state.global_step
-            self._say(
-                f"Stopped by {stopping.signal.name} after step {step}: {os.path.abspath(self.output_dir)}/checkpoint-"
-                f"{step} holds it, and the same command goes on from there"
-            )
-            return EXIT_CODES[stopping.signal]
+            return self._stopped(stopping.signal, trainer.state.global_step)
         model.config.use_cache = True
+        return self._saved(trainer)
+
+    # ------------------------------------------------------------ how it ends; each returns the exit code
+
+    def _left_as_it_is(self, checkpoint: str) -> int:
+        self._say(f"Nothing is left to train: {checkpoint} is the end of this run", "SUCCESS")
+        if self.ranks.rank == 0:
+            copy_model(checkpoint, self.output_dir)
+        return 0
+
+    def _stopped(self, by: Signals, step: int) -> int:
+        # A launcher ends the others when one has ended: not before all is saved.
+        self.ranks.exchange("stopped", "")
+        kept = f"{os.path.abspath(self.output_dir)}/checkpoint-{step}"
+        self._say(
+            f"Stopped by {by.name} after step {step}: {kept} holds it, and the same command goes on from there"
+        )
+        return EXIT_CODES[by]
+
+    def _saved(self, trainer: FeatureTrainer) -> int:
         saved = os.path.abspath(self.output_dir)
         with writing(Path(saved)):
             trainer.save_model()
