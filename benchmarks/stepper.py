@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 
 from bench_causal import one_by_one
 from bench_encoder import SIZES, random_encoder
-from janusvln.data import DataOptions, NavigationDataset, PaddedCollator, SampleIndex
+from janusvln.data.collate import PaddedCollator
+from janusvln.data.dataset import DataOptions, NavigationDataset
 from janusvln.data.images import FeatureRequest
 from janusvln.demo.tiny_qwen import TOKEN_IDS, tiny_config, write_tiny_qwen
 from janusvln.features.computed import CacheFiller, LiveEncoder
@@ -28,7 +29,7 @@ from vggt_cache.delivery import ReadAhead
 from vggt_cache.demo.dataset import write_dataset
 from vggt_cache.encoder import Encoder
 from vggt_cache.identity import EncoderSpec, FeatureSpec, Preprocessing
-from vggt_cache.samples import find_sources
+from vggt_cache.samples import SampleIndex, find_sources
 from vggt_cache.store import FeatureCache
 
 Requests = Sequence[FeatureRequest]

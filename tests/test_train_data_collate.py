@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from janusvln.data import NavigationDataset, PackedCollator, PaddedCollator
+from janusvln.data.collate import PackedCollator, PaddedCollator
+from janusvln.data.dataset import NavigationDataset
 from janusvln.data.images import QwenPixels
 from janusvln.demo.tiny_qwen import TOKEN_IDS
 from train_data_kit import make_dataset, talk, text_of, tiny_qwen, write_frames, write_records

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import janusvln.data.images as frames_module
-from janusvln.data import DataOptions, NavigationDataset, navigation_prompt, sentence_of
+from janusvln.data.dataset import DataOptions, NavigationDataset, sentence_of
+from janusvln.data.dialogue import navigation_prompt
 from small_data import write_image
 from store_kit import make_feature
 from train_data_kit import (

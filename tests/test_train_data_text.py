@@ -8,7 +8,6 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from janusvln.data import navigation_prompt
 from janusvln.data.dialogue import (
     Dialogue,
     Segment,
@@ -16,6 +15,7 @@ from janusvln.data.dialogue import (
     UnfitSampleError,
     action_class,
     check_dialogue,
+    navigation_prompt,
     read_conversation,
     read_structured,
 )

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from janusvln.data import sentence_of, sources_of
 from janusvln.data.check import SampleCheck
+from janusvln.data.dataset import sentence_of, sources_of
 from janusvln.features import computed
 from janusvln.train.command import main
 from janusvln.train.run import TrainingRun

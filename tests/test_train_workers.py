@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from janusvln.data import PaddedCollator
+from janusvln.data.collate import PaddedCollator
 from janusvln.model.modeling_qwen2_5_vl import Qwen2_5_VLForConditionalGenerationForJanusVLN as Model
 from janusvln.train.command import main
 from janusvln.train.workers import _end

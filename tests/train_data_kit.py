@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from janusvln.data import DataOptions, NavigationDataset, SampleIndex, sources_of
+from janusvln.data.dataset import DataOptions, NavigationDataset, sources_of
 from janusvln.demo.tiny_qwen import write_tiny_qwen
 from small_data import write_image
 from store_kit import make_spec
 from vggt_cache.identity import FeatureSpec
+from vggt_cache.samples import SampleIndex
 
 SPEC = make_spec(image_size=56)
 """64x48 images become grids of 3 x 4 patches, of which Qwen sees 2 x 4: two tokens."""

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainingArguments
 
-from janusvln.data import sentence_of
+from janusvln.data.dataset import sentence_of
 from janusvln.train.arguments import parse_arguments
 from janusvln.train.ranks import Ranks
 from janusvln.train.run import TrainingRun

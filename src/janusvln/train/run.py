@@ -13,7 +13,8 @@ from signal import Signals
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, set_seed
 
-from janusvln.data import NavigationDataset, PackedCollator, PaddedCollator, SampleIndex, sources_of
+from janusvln.data.collate import PackedCollator, PaddedCollator
+from janusvln.data.dataset import NavigationDataset, sources_of
 from janusvln.features.computed import CacheFiller, LiveEncoder
 from janusvln.features.resolve import (
     check_resumed_with,
@@ -48,7 +49,7 @@ from vggt_cache.delivery import ReadAhead
 from vggt_cache.errors import DataError, SettingsError, VggtCacheError, errors_as
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.output import print_line
-from vggt_cache.samples import Problem, Sources
+from vggt_cache.samples import Problem, SampleIndex, Sources
 from vggt_cache.store import FeatureCache, list_stores
 from vggt_cache.store.directory import describe_spec
 

@@ -16,7 +16,7 @@ from typing import NoReturn
 import torch
 from transformers import TrainingArguments
 
-from janusvln.data import NavigationDataset
+from janusvln.data.dataset import NavigationDataset
 from vggt_cache.environment import rank_of
 from vggt_cache.errors import DataError, SettingsError
 from vggt_cache.precompute.report import bytes_text
