@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from janusvln.model.checkpoints import ADAPTER_CONFIG, name_in_model
 from vggt_cache.encoder.checkpoint import WeightsDigest
 from vggt_cache.encoder.files import TensorFile, find_files, read_json
-from vggt_cache.errors import CheckpointError, SettingsError
+from vggt_cache.errors import CheckpointError, SettingsError, errors_as
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 OTHERS = "non_lora_trainables.safetensors"
@@ -41,13 +41,10 @@ _PREFIX = "base_model.model."
 
 def need_peft() -> Any:
     """The package. Raises SettingsError where it is missing, or too old for this transformers."""
-    try:
+    fault = "--lora_enable True needs the package peft, and it cannot be imported"
+    remedy = f": run {sys.executable} -m pip install --upgrade '{NEEDED}'"
+    with errors_as(SettingsError, fault, remedy, ImportError):
         import peft
-    except ImportError as error:
-        raise SettingsError(
-            f"--lora_enable True needs the package peft, and it cannot be imported ({' '.join(str(error).split())}): "
-            f"run {sys.executable} -m pip install --upgrade '{NEEDED}'"
-        ) from error
     return peft
 
 
