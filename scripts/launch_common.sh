@@ -42,6 +42,8 @@ check_settings() {
   done
   [[ $VGGT_CACHE_MISS =~ ^(encode|fill|error)$ ]] \
     || refuse "VGGT_CACHE_MISS is '$VGGT_CACHE_MISS', and encode, fill and error are known: give one of them"
+  [[ ${VGGT_CACHE_IO:-auto} =~ ^(auto|direct|buffered)$ ]] \
+    || refuse "VGGT_CACHE_IO is '$VGGT_CACHE_IO', and auto, direct and buffered are known: give one of them"
 }
 
 # A setting that would be passed over: in lower case, as the guide spells per_device_batch_size, or behind the command.

@@ -178,6 +178,10 @@ class Client(FileSystem):
         self._begin("open_file")
         return self._new_fd(self._walk(name, dir_fd))
 
+    def reopen_direct(self, fd: int) -> int:
+        self._begin("reopen_direct")
+        return self._new_fd(self._node(fd))
+
     def create_file(self, name: str, *, dir_fd: int) -> int:
         self._begin("create_file")
         directory = self._node(dir_fd)

@@ -235,6 +235,7 @@ def test_a_signal_goes_to_the_processes_that_train_and_not_to_torchrun(tmp_path:
         ({"DS_CONFIG": "scripts/zero9.json"}, "DS_CONFIG scripts/zero9.json cannot be read"),
         ({"DS_CONFIG": "data/train.jsonl"}, "DS_CONFIG data/train.jsonl is no DeepSpeed configuration"),
         ({"OUTPUT_DIR": "model/config.json"}, "OUTPUT_DIR model/config.json cannot be written"),
+        ({"VGGT_CACHE_IO": "mmap"}, "VGGT_CACHE_IO is 'mmap', and auto, direct and buffered are known"),
         ({"VGGT_CACHE_MISS": "fil"}, "VGGT_CACHE_MISS is 'fil', and encode, fill and error are known"),
         ({"GRAD_ACCUM_STEPS": "x"}, "GRAD_ACCUM_STEPS is 'x', which is not a whole number"),
         ({"NUM_WORKERS": "-1"}, "NUM_WORKERS is '-1', which is not a whole number"),

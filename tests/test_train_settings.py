@@ -202,6 +202,7 @@ class TestFlags:
             (["--data_path", "d"], "--annotation_path"),
             (["--vggt_cache_miss", "error"], "needs a cache"),
             (["--vggt_cache_miss", "never", "--vggt_cache_dir", "c"], "none of encode, fill, error"),
+            (["--vggt_cache_io", "mmap"], "none of auto, direct, buffered"),
             (["--context", "both"], "none of frame, causal, joint"),
             (["--max_samples", "0"], "selects nothing"),
             (["--distill_loss_weight", "2"], "no action head"),

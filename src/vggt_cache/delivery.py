@@ -30,7 +30,7 @@ from vggt_cache.errors import CacheAccessError, MissingFeatureError, SettingsErr
 from vggt_cache.identity import KEY_BYTES
 from vggt_cache.store import FeatureCache
 from vggt_cache.store.record import Record, shape_of
-from vggt_cache.store.tensors import TORCH_DTYPES
+from vggt_cache.store.tensors import TORCH_DTYPES, at_a_page
 
 T = TypeVar("T")
 THREADS = 2
@@ -142,7 +142,9 @@ class ReadAhead:
                 self._give_back(self._copying.popleft()[1])
             if self._free[shape]:
                 return self._free[shape].pop()
-        return torch.empty(shape, dtype=dtype, pin_memory=self._stream is not None, device="cpu")
+        if self._stream is None:
+            return at_a_page(shape, dtype)
+        return torch.empty(shape, dtype=dtype, pin_memory=True, device="cpu")  # which begins at a page too
 
     def _read_into(self, buffer: Tensor | None, key: bytes) -> tuple[Tensor | None, torch.cuda.Event | None]:
         send: Callable[[torch.device], Tensor] | None = None

@@ -24,7 +24,8 @@ def check(world: World) -> None:
 def _check_reader(world: World, use_index: bool) -> None:
     client = world.client()
     served, broken = world.oracle.served()
-    with FeatureCache.open(world.oracle.cache_dir, spec=SPEC, fs=client, use_index=use_index) as cache:
+    io = "direct" if use_index else "buffered"
+    with FeatureCache.open(world.oracle.cache_dir, spec=SPEC, fs=client, use_index=use_index, io=io) as cache:
         if not use_index:
             assert sorted(name for name, _ in cache.damaged_shards) == broken
             _check_verify(cache, {make_key(n).hex() for n, (_, value) in served.items() if value is None})

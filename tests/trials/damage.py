@@ -47,7 +47,7 @@ class SmallStore:
     def check(self, data: bytes) -> None:
         """Answers from these bytes are right, absent or refused, and right wherever nothing is wrong."""
         self.path.write_bytes(data)
-        with FeatureCache.open(self.folder) as cache:
+        with FeatureCache.open(self.folder, io="direct" if self.indexed else "buffered") as cache:
             found = {number: self._answer(cache, number) for number in NUMBERS}
         assert all(answer in ("none", "damaged", VALUES[number, 0]) for number, answer in found.items())
         whole_header = data[: self.data_start] == self.good[: self.data_start]

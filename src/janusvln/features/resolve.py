@@ -69,7 +69,13 @@ class WantedFeatures:
 
 
 def open_cache(
-    cache_dir: str, wanted: WantedFeatures, *, fill: bool, location: str | None, device: str
+    cache_dir: str,
+    wanted: WantedFeatures,
+    *,
+    fill: bool,
+    location: str | None,
+    device: str,
+    io: str | None = None,
 ) -> FeatureCache:
     """The cache to train from; with `fill`, made where there is none that agrees with the flags.
 
@@ -97,7 +103,7 @@ def open_cache(
     if agreeing:
         if unfit(agreeing[0]):
             raise SettingsError(unfit(agreeing[0]))
-        return FeatureCache.open(cache_dir, spec=agreeing[0])
+        return FeatureCache.open(cache_dir, spec=agreeing[0], io=io)
     if not specs:
         raise NotACacheError(
             f"{absolute(cache_dir)} holds no feature cache: check VGGT_CACHE_DIR, or make the cache with "

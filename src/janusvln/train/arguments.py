@@ -32,6 +32,7 @@ from vggt_cache.delivery import THREADS
 from vggt_cache.errors import SettingsError
 from vggt_cache.flags import about_flag
 from vggt_cache.precompute.settings import MAX_PIXELS, MIN_PIXELS, PrecomputeSettings
+from vggt_cache.store.direct import AUTO, IO_MODES, io_of
 
 
 @dataclass
@@ -145,15 +146,20 @@ class FeatureArguments(WantedFeatures):
     vggt_cache_miss: str = flag("encode", f"what a missing feature means: {', '.join(MISS_POLICIES)}")
     vggt_model_path: str | None = flag(None, "VGGT, needed only where a feature is not in the cache")
     vggt_cache_threads: int = flag(THREADS, "threads of each rank that read features")
+    vggt_cache_io: str | None = flag(
+        None,
+        f"how features are read: {', '.join(IO_MODES)} (default: the environment's VGGT_CACHE_IO, else {AUTO})",
+    )
 
     def __post_init__(self) -> None:
         for name in ("vggt_cache_dir", "vggt_cache_fingerprint"):
             setattr(self, name, getattr(self, name) or os.environ.get(name.upper()) or None)
         choices = {name: about_flag(PrecomputeSettings, name)["choices"] for name in AS_PUBLISHED}
-        choices["vggt_cache_miss"] = MISS_POLICIES
+        choices |= {"vggt_cache_miss": MISS_POLICIES, "vggt_cache_io": IO_MODES}
         for name, allowed in choices.items():
             if allowed and getattr(self, name) not in (None, *allowed):
                 raise SettingsError(f"--{name} {getattr(self, name)} is none of {', '.join(allowed)}")
+        self.vggt_cache_io = io_of(self.vggt_cache_io)
         if self.vggt_cache_miss != "encode" and not self.vggt_cache_dir:
             raise SettingsError(
                 f"--vggt_cache_miss {self.vggt_cache_miss} needs a cache, and neither VGGT_CACHE_DIR nor "

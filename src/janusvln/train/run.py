@@ -108,7 +108,12 @@ class TrainingRun:
             self._say(f"No feature cache: VGGT runs in every step; {describe_spec(spec)}")
             return spec, None
         cache = open_cache(
-            wanted.vggt_cache_dir, wanted, fill=self.fills, location=wanted.vggt_model_path, device=device
+            wanted.vggt_cache_dir,
+            wanted,
+            fill=self.fills,
+            location=wanted.vggt_model_path,
+            device=device,
+            io=wanted.vggt_cache_io,
         )
         cache = agree_on_snapshot(cache, self.ranks)
         self._say(f"VGGT feature cache enabled: {cache.cache_dir}")

@@ -28,6 +28,7 @@ from vggt_cache.errors import (
 )
 from vggt_cache.identity import KEY_BYTES, FeatureSpec, feature_key, frame_digest, pixel_digest, pixel_key
 from vggt_cache.place import absolute
+from vggt_cache.store.direct import AUTO, DIRECT, bytes_of_table, io_of, is_larger_than_memory
 from vggt_cache.store.directory import select_store
 from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem
 from vggt_cache.store.object_store import system_of
@@ -73,10 +74,11 @@ class FeatureCache:
         fs: FileSystem,
         names: Sequence[str] | None = None,
         use_index: bool = True,
+        io: str | None = None,
     ) -> None:
         """Use `open`. `names`: exactly these shards, instead of those that are there now."""
         self.spec, self.cache_dir = spec, cache_dir
-        self._root = root
+        self._root, self.io = root, io_of(io)
         self._counts = asdict(CacheStats())
         self.siblings = Siblings(self, fs)
         self._make_locks()
@@ -87,6 +89,8 @@ class FeatureCache:
         _ALIVE.add(self)
         try:
             self._snapshot = self._taker.take() if names is None else self._taker.exactly(names)
+            self._shards.must_be_direct = self.io == DIRECT
+            self._choose_io()
         except BaseException:
             self._shards.close()
             raise
@@ -101,6 +105,7 @@ class FeatureCache:
         context: str | None = None,
         root: str | os.PathLike[str] | None = None,
         use_index: bool = True,
+        io: str | None = None,
         fs: FileSystem = OPERATING_SYSTEM,
     ) -> FeatureCache:
         """Open a cache directory for reading. Creates and changes nothing.
@@ -108,7 +113,10 @@ class FeatureCache:
         `spec`, `fingerprint` (its first digits are enough) and `context` say which cache is meant. Name the context: it
         decides what a feature is, another cache may join the directory, and without any of the three there is a
         warning. `root`: where relative frame paths start (default: the current directory).
-        `use_index=False` reads the header of every shard instead of the index, as `verify` does.
+        `use_index=False` reads the header of every shard instead of the index, as `verify` does. `io`: `buffered` reads
+        through the page cache, `direct` past it (O_DIRECT) where the file system can; `auto` past it where the cache is
+        larger than the memory that is free now, so that what is read would be forgotten before it is wanted again
+        (default: the environment's VGGT_CACHE_IO, else `auto`).
 
         Raises CacheNotFoundError, NotACacheError, AmbiguousCacheError, SpecMismatchError, CacheAccessError, or
         SettingsError. Of shards whose header is damaged only what can be proved is used, with one warning; see
@@ -124,7 +132,7 @@ class FeatureCache:
             )
         chosen = select_store(path, spec=spec, fingerprint=fingerprint, context=context, fs=fs)
         where = None if root is None else os.path.abspath(root)
-        cache = cls(path, chosen, root=where, fs=fs, use_index=use_index)
+        cache = cls(path, chosen, root=where, fs=fs, use_index=use_index, io=io)
         cache._warn_of_damage(())
         return cache
 
@@ -277,7 +285,8 @@ class FeatureCache:
 
         Raises CacheAccessError where one of them is not there.
         """
-        return FeatureCache(self.cache_dir, self.spec, root=self._root, fs=self._shards.fs, names=names)
+        root, fs = self._root, self._shards.fs
+        return FeatureCache(self.cache_dir, self.spec, root=root, fs=fs, names=names, io=self.io)
 
     def refresh(self) -> None:
         """Take in shards that were committed since. Features are lost only if their shards were removed."""
@@ -288,6 +297,7 @@ class FeatureCache:
             after = self._taker.take(self._snapshot)
             if after.names != self._snapshot.names:
                 self._snapshot = after
+                self._choose_io()
         self.siblings.refresh()
         self._warn_of_damage(known)
 
@@ -317,7 +327,7 @@ class FeatureCache:
     def __reduce__(self) -> tuple[Any, ...]:
         """What another process needs to open the same snapshot."""
         root, fs, names = self._root, self._shards.fs, self.shard_names()
-        return partial(FeatureCache, self.cache_dir, self.spec, root=root, fs=fs, names=names), ()
+        return partial(FeatureCache, self.cache_dir, self.spec, root=root, fs=fs, names=names, io=self.io), ()
 
     def __repr__(self) -> str:
         return f"FeatureCache({self.cache_dir!r}, {self.spec.short_name}, {len(self.shard_names())} shards)"
@@ -340,6 +350,12 @@ class FeatureCache:
     def _now(self) -> Snapshot:
         self._shards.require_open()
         return self._snapshot
+
+    def _choose_io(self) -> None:
+        table = self._snapshot.table
+        self._shards.direct = self._shards.must_be_direct or (
+            self.io == AUTO and is_larger_than_memory(lambda: bytes_of_table(table, self.spec))
+        )
 
     def _first_copy(self, key: bytes, read: Callable[[OpenShard, Record], T]) -> T | None:
         """What `read` makes of the copy that is served, or of an older one if the shard of that one has vanished.

@@ -42,6 +42,13 @@ class FileSystem:
     def open_file(self, name: str, *, dir_fd: int) -> int:
         return os.open(name, _READ | _NO_LINK, dir_fd=dir_fd)
 
+    def reopen_direct(self, fd: int) -> int:
+        """Another descriptor of the same file, whose reads go past the page cache and must be of whole blocks.
+
+        Raises OSError where the file system, or a file that is none of the system's, has no such reads.
+        """
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+
     def create_file(self, name: str, *, dir_fd: int) -> int:
         """A new file; its mode is what the user's umask leaves of rw-rw-rw-."""
         return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666, dir_fd=dir_fd)

@@ -127,6 +127,9 @@ class ObjectFileSystem(FileSystem):
             self._shards[key] = meta
         return self._handle(_Object(key, self._shards[key], is_shard))
 
+    def reopen_direct(self, fd: int) -> int:
+        raise OSError(errno.EOPNOTSUPP, "a bucket has no page cache")
+
     def create_file(self, name: str, *, dir_fd: int) -> int:
         new = self._new[self._key(name, dir_fd)] = _NewObject(next(self._numbers))
         return self._handle(new)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import NamedTuple, NoReturn, TypeVar
 
 import numpy as np
@@ -17,6 +19,7 @@ from vggt_cache.codec import DTYPE_NAMES, NONE, codec_for, coded_form
 from vggt_cache.codec.base import Codec
 from vggt_cache.errors import CacheAccessError, CorruptRecordError, SettingsError, ShardFormatError
 from vggt_cache.identity import FeatureSpec
+from vggt_cache.store.direct import is_in_blocks, read_around, read_blocks
 from vggt_cache.store.filesystem import (
     FileSystem,
     access_error,
@@ -29,7 +32,7 @@ from vggt_cache.store.filesystem import (
     released_after,
     sync_directory,
 )
-from vggt_cache.store.format import LENGTH_BYTES, MAX_HEADER_BYTES, SHARD_NAME
+from vggt_cache.store.format import ALIGNMENT_BYTES, LENGTH_BYTES, MAX_HEADER_BYTES, SHARD_NAME
 from vggt_cache.store.header import (
     ForeignShardError,
     ShardHeader,
@@ -74,16 +77,26 @@ class ShardEntry(NamedTuple):
 class OpenShard:
     """An open shard, or their folder: to be used in a `with` statement. `users` counts who needs it, also the pool."""
 
-    __slots__ = ("_folder", "fd", "file_bytes", "name", "users")
+    __slots__ = ("_folder", "direct_fd", "fd", "file_bytes", "name", "users")
 
-    def __init__(self, folder: ShardFolder, name: str, fd: int, file_bytes: int) -> None:
+    def __init__(
+        self, folder: ShardFolder, name: str, fd: int, file_bytes: int, *, direct_fd: int | None = None
+    ) -> None:
+        """`direct_fd`: the same file, for reads past the page cache."""
         self._folder, self.name, self.fd, self.file_bytes, self.users = folder, name, fd, file_bytes, 1
+        self.direct_fd = direct_fd
 
     def __enter__(self) -> OpenShard:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._folder.pool.give_back(self)
+
+    def close(self) -> None:
+        """Nobody uses it any more."""
+        for fd in (self.fd, self.direct_fd):
+            if fd is not None:
+                release(self._folder.fs, fd)
 
     def stored_bytes(self, record: Record) -> int:
         """Bytes of the record in the file. Raises CorruptRecordError for what cannot be: an index may be wrong."""
@@ -107,9 +120,7 @@ class OpenShard:
             return
         codec.prepare()
         stored = self.stored(record)
-        # The system refuses memory at which a decoder would crash.
-        self._fill(feature[:1], record.offset, probe)
-        self._fill(feature[(len(feature) - 1) // 64 * 64 :][:1], record.offset, probe)
+        self._probe(feature)
         try:
             codec.decode(stored, feature, self._cells(record), self._folder.spec.encoder.channels)
         except ValueError as error:
@@ -123,9 +134,11 @@ class OpenShard:
         """The same in `memory`, of `stored_bytes` bytes, which is returned."""
         hasher = xxhash.xxh3_128()
         step = len(memory) if self._folder.fs.reads_whole else PIECE_BYTES
+        is_direct = self._folder.direct and self.direct_fd is not None
+        fill = self._fill_direct if is_direct else self._fill
         for at in range(0, len(memory), step):
             piece = memory[at : at + step]
-            if self._fill(piece, record.offset + at) < len(piece):
+            if fill(piece, record.offset + at) < len(piece):
                 self._corrupt(record, "ends early: the file was truncated while it was read")
             hasher.update(piece)
         codec = self._folder.codec_of(record).name
@@ -138,9 +151,11 @@ class OpenShard:
     def _cells(self, record: Record) -> int:
         return cells_of(self._folder.spec, record.h, record.w, record.frames)
 
-    def _fill(self, memory: memoryview, offset: int, read: Callable[..., int] = read_fully) -> int:
+    def _fill(
+        self, memory: memoryview, offset: int, read: Callable[..., int] = read_fully, fd: int | None = None
+    ) -> int:
         try:
-            return read(self._folder.fs, self.fd, memory, offset)
+            return read(self._folder.fs, self.fd if fd is None else fd, memory, offset)
         except OSError as error:
             if error.errno == errno.EFAULT:
                 raise SettingsError(
@@ -148,6 +163,26 @@ class OpenShard:
                     "memory of its own, or none"
                 ) from error
             raise _refusal(os.path.join(self._folder.path, self.name), error) from error
+
+    def _fill_direct(self, memory: memoryview, offset: int) -> int:
+        """The same past the page cache; through it where the file system took the flag and refuses the read."""
+        read: Callable[..., int] = read_blocks
+        if not is_in_blocks(memory, offset):
+            self._probe(memory)
+            read = partial(read_around, scratch=self._folder.blocks.of)
+        try:
+            done = self._fill(memory, offset, read, self.direct_fd)
+        except CacheAccessError as error:
+            if not isinstance(error.__cause__, OSError) or error.__cause__.errno != errno.EINVAL:
+                raise
+            self._folder.read_buffered(error.__cause__)
+            done = 0
+        return done + (self._fill(memory[done:], offset + done) if done < len(memory) else 0)
+
+    def _probe(self, memory: memoryview) -> None:
+        """The system refuses memory at which a copy or a decoder would crash. Writes into its first and last bytes."""
+        self._fill(memory[:1], 0, probe)
+        self._fill(memory[(len(memory) - 1) // 64 * 64 :][:1], 0, probe)
 
     def _corrupt(self, record: Record, what: str, cause: Exception | None = None) -> NoReturn:
         cache_dir = os.path.dirname(os.path.dirname(self._folder.path))
@@ -164,7 +199,9 @@ class ShardFolder:
         """Raises CacheAccessError."""
         self.path = os.path.join(store_dir, SHARDS_FOLDER)
         self.spec, self.fs = spec, fs
-        self.pool, self.scratch = OpenShards(fs), _Scratch()
+        self.pool, self.scratch, self.blocks = OpenShards(fs), _Scratch(), _Scratch()
+        self.direct = self.must_be_direct = False
+        """Whether records are read past the page cache, and whether the user is told where they cannot be."""
         self._packed = codec_for(coded_form(spec.feature_dtype), spec.feature_dtype)
         always_packed = spec.feature_dtype not in DTYPE_NAMES
         self._plain = self._packed if always_packed else codec_for(NONE, spec.feature_dtype)
@@ -317,8 +354,29 @@ class ShardFolder:
         shared = self.pool.take(name)
         if shared is None:
             self.require_open()
-            shared = self.pool.add(OpenShard(self, name, *self._open(name)))
+            fd, file_bytes = self._open(name)
+            shared = self.pool.add(OpenShard(self, name, fd, file_bytes, direct_fd=self._reopened(fd)))
         return shared
+
+    def _reopened(self, fd: int) -> int | None:
+        """The same file for reads past the page cache, where these are wanted and can be had."""
+        if not self.direct:
+            return None
+        try:
+            return self._with_room(lambda: self.fs.reopen_direct(fd))
+        except OSError as error:
+            self.read_buffered(error)
+            return None
+
+    def read_buffered(self, error: OSError) -> None:
+        """Records are read through the page cache from now on: the system refuses to read them past it."""
+        told, self.direct, self.must_be_direct = not self.must_be_direct, False, False
+        if not told:
+            warnings.warn(
+                f"{self.path} cannot be read past the page cache ({error.strerror}), so it is read through it, as "
+                "with io=buffered: leave io at auto, or put the cache on a file system with O_DIRECT",
+                stacklevel=2,
+            )
 
     @contextmanager
     def _opened_alone(self, name: str) -> Iterator[OpenShard]:
@@ -435,7 +493,7 @@ class OpenShards:
             shard.users -= 1
             unused = shard.users == 0
         if unused:
-            release(self._fs, shard.fd)
+            shard.close()
 
     def _pop_idle(self, count: int) -> list[OpenShard]:
         names = [name for name, shared in self._shards.items() if shared.users == 1][: max(0, count)]
@@ -443,7 +501,7 @@ class OpenShards:
 
     def _release(self, shards: list[OpenShard]) -> None:
         for shared in shards:
-            release(self._fs, shared.fd)
+            shared.close()
 
     def release_idle(self, seen: int) -> bool:
         """Close what is not in use, because descriptors ran out after `seen` releases; from now on keep fewer.
@@ -477,8 +535,8 @@ class OpenShards:
 class ReusedMemory:
     """Bytes that are used again and again, grown as needed: fresh memory costs a page fault each 4 KiB.
 
-    They start at a multiple of 64 bytes, as torch's do. Some processors copy several times more slowly to a place that
-    lies 1 to 31 bytes further in its page than the source, and records lie at the start of pages.
+    They start at a page, as reads past the page cache need, and as records do: some processors copy several times more
+    slowly to a place that lies 1 to 31 bytes further in its page than the source.
     """
 
     def __init__(self) -> None:
@@ -487,8 +545,8 @@ class ReusedMemory:
     def of(self, length: int) -> memoryview:
         """Memory of so many bytes, of any content, valid until the next call."""
         if len(self._bytes) < length:
-            memory = np.empty(length + 63, np.uint8)
-            start = -memory.ctypes.data % 64
+            memory = np.empty(length + ALIGNMENT_BYTES - 1, np.uint8)
+            start = -memory.ctypes.data % ALIGNMENT_BYTES
             self._bytes = memory[start : start + length].data
         return self._bytes[:length]
 

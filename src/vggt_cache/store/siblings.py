@@ -92,15 +92,15 @@ class Siblings:
         if fingerprint not in self._opened:
             self._opened[fingerprint] = None
             with suppress(StoreError):
-                self._opened[fingerprint] = self._open(fingerprint, type(own))
+                self._opened[fingerprint] = self._open(fingerprint, own)
         return self._opened[fingerprint]
 
-    def _open(self, fingerprint: str, kind: type[FeatureCache]) -> FeatureCache | None:
+    def _open(self, fingerprint: str, own: FeatureCache) -> FeatureCache | None:
         name = f"{self._spec.context}-{fingerprint[:16]}"
         if not is_url(self._cache_dir) and not os.path.isdir(os.path.join(self._cache_dir, name)):
             return None
         for spec in list_stores(self._cache_dir, self._fs):
             related = spec.of_given_pixels == self._spec.of_given_pixels
             if related and spec.fingerprint.startswith(fingerprint):
-                return kind(self._cache_dir, spec, root=None, fs=self._fs)
+                return type(own)(self._cache_dir, spec, root=None, fs=self._fs, io=own.io)
         return None

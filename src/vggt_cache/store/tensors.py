@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from vggt_cache.errors import SettingsError
 from vggt_cache.identity import FeatureSpec
+from vggt_cache.store.format import ALIGNMENT_BYTES
 from vggt_cache.store.record import sides_of
 
 TORCH_DTYPES = {
@@ -21,7 +23,15 @@ TORCH_DTYPES = {
 
 def empty_feature(spec: FeatureSpec, shape: Sequence[int]) -> torch.Tensor:
     """Uninitialised memory for a feature of this shape on the CPU, whatever torch's default device is."""
-    return torch.empty(tuple(shape), dtype=TORCH_DTYPES[spec.feature_dtype], device="cpu")
+    return at_a_page(shape, TORCH_DTYPES[spec.feature_dtype])
+
+
+def at_a_page(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialised CPU memory that begins at a page, as reads past the page cache need."""
+    length = math.prod(shape) * dtype.itemsize
+    memory = torch.empty(length + ALIGNMENT_BYTES, dtype=torch.uint8, device="cpu")
+    start = -memory.data_ptr() % ALIGNMENT_BYTES
+    return memory[start : start + length].view(dtype).view(tuple(shape))
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -56,7 +66,7 @@ def check_target(out: torch.Tensor, spec: FeatureSpec, shape: tuple[int, ...]) -
 def bytes_for(length: int, out: torch.Tensor | None) -> torch.Tensor:
     """uint8 [length] on the CPU: the first bytes of `out` where it is given. Raises SettingsError for an unfit one."""
     if out is None:
-        return torch.empty(length, dtype=torch.uint8, device="cpu")
+        return at_a_page([length], torch.uint8)
     if out.dtype != torch.uint8 or out.ndim != 1 or not out.is_cpu or len(out) < length or out.stride(0) != 1:
         raise SettingsError(
             f"out has shape {list(out.shape)} and {out.dtype} on {out.device}, and the record needs a contiguous "
