@@ -13,6 +13,10 @@ that is larger than memory (`fetched_over_wanted`: bytes from the device over by
     direct      the same with direct_io: nothing is read ahead, so that requests are as large as the reader's pieces
     disk        the disk under --folder, as it is
 
+Delivery reads through the page cache (`delivery_<threads>`) and past it with O_DIRECT (`past_<threads>`); beside the
+speed of each stand the processor's seconds for a GB (10^9 bytes), of which the checksum alone, over bytes that lie in
+memory already, takes `checksum_s_per_gb`.
+
 What a machine cannot make is named under `unavailable`. Beside delivery by 1 to 8 threads (the product has 2) stand
 plain reads in such an order with a checksum, by 2 threads, in small pieces (256 KiB) and in the product's: as they are;
 with the kernel told not to read ahead (`random`); and then asked for the record's next 2 MiB, or the next piece, before
@@ -132,7 +136,7 @@ def all_devices(
 
 
 def table(devices: dict[str, dict[str, Any]]) -> Iterator[str]:
-    yield "device          MB/s   delivery  of device   fetched   step ahead / when needed"
+    yield "device          MB/s   delivery  of device   fetched   past the cache  CPU s/GB  step ahead / when needed"
     for name, one in devices.items():
         if "unavailable" in one:
             yield f"{name:14} {one['unavailable']}"
@@ -141,6 +145,8 @@ def table(devices: dict[str, dict[str, Any]]) -> Iterator[str]:
         yield (
             f"{name:14} {speeds['sequential'] / 1e6:6.0f} {speeds['delivery_2'] / 1e6:9.0f} "
             f"{one['delivery_over_device']:9.2f} {one['fetched_over_wanted']['delivery_2']:10.2f} "
+            f"{speeds['past_2'] / 1e6:15.0f} {one['cpu_s_per_gb']['delivery_2']:.2f} -> "
+            f"{one['cpu_s_per_gb']['past_2']:.2f} "
             f"{loop['ahead_over_step']:9.2f} / {loop['when_needed_over_step']:.2f}"
         )
 

@@ -69,7 +69,11 @@ class ColdReads:
 
     def __init__(self, device: Device, plan: Plan) -> None:
         self.device, self.plan = device, plan
-        self.cache = FeatureCache.open(device.folder / "cache", context="frame")
+        self.caches = {
+            io: FeatureCache.open(device.folder / "cache", context="frame", io=io)
+            for io in ("buffered", "direct")
+        }
+        self.cache = self.caches["buffered"]
         self.record_bytes = 2 * plan.grid[0] * plan.grid[1] * self.cache.spec.encoder.channels
         self.stored = len(self.cache)
         self.raw = os.open(device.folder / "raw", os.O_RDONLY)
@@ -79,14 +83,14 @@ class ColdReads:
         most = self.stored // WANTED_SHARE // plan.batch_size
         self.count = plan.batch_size * max(2, min(batches, most))
 
-    def timed(self, way: Callable[[Sequence[int]], None]) -> tuple[float, float]:
-        """Bytes per second, and bytes fetched over bytes wanted."""
+    def timed(self, way: Callable[[Sequence[int]], None]) -> tuple[float, float, float]:
+        """Bytes per second, bytes fetched over bytes wanted, and a processor's seconds for each 10^9 bytes."""
         wanted = self._cold()
-        fetched, began_s = self.device.fetched_bytes(), time.perf_counter()
+        fetched, cpu_s, began_s = self.device.fetched_bytes(), time.process_time(), time.perf_counter()
         way(wanted)
-        seconds = time.perf_counter() - began_s
+        seconds, cpu_s = time.perf_counter() - began_s, time.process_time() - cpu_s
         size = self.record_bytes * len(wanted)
-        return size / seconds, (self.device.fetched_bytes() - fetched) / size
+        return size / seconds, (self.device.fetched_bytes() - fetched) / size, cpu_s / (size / 1e9)
 
     def _cold(self) -> list[int]:
         """What to read next. A throttle that was idle lets the bytes of 0.1 s pass at once: they are used up."""
@@ -112,11 +116,11 @@ class ColdReads:
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(read, range(THREADS)))
 
-    def delivery(self, threads: int = THREADS) -> Callable[[Sequence[int]], None]:
+    def delivery(self, threads: int = THREADS, *, io: str = "buffered") -> Callable[[Sequence[int]], None]:
         """As the training loop takes them, without a step between."""
 
         def deliver(wanted: Sequence[int]) -> None:
-            for _ in self._batches(wanted, threads, ahead=True):
+            for _ in self._batches(wanted, threads, ahead=True, io=io):
                 pass
 
         return deliver
@@ -155,9 +159,11 @@ class ColdReads:
             size = min(STEP_BYTES, self.record_bytes - step)
             os.posix_fadvise(descriptor, offset + step, size, os.POSIX_FADV_WILLNEED)
 
-    def _batches(self, wanted: Sequence[int], threads: int, *, ahead: bool) -> Iterator[None]:
+    def _batches(
+        self, wanted: Sequence[int], threads: int, *, ahead: bool, io: str = "buffered"
+    ) -> Iterator[None]:
         """Yields where a batch has arrived; it may be used until the next one is asked for."""
-        reader = ReadAhead(self.cache, torch.device("cpu"), threads=threads)
+        reader = ReadAhead(self.caches[io], torch.device("cpu"), threads=threads)
         size = self.plan.batch_size
         batches = [wanted[at : at + size] for at in range(0, len(wanted), size)]
 
@@ -189,23 +195,34 @@ class ColdReads:
             time.sleep(step_s)
         return (time.perf_counter() - began_s - step_s) / steps
 
+    def checksum_s_per_gb(self) -> float:
+        """Of a record that lies in memory."""
+        record, times = bytes(self.record_bytes), 20
+        began_s = time.process_time()
+        for _ in range(times):
+            xxhash.xxh3_128(record)
+        return (time.process_time() - began_s) / (times * self.record_bytes / 1e9)
+
     # ------------------------------------------------------------ all of it
 
     def ways(self) -> dict[str, Callable[[Sequence[int]], None]]:
         ways = {"sequential": self.sequential}
         ways |= {f"delivery_{threads}": self.delivery(threads) for threads in self.plan.threads}
+        ways |= {f"past_{threads}": self.delivery(threads, io="direct") for threads in self.plan.threads}
         for name, size in PIECES.items():
             ways |= {f"{name}_pieces_{advice}": self.pieces(size, advice) for advice in ADVICE}
         return ways
 
     def run(self) -> dict[str, Any]:
         """The middle of all rounds; each round has an order of its own."""
-        found: dict[str, list[tuple[float, float]]] = {way: [] for way in self.ways()}
+        found: dict[str, list[tuple[float, float, float]]] = {way: [] for way in self.ways()}
         for _ in range(self.plan.rounds):
             for way, work in self.ways().items():
                 found[way].append(self.timed(work))
-        speeds = {way: statistics.median(speed for speed, _ in runs) for way, runs in found.items()}
-        fetched = {way: statistics.median(share for _, share in runs) for way, runs in found.items()}
+        speeds, fetched, cpu = (
+            {way: statistics.median(run[number] for run in runs) for way, runs in found.items()}
+            for number in range(3)
+        )
         delivery = speeds[f"delivery_{THREADS}"]
         return {
             "records": self.count,
@@ -213,6 +230,8 @@ class ColdReads:
             "read_ahead_bytes": read_ahead_bytes(self.device.folder),
             "bytes_per_s": speeds,
             "fetched_over_wanted": fetched,
+            "cpu_s_per_gb": cpu,
+            "checksum_s_per_gb": self.checksum_s_per_gb(),
             "delivery_over_device": delivery / speeds["sequential"],
             "loop": self.loop(speeds["sequential"]),
         }
