@@ -133,15 +133,27 @@ def test_a_triton_that_cannot_compile_means_the_plain_path_and_one_warning(
     fused._works.cache_clear()
 
 
+def test_a_cpu_brings_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It costs memory, and a Ctrl-C in the middle of its import aborts the process instead of ending the run."""
+    monkeypatch.delattr("vggt_cache.encoder.fused")
+    monkeypatch.setitem(sys.modules, "vggt_cache.encoder.fused", None)
+    assert blocks.fused_kernels(torch.device("cpu"), torch.bfloat16) is None
+    with pytest.raises(ImportError):
+        blocks.fused_kernels(torch.device("cuda"), torch.bfloat16)
+
+
 def test_a_block_takes_the_fused_path_where_it_is_available(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[str] = []
     block = Block(24, 2, eps=1e-5, qk_norm=True, dtype=torch.float32)
     x, rope = torch.randn(1, 6, 24), rope_table((1, 1), 5, 12, torch.device("cpu"))
     plain = block(x, rope)
     project, finish = Block.project, Block.finish
-    monkeypatch.setattr(
-        fused, "available", lambda device, dtype: not taken.append("asked") and len(taken) < 3
-    )
+
+    def kernels(device: torch.device, dtype: torch.dtype) -> Any:
+        taken.append("asked")
+        return fused if len(taken) < 3 else None
+
+    monkeypatch.setattr(blocks, "fused_kernels", kernels)
 
     def recorded(name: str, step: Any) -> Any:
         return lambda self, *args: (taken.append(name), taken.append(name), step(self, *args))[-1]

@@ -11,6 +11,7 @@ What stands here runs everywhere and says what is computed; `fused.py` is the sa
 from __future__ import annotations
 
 from functools import lru_cache, partial
+from types import ModuleType
 from typing import cast
 
 import torch
@@ -108,6 +109,15 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
+def fused_kernels(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """The module of the fused steps where they can be used. It brings Triton, 70 MB, which only a GPU needs."""
+    if device.type != "cuda":
+        return None
+    from vggt_cache.encoder import fused
+
+    return fused if fused.available(device, dtype) else None
+
+
 class Block(nn.Module):
     """Pre-norm block on a float32 stream `x` [b, n, C], in two steps: what others may attend to, and the rest."""
 
@@ -127,18 +137,16 @@ class Block(nn.Module):
 
     def project(self, x: Tensor, rope: Rope | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each [b, n, heads, head_dim]."""
-        from vggt_cache.encoder import fused  # brings Triton, 70 MB, which only encoding needs
-
-        if fused.available(x.device, self.dtype):
-            return fused.project(self, x, rope)
+        if (fused := fused_kernels(x.device, self.dtype)) is not None:
+            projected: tuple[Tensor, Tensor, Tensor] = fused.project(self, x, rope)
+            return projected
         return self.attn.project(self.norm1(x).to(self.dtype), rope)
 
     def finish(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`k`, `v` may have more tokens than `x` and `q`: those of earlier frames."""
-        from vggt_cache.encoder import fused  # brings Triton, 70 MB, which only encoding needs
-
-        if fused.available(x.device, self.dtype):
-            return fused.finish(self, x, q, k, v)
+        if (fused := fused_kernels(x.device, self.dtype)) is not None:
+            finished: Tensor = fused.finish(self, x, q, k, v)
+            return finished
         x = x + self.ls1(self.attn.attend(q, k, v))
         x = x + self.ls2(self.mlp(self.norm2(x).to(self.dtype)))
         return x
