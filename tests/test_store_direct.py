@@ -186,6 +186,24 @@ def test_a_read_that_ends_within_a_block_is_finished_through_the_page_cache(tmp_
         assert holds(cache, NUMBERS)
 
 
+def test_bytes_that_miss_their_memory_are_read_again_and_no_damage(tmp_path: Path) -> None:
+    """As where the process forks while a read past the page cache is under way."""
+    write_shard(tmp_path, NUMBERS, IN_BLOCKS)
+
+    class Missing(FileSystem):
+        def reopen_direct(self, fd: int) -> int:
+            self.direct_fd = super().reopen_direct(fd)
+            return self.direct_fd
+
+        def preadv(self, fd: int, buffers: Any, offset: int) -> int:
+            if fd == getattr(self, "direct_fd", None):
+                return len(buffers[0])
+            return super().preadv(fd, buffers, offset)
+
+    with opened(tmp_path, fs=Missing()) as cache:
+        assert holds(cache, NUMBERS)
+
+
 def test_auto_reads_past_the_page_cache_where_a_cache_is_larger_than_free_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,10 +132,18 @@ class OpenShard:
 
     def read_stored(self, record: Record, memory: memoryview) -> memoryview:
         """The same in `memory`, of `stored_bytes` bytes, which is returned."""
+        if self._folder.direct and self.direct_fd is not None:
+            # What is wrong is read again through the page cache before it is called damaged: bytes that go past it
+            # can miss this process's memory where it forks meanwhile (O_DIRECT in open(2)).
+            with suppress(CorruptRecordError):
+                return self._read_checked(record, memory, self._fill_direct)
+        return self._read_checked(record, memory, self._fill)
+
+    def _read_checked(
+        self, record: Record, memory: memoryview, fill: Callable[[memoryview, int], int]
+    ) -> memoryview:
         hasher = xxhash.xxh3_128()
         step = len(memory) if self._folder.fs.reads_whole else PIECE_BYTES
-        is_direct = self._folder.direct and self.direct_fd is not None
-        fill = self._fill_direct if is_direct else self._fill
         for at in range(0, len(memory), step):
             piece = memory[at : at + step]
             if fill(piece, record.offset + at) < len(piece):
