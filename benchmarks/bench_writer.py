@@ -32,10 +32,11 @@ import torch
 import record
 from bench_writing import CHANNELS, GRID, spec_of
 from vggt_cache.doctor import mount_of
-from vggt_cache.precompute.write import DEFAULT_SHARD_BYTES, FeatureWriter, all_finite
+from vggt_cache.precompute.write import FeatureWriter, all_finite
 from vggt_cache.store import ShardWriter, create_store
 from vggt_cache.store.record import record_checksum
 from vggt_cache.store.tensors import bytes_of
+from vggt_cache.store.writer import DEFAULT_SHARD_BYTES
 
 MEMORY = "/dev/shm"
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ DOCUMENTS = {
     "README": ("disk", "headlines"),
     "docs/performance": ("figures", "peers"),
     "docs/guide": ("step",),
+    "docs/where_caches_live": ("places",),
 }
 """Which tables a document has; each exists in both languages."""
 ENDINGS = {"en": ".md", "zh": ".zh.md"}
@@ -41,6 +42,10 @@ HEADLINES: tuple[tuple[str, dict[str, object]], ...] = (
     ("startup", {}),
 )
 """The rows of the READMEs, in this order: a row's name, and values that tell it from others of the name."""
+
+
+PLACES = {"reading", "cold_disk", "cold_throttled", "cold_latency", "object_store", "staging"}
+"""The rows that say what a place gives which a cache may lie in."""
 
 
 def file_of(document: str, language: str) -> Path:
@@ -81,8 +86,9 @@ def headlines(results: list[Result], language: str) -> list[str]:
     return [*HEADS[language], *chosen]
 
 
-def figures(results: list[Result], language: str) -> list[str]:
-    return [*HEADS[language], *(line for result in results for *_, line in rows(result, language))]
+def figures(results: list[Result], language: str, names: Collection[str] | None = None) -> list[str]:
+    found = (one for result in results for one in rows(result, language))
+    return [*HEADS[language], *(line for name, _, line in found if names is None or name in names)]
 
 
 TABLES: dict[str, Callable[[list[Result], str], list[str]]] = {
@@ -90,6 +96,7 @@ TABLES: dict[str, Callable[[list[Result], str], list[str]]] = {
     "headlines": headlines,
     "figures": figures,
     "step": lambda results, language: figures([one for one in results if one["theme"] == "step"], language),
+    "places": lambda results, language: figures(results, language, PLACES),
     "peers": lambda results, language: peers_table.lines(one_of_each_theme(results)["peers"], language),
 }
 

@@ -124,6 +124,35 @@ def _cold_values(devices: list[Values], settings: Values) -> Values:
     }
 
 
+def object_store(figures: Values, settings: Values) -> Iterator[Row]:
+    if not settings["url"]:  # of another server nothing is known
+        cache, alone = figures["ways"]["cache"], figures["ways"]["obstore"]
+        yield row(
+            "object_store",
+            settings,
+            record=f"{figures['record_bytes'] / 1e6:.1f}",
+            rate=f"{cache['MB_per_s']:.0f}",
+            core=f"{cache['core_s_per_GB']:.2f}",
+            over=f"{figures['cache_over_obstore']:.2f}",
+            limit=f"{alone['MB_per_s']:.0f}",
+            limit_core=f"{alone['core_s_per_GB']:.2f}",
+        )
+
+
+def staging(figures: Values, settings: Values) -> Iterator[Row]:
+    ways = figures["ways"]
+    yield row(
+        "staging",
+        wire=f"{settings['mb_per_s']:g}",
+        staged=f"{ways['staged']['over_alone']:.2f}",
+        through=f"{ways['through']['over_alone']:.2f}",
+        share=f"{100 * settings['share']:.0f}",
+        part=f"{ways['part']['over_alone']:.2f}",
+        local=f"{100 * ways['part']['local']:.0f}",
+        lru=f"{100 * figures['lru']['simulated']:.0f}",
+    )
+
+
 def writing(figures: Values, settings: Values) -> Iterator[Row]:
     for codec_name, one in figures.items():
         yield row(
@@ -254,7 +283,7 @@ def encoder(figures: Values, settings: Values) -> Iterator[Row]:
 THEMES: dict[str, Callable[[Values, Values], Iterator[Row]]] = {
     one.__name__: one
     for one in (
-        precompute, scaling, causal, planning, reading, cold, writing, writer, index, codec, loss, startup, step,
-        encoder,
+        precompute, scaling, causal, planning, reading, cold, object_store, staging, writing, writer, index, codec,
+        loss, startup, step, encoder,
     )
 }  # fmt: skip

@@ -72,6 +72,17 @@ ENGLISH: dict[str, tuple[str, str, str]] = {
         "{device} MB/s: long plain reads; if features were read only when the step needs them it would take "
         "{needed} x",
     ),
+    "object_store": (
+        "features of {record} MB in a bucket of moto's server on the same machine, by {threads} threads",
+        "{rate} MB/s, **{over}** of the limit; {core} core-seconds a GB",
+        "{limit} MB/s: obstore alone, the same requests; {limit_core} core-seconds a GB",
+    ),
+    "staging": (
+        "an epoch over a cache behind a wire of {wire} MB/s, all of it staged on this machine",
+        "**{staged} x** the time without a stage; the epoch before it, which fills the stage, {through} x; with "
+        "room for {share} % of the bytes {part} x, {local} % of the reads local",
+        "1 x: nothing staged; with that room and LRU {lru} % of the reads would be local",
+    ),
     "writing": (
         "writing a shard of {size} MB until it is safe on disk, codec {codec}, {file_system}",
         "{ours} MB/s, **{over} x** the speed of plain `write` and fsync",
@@ -190,6 +201,17 @@ CHINESE: dict[str, tuple[str, str, str]] = {
         "同上，本机磁盘",
         "{delivery} MB/s，为磁盘的 **{over}**；训练一步的耗时是完全不读盘时的 {ahead} 倍",
         "{device} MB/s：大块顺序读；若等到用时才读，一步的耗时为 {needed} 倍",
+    ),
+    "object_store": (
+        "桶里的特征，每个 {record} MB，{threads} 个线程，同一台机器上的 moto 服务器",
+        "{rate} MB/s，达到极限的 **{over}**；每 GB 用 {core} 核秒",
+        "{limit} MB/s：只用 obstore，请求相同；每 GB 用 {limit_core} 核秒",
+    ),
+    "staging": (
+        "遍历一个 epoch，缓存在 {wire} MB/s 的网络后面，已全部暂存在本机",
+        "耗时为不暂存时的 **{staged} 倍**；此前边读边存的那个 epoch 为 {through} 倍；"
+        "只放得下 {share} % 的字节时为 {part} 倍，{local} % 的读取在本机完成",
+        "1 倍：不暂存；同样的空间如果用 LRU，本机读取只占 {lru} %",
     ),
     "writing": (
         "写一个 {size} MB 的分片直到落盘，编解码 {codec}，{file_system}",

@@ -30,6 +30,7 @@ PAIRS = {
     "docs/recipes.md": "docs/recipes.zh.md",
     "docs/identity.md": "docs/identity.zh.md",
     "docs/object_stores.md": "docs/object_stores.zh.md",
+    "docs/where_caches_live.md": "docs/where_caches_live.zh.md",
 }
 READMES, GUIDES = (pair for pair in list(PAIRS.items())[:2])
 DOCUMENTS = sorted(

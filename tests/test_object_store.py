@@ -22,6 +22,8 @@ from obstore.store import S3Store
 
 from bucket_kit import SECRET, Proxy, Request
 from store_kit import SPEC, equal, holds, make_feature, make_key, make_spec, write_shard
+from vggt_cache import Staging
+from vggt_cache.cli import main
 from vggt_cache.doctor import examine
 from vggt_cache.errors import (
     CacheAccessError,
@@ -93,6 +95,19 @@ def test_features_come_back_bit_by_bit_and_a_snapshot_stays_until_it_is_refreshe
             assert copy.snapshot == cache.snapshot
     assert list_stores(bucket + "/") == [SPEC]
     assert describe(bucket).stores[0].entries == 3
+
+
+def test_what_is_staged_costs_no_request(bucket: str, s3: Proxy, tmp_path: Path) -> None:
+    write_shard(bucket, range(5))
+    write_shard(bucket, range(5, 8))
+    assert main(["stage", bucket, str(tmp_path / "ahead"), "--context", "frame"]) == 0
+    for name, requests in (("ahead", 0), ("through", 8), ("through", 0)):
+        with opened(bucket, stage=Staging(local_dir=tmp_path / name)) as cache:
+            s3.requests.clear()
+            assert holds(cache, range(8))
+            assert s3.kinds() == requests * ["GET"]
+    with FeatureCache.open(tmp_path / "through", spec=SPEC) as local:
+        assert holds(local, range(8))
 
 
 def test_a_record_costs_one_request_however_large(bucket: str, s3: Proxy) -> None:

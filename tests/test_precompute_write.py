@@ -32,8 +32,9 @@ from store_kit import (
 from vggt_cache.codec.quantise import quantised
 from vggt_cache.errors import CommitError, OutOfMemoryError, SettingsError
 from vggt_cache.identity import FeatureSpec
-from vggt_cache.precompute.write import FeatureWriter, Outgoing, Worker, all_finite
+from vggt_cache.precompute.write import FeatureWriter, Outgoing, all_finite
 from vggt_cache.store import FeatureCache, FileSystem, ShardWriter, create_store
+from vggt_cache.store.worker import Worker
 
 LONG_S = 30.0
 """Longer than anything here takes: who waits so long waits for ever."""

@@ -17,7 +17,7 @@ from store_kit import shards_dir
 from train_kit import Kit, largest_difference
 from train_processes_kit import start, train
 from vggt_cache.samples import SampleIndex, find_sources
-from vggt_cache.store import FeatureCache, ShardWriter
+from vggt_cache.store import FeatureCache, ShardWriter, list_stores
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS, LONG = 8, 30
@@ -109,6 +109,21 @@ def test_ranks_that_fill_a_cache_find_each_others_features_in_the_next_epoch(
     found = train(kit, tmp_path / "out", *filling, config=None, cached=False)
     # One sample fewer on a rank's first step of the second epoch would be a rank that did not wait.
     assert [entry["cache_hit_rate"] for entry in found] == [0.0] * 16 + [1.0] * 16
+
+
+@pytest.mark.slow
+def test_ranks_share_a_stage_in_which_each_keeps_what_it_has_read(kit: Kit, tmp_path: Path) -> None:
+    """Every rank its own shards, and each finds those of the other when it starts again."""
+    flags = ["--num_train_epochs", 1, "--vggt_cache_stage", tmp_path / "local"]
+    through = train(kit, tmp_path / "through", *flags, config=None)
+    # In the last step nothing is read: that was done in the one before.
+    assert {entry["cache_staged_rate"] for entry in through[:-1]} == {0.0}
+    (spec,) = list_stores(tmp_path / "local")
+    assert len(list(shards_dir(tmp_path / "local", spec).iterdir())) == 2
+    staged = train(kit, tmp_path / "staged", *flags, "--seed", 7, config=None)
+    assert {entry["cache_staged_rate"] for entry in staged[:-1]} == {1.0}
+    again = train(kit, tmp_path / "again", *flags[:2], "--seed", 7, config=None)
+    assert largest_difference(staged, again) < SAME
 
 
 @pytest.mark.promise("Never a hang")

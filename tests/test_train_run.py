@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -92,6 +93,51 @@ def test_grouping_by_length_and_workers_change_no_feature(kit: Kit, tmp_path: Pa
     assert largest_difference(logged(tmp_path / "workers"), logged(tmp_path / "alone")) < 1e-7
     assert main(kit.flags(tmp_path / "random", *more[:4])) == 0
     assert largest_difference(logged(tmp_path / "random"), logged(tmp_path / "alone")) > 1e-4
+
+
+def test_what_one_run_has_staged_the_next_trains_from_without_reading_the_cache(
+    kit: Kit, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cache, local = tmp_path / "cache", tmp_path / "local"
+    shutil.copytree(kit.cache, cache)
+    flags = ["--max_steps", 3, "--vggt_cache_stage", local, "--vggt_cache_stage_limit", "3MB"]
+
+    def trained(name: str) -> list[dict[str, Any]]:
+        given = kit.flags(tmp_path / name, *flags)
+        given[given.index("--vggt_cache_dir") + 1] = str(cache)
+        assert main(given) == 0
+        return logged(tmp_path / name)
+
+    through = trained("through")
+    assert {entry["cache_staged_rate"] for entry in through} == {0.0}
+    assert f"[INFO] 0 features are staged in {local}\n" in capfd.readouterr().out
+    for path in cache.rglob("*.safetensors"):  # where the records are, whoever reads them ends the run
+        path.chmod(0o644)
+        with open(path, "r+b") as file:
+            begin = 8 + int.from_bytes(file.read(8), "little")
+            file.seek(begin)
+            file.write(bytes(path.stat().st_size - begin))
+    staged = trained("staged")
+    assert {entry["cache_staged_rate"] for entry in staged} == {1.0}
+    assert largest_difference(through, staged) == 0.0
+    (count,) = re.findall(r"\[INFO\] (\d+) features are staged in", capfd.readouterr().out)
+    assert int(count) >= 24  # 3 steps of 8 samples, and what was read ahead
+
+
+def test_a_stage_that_cannot_hold_the_data_is_told_before_the_first_step(
+    kit: Kit, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VGGT_CACHE_STAGE", str(tmp_path / "local"))
+    monkeypatch.setenv("VGGT_CACHE_STAGE_LIMIT", "200K")
+    assert main(kit.flags(tmp_path / "out", "--max_steps", 1)) == 0
+    told = capfd.readouterr().out
+    assert f"[WARN] {tmp_path / 'local'} has room for 200.0 KiB of the " in told
+    assert "% of the reads of each epoch will be local" in told
+    monkeypatch.setenv("VGGT_CACHE_STAGE_LIMIT", "some")
+    assert "'some', which is not a size" in refusal(capfd, kit.flags(tmp_path / "out", "--max_steps", 1))
+    monkeypatch.delenv("VGGT_CACHE_STAGE")
+    monkeypatch.setenv("VGGT_CACHE_STAGE_LIMIT", "2TB")
+    assert "has no effect without --vggt_cache_stage" in refusal(capfd, kit.flags(tmp_path / "out"))
 
 
 # ---------------------------------------------------------------- what is said

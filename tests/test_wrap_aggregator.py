@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import golden_recipe
-from vggt_cache import CachedAggregator, precompute
+from vggt_cache import CachedAggregator, Staging, precompute
 from vggt_cache.encoder import Checkpoint, EncoderConfig
 from vggt_cache.errors import CheckpointError, MissingFeatureError, SettingsError, SpecMismatchError
 from vggt_module import Aggregator, FrameByFrame, with_golden_weights
@@ -69,6 +69,24 @@ def test_live_and_cached_agree_with_the_published_code(
     for layer in (0, 1, -2, -1):
         name = f"f2/L{layer}"
         assert golden_recipe.largest_difference(causal, name, walked[layer][0, 0], special=5) < TOLERANCE
+
+
+@pytest.mark.slow
+def test_what_is_staged_is_read_without_the_cache(aggregator: Aggregator, tmp_path: Path) -> None:
+    images, stage = images_of(5, 1)[None], Staging(local_dir=tmp_path / "local")
+
+    def output(**options: Any) -> Tensor:
+        cached = CachedAggregator(aggregator, tmp_path / "cache", **options)
+        found: Tensor = called(cached, images)[-2]
+        cached.close()
+        return found
+
+    computed = output()
+    assert torch.equal(output(miss="error", stage=stage), computed)
+    for path in (tmp_path / "cache").rglob("*.safetensors"):  # whoever reads its record finds it damaged
+        path.chmod(0o644)
+        path.write_bytes(path.read_bytes()[:-1000] + bytes(1000))
+    assert torch.equal(output(miss="error", stage=stage), computed)
 
 
 # ---------------------------------------------------------------- the call and its results

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel
 
 from store_kit import make_spec
-from vggt_cache import CachedAggregator, CachedModule, FeatureCache
+from vggt_cache import CachedAggregator, CachedModule, FeatureCache, Staging
 from vggt_cache.cli import main
 from vggt_cache.encoder import EncoderConfig
 from vggt_cache.errors import MissingFeatureError, SettingsError, SpecMismatchError
@@ -120,6 +120,31 @@ def test_weights_that_change_in_place_are_noticed(tmp_path: Path) -> None:
     before = cached(IMAGES)
     changed_weight(module)
     assert not equal(cached(IMAGES), before)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_is_staged_is_read_without_the_cache(tmp_path: Path, ahead: bool) -> None:
+    module, inputs = dinov2(), IMAGES
+    stage = Staging(local_dir=tmp_path / "local")
+    with torch.no_grad():
+        filling = CachedModule(module, tmp_path / "cache")
+        computed = filling(inputs)
+        filling.close()
+        if ahead:
+            assert main(["stage", str(tmp_path / "cache"), str(tmp_path / "local")]) == 0
+        else:
+            reading = CachedModule(module, tmp_path / "cache", miss="error", stage=stage)
+            assert equal(reading(inputs), computed)
+            reading.close()
+        for path in (tmp_path / "cache").rglob(
+            "*.safetensors"
+        ):  # whoever reads its records finds them damaged
+            path.chmod(0o644)
+            begin = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+            path.write_bytes(path.read_bytes()[:begin] + bytes(path.stat().st_size - begin))
+        staged = CachedModule(module, tmp_path / "cache", miss="error", stage=stage)
+        assert equal(staged(inputs), computed)
+        staged.close()
 
 
 def test_only_missing_samples_are_computed(tmp_path: Path) -> None:

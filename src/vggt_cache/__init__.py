@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vggt_cache.pixel_cache import PixelCache
     from vggt_cache.precompute.lists import precompute
     from vggt_cache.store.cache import FeatureCache
+    from vggt_cache.store.staged import Staging
     from vggt_cache.wrap.aggregator import CachedAggregator
     from vggt_cache.wrap.cached_module import CachedModule
 
@@ -30,6 +31,7 @@ __all__ = [
     "FeatureSpec",
     "PixelCache",
     "Preprocessing",
+    "Staging",
     "VggtCacheError",
     "__version__",
     "precompute",
@@ -44,6 +46,7 @@ _HOME = {
     "FeatureSpec": "vggt_cache.identity",
     "PixelCache": "vggt_cache.pixel_cache",
     "Preprocessing": "vggt_cache.identity",
+    "Staging": "vggt_cache.store.staged",
     "VggtCacheError": "vggt_cache.errors",
 }
 

@@ -202,6 +202,20 @@ def _add_beside_a_cache(commands: Any) -> None:
     )
 
     text = (
+        "Copy features of a cache to a disk of this machine, up to a limit, where trainings look for them first "
+        "(--vggt_cache_stage). May be stopped and run again, and by several processes at once."
+    )
+    stage = _command(commands, "stage", _in("staging", "stage_cache"), text, cache_dir=_CACHE_DIR)
+    text = "directory on a disk of this machine"
+    stage.add_argument("local_dir", metavar="LOCAL_DIR", type=_named, help=text)
+    text = "of all that lies there, such as 2TB or 500GB (default: all but a tenth of its disk)"
+    stage.flag("limit", metavar="SIZE", help=text)
+    stage.flag("data_root", help="copy only what this data needs")
+    add_flags(stage.flag, PrecomputeSettings, only=("annotation_path", "data_path"), defaults=False)
+    stage.choice_of_spec()
+    stage.flag("num_workers", type=int, default=8, help="threads that read")
+
+    text = (
         "Make a checkpoint as it is read here from a pickle (.pt, .pth, .bin), loaded as weights alone, or from "
         "another checkpoint."
     )

@@ -1,4 +1,4 @@
-"""Numbers that come from the environment: read when they are needed, refused in one sentence."""
+"""Numbers that come from the environment: read when they are needed, refused in one sentence; and sizes as text."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ _WHOLE = re.compile(r"\d{1,9}", re.ASCII)
 
 
 def size_of(name: str, default_bytes: int) -> int:
-    """Bytes, at least 1, as dd writes them: `268435456`, `256M` or `256MiB`, `0.25G`; `256MB` are 256 * 10^6.
-
-    Raises SettingsError.
-    """
+    """Bytes, as `bytes_in` reads them. Raises SettingsError."""
     if not (text := _text(name)):
         return default_bytes
-    if match := _SIZE.fullmatch(text):
-        number, unit, ending = match.groups()
-        factor = 1000 if ending and ending.lower() == "b" else 1024
-        if size_bytes := int(float(number) * factor ** " kmgt".index(unit.lower() if unit else " ")):
-            return size_bytes
+    if size_bytes := bytes_in(text):
+        return size_bytes
     raise _refusal(name, text, "a size: give bytes, or a number with a unit, as in 256M")
+
+
+def bytes_in(text: str) -> int:
+    """A size as dd writes it: `268435456`, `256M` or `256MiB`, `0.25G`; `256MB` are 256 * 10^6. 0 where it is none."""
+    if not (match := _SIZE.fullmatch(text)):
+        return 0
+    number, unit, ending = match.groups()
+    factor = 1000 if ending and ending.lower() == "b" else 1024
+    return int(float(number) * factor ** " kmgt".index(unit.lower() if unit else " "))
 
 
 def seconds_of(name: str, default_s: float) -> float:

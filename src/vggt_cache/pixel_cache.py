@@ -13,8 +13,10 @@ from vggt_cache.errors import StoreError
 from vggt_cache.identity import FeatureSpec, feature_key, pixel_digest
 from vggt_cache.pixels import Pixels, as_levels
 from vggt_cache.place import absolute
-from vggt_cache.precompute.write import FeatureWriter, shard_bytes
+from vggt_cache.precompute.write import FeatureWriter
 from vggt_cache.store import FeatureCache, ShardWriter, create_store, list_stores
+from vggt_cache.store.staged import Staging
+from vggt_cache.store.writer import shard_bytes
 
 THREADS = 4
 """That hash frames: sha256 releases the interpreter lock, and a frame is enough for one to be worth its while."""
@@ -26,13 +28,21 @@ class PixelCache:
     What was computed from files, in whatever preprocessing, is found where it gave the very same pixels.
     """
 
-    def __init__(self, cache_dir: str | os.PathLike[str], spec: FeatureSpec, *, fill: bool = False) -> None:
-        """`spec`: of the features; its preprocessing does not matter. `fill`: make the store for `put`.
+    def __init__(
+        self,
+        cache_dir: str | os.PathLike[str],
+        spec: FeatureSpec,
+        *,
+        fill: bool = False,
+        stage: Staging | None = None,
+    ) -> None:
+        """`spec`: of the features; its preprocessing does not matter. `fill`: make the store for `put`. `stage`: where
+        features are kept on this machine, see `FeatureCache.open`.
 
         Raises CommitError, and without `fill` what `FeatureCache.open` raises where there is no such cache.
         """
         self.spec = spec.of_given_pixels
-        self._cache_dir = absolute(cache_dir)
+        self._cache_dir, self._stage = absolute(cache_dir), stage
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="pixel-digest")
         self._writer: FeatureWriter | None = None
         self._put: set[bytes] = set()
@@ -50,7 +60,7 @@ class PixelCache:
                 stores = list_stores(self._cache_dir)
                 related = [found for found in stores if found.of_given_pixels == self.spec]
                 opened = self.spec if self.spec in related else [*related, self.spec][0]
-        return FeatureCache.open(self._cache_dir, spec=opened)
+        return FeatureCache.open(self._cache_dir, spec=opened, stage=self._stage)
 
     def keys(self, lists: Iterable[torch.Tensor]) -> list[bytes]:
         """The key of each ordered frame list [S, 3, H, W], uint8 or floats in [0, 1], on any device.

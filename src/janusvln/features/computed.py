@@ -21,9 +21,10 @@ from vggt_cache.identity import FeatureSpec, pixel_key
 from vggt_cache.pixels import Pixels
 from vggt_cache.precompute.digests import DigestTable
 from vggt_cache.precompute.encode import BatchEncoder
-from vggt_cache.precompute.write import FeatureWriter, shard_bytes
+from vggt_cache.precompute.write import FeatureWriter
 from vggt_cache.store import ShardWriter, create_store
 from vggt_cache.store.siblings import SameTable
+from vggt_cache.store.writer import shard_bytes
 
 MOST_TOGETHER = 12
 """Frames encoded together: lists of nine, the published length, in one go. Halved when the device is out of memory."""

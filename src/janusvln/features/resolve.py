@@ -28,6 +28,7 @@ from vggt_cache.place import absolute
 from vggt_cache.precompute.settings import PrecomputeSettings, choose_compute_dtype
 from vggt_cache.store import FeatureCache, create_store, list_stores
 from vggt_cache.store.directory import describe_spec
+from vggt_cache.store.staged import Staging
 
 AS_PUBLISHED: dict[str, Any] = {
     "context": "causal",
@@ -76,6 +77,7 @@ def open_cache(
     location: str | None,
     device: str,
     io: str | None = None,
+    stage: Staging | None = None,
 ) -> FeatureCache:
     """The cache to train from; with `fill`, made where there is none that agrees with the flags.
 
@@ -103,7 +105,7 @@ def open_cache(
     if agreeing:
         if unfit(agreeing[0]):
             raise SettingsError(unfit(agreeing[0]))
-        return FeatureCache.open(cache_dir, spec=agreeing[0], io=io)
+        return FeatureCache.open(cache_dir, spec=agreeing[0], io=io, stage=stage)
     if not specs:
         raise NotACacheError(
             f"{absolute(cache_dir)} holds no feature cache: check VGGT_CACHE_DIR, or make the cache with "

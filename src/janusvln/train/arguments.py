@@ -33,6 +33,7 @@ from vggt_cache.errors import SettingsError
 from vggt_cache.flags import about_flag
 from vggt_cache.precompute.settings import MAX_PIXELS, MIN_PIXELS, PrecomputeSettings
 from vggt_cache.store.direct import AUTO, IO_MODES, io_of
+from vggt_cache.store.staged import Staging
 
 
 @dataclass
@@ -150,10 +151,26 @@ class FeatureArguments(WantedFeatures):
         None,
         f"how features are read: {', '.join(IO_MODES)} (default: the environment's VGGT_CACHE_IO, else {AUTO})",
     )
+    vggt_cache_stage: str | None = flag(
+        None, "directory on a disk of this machine where features are kept, and looked for first"
+    )
+    vggt_cache_stage_limit: str | None = flag(
+        None, "of all that lies there, such as 2TB (default: all but a tenth of its disk)"
+    )
+
+    @property
+    def stage(self) -> Staging | None:
+        """Raises SettingsError."""
+        given, limit = self.vggt_cache_stage, self.vggt_cache_stage_limit
+        return None if given is None else Staging(local_dir=given, limit=limit)
 
     def __post_init__(self) -> None:
-        for name in ("vggt_cache_dir", "vggt_cache_fingerprint"):
-            setattr(self, name, getattr(self, name) or os.environ.get(name.upper()) or None)
+        staged = ("vggt_cache_stage", "vggt_cache_stage_limit")
+        for name in ("vggt_cache_dir", "vggt_cache_fingerprint", *staged):
+            known = name not in staged or self.vggt_cache_dir  # a run without a cache may find them set
+            setattr(
+                self, name, getattr(self, name) or (os.environ.get(name.upper()) if known else None) or None
+            )
         choices = {name: about_flag(PrecomputeSettings, name)["choices"] for name in AS_PUBLISHED}
         choices |= {"vggt_cache_miss": MISS_POLICIES, "vggt_cache_io": IO_MODES}
         for name, allowed in choices.items():
@@ -165,6 +182,13 @@ class FeatureArguments(WantedFeatures):
                 f"--vggt_cache_miss {self.vggt_cache_miss} needs a cache, and neither VGGT_CACHE_DIR nor "
                 "--vggt_cache_dir names one"
             )
+        for name, needed in (("vggt_cache_stage", "vggt_cache_dir"), (staged[1], staged[0])):
+            if getattr(self, name) and not getattr(self, needed):
+                raise SettingsError(
+                    f"--{name} {getattr(self, name)} has no effect without --{needed}: give that too (in the "
+                    f"environment {needed.upper()}), or leave it out"
+                )
+        _ = self.stage
         if self.vggt_cache_threads < 1:
             raise SettingsError(f"--vggt_cache_threads {self.vggt_cache_threads}: give 1 or more")
 

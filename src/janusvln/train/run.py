@@ -98,6 +98,8 @@ class TrainingRun:
             return self._train(model, dataset, tokenizer, source, record, checkpoint)
         finally:
             source.close()
+            if cache is not None:
+                cache.close()
 
     # ------------------------------------------------------------ features
 
@@ -114,6 +116,7 @@ class TrainingRun:
             location=wanted.vggt_model_path,
             device=device,
             io=wanted.vggt_cache_io,
+            stage=wanted.stage,
         )
         cache = agree_on_snapshot(cache, self.ranks)
         self._say(f"VGGT feature cache enabled: {cache.cache_dir}")

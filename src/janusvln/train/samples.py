@@ -12,6 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,11 +22,13 @@ from janusvln.data.check import SampleCheck
 from janusvln.data.dataset import NavigationDataset, sentence_of
 from janusvln.features.coverage import READING_S, Coverage, measure_coverage
 from janusvln.train.ranks import Ranks
-from vggt_cache.errors import DataError, errors_as, os_errors_as
+from vggt_cache.errors import DataError, StoreError, errors_as, os_errors_as
 from vggt_cache.output import json_line
 from vggt_cache.precompute.report import standing_failures
 from vggt_cache.samples import Problem, Sources, iter_samples
+from vggt_cache.staging import shortfall_of
 from vggt_cache.store import FeatureCache
+from vggt_cache.store.staged import StagedRecords
 
 SKIPPED_FILE = "skipped_samples.jsonl"
 BAD_SAMPLES = ("stop", "skip")
@@ -105,9 +108,19 @@ class SampleDesk:
                 say=lambda text: self.say(text, "INFO"),
             )
             self.say(self.coverage.sentence(cache.spec.context_rule.noun), "INFO")
+            if cache.staged is not None:
+                self._tell_staged(cache, cache.staged.records)
         check.judge_frames()
         long, self.unfit = check.judge_lengths(), check.unfit
         self._make(long)
+
+    def _tell_staged(self, cache: FeatureCache, local: StagedRecords | None) -> None:
+        """Of this machine; what cannot be asked of its disk was told, or will be when it is written to."""
+        with suppress(StoreError):
+            if local is not None:
+                self.say(f"{len(local)} features are staged in {local.staging.path}", "INFO")
+                if shortfall := shortfall_of(cache, local, self.coverage.present):
+                    self.say(shortfall, "WARN")
 
     def _make(self, samples: Sequence[int]) -> None:
         """As a step would, for the images whose sizes nobody knows: as many as the start of a run has time for."""

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from janusvln.features.source import FeatureSource
+from vggt_cache.store import CacheStats
 
 
 class Speed:
@@ -18,7 +19,7 @@ class Speed:
         self.data_s = 0.0
         """This rank's waiting for the DataLoader."""
         self._began_s: float | None = None
-        self._bytes_before, self._read_s_before = 0, 0.0
+        self._stats_before = CacheStats()
 
     def begin(self) -> float:
         """The time. The first call begins the first interval: what came before was no step."""
@@ -32,6 +33,7 @@ class Speed:
         `cache_wait_ms`, `encode_ms` and `slowest_rank_s` are of one optimizer step, all its micro-batches together, on
         the rank where it is longest, which all others wait for; `slowest_rank` is the one that waited longest for data,
         features and encoder. Without a cache, nothing is said of one; nor of its hit rate where no feature was needed.
+        `cache_staged_rate`, where features are staged, is the share of those read that this machine's disk had.
         `features_not_stored`, where a cache is filled, is of all ranks since the run began.
         """
         counts, now_s, steps = source.take_counts(), self.begin(), max(self.steps, 1)
@@ -39,13 +41,15 @@ class Speed:
         own = [counts.hits, counts.misses, *self._reading(source), self.samples, source.not_stored or 0]
         own += [1e3 * counts.wait_s / steps, 1e3 * counts.encode_s / steps]
         ranks = _gathered([*own, (self.data_s + counts.wait_s + counts.encode_s) / steps], device)
-        hits, misses, read_bytes, read_s, samples, not_stored, *_ = ranks.sum(0).tolist()
+        hits, misses, read_bytes, read_s, read, staged, samples, not_stored, *_ = ranks.sum(0).tolist()
         *_, wait_ms, encode_ms, slowest_s = ranks.max(0).values.tolist()
         self.steps, self.samples, self.data_s, self._began_s = 0, 0, 0.0, now_s
         logs: dict[str, float] = {}
         if source.cache is not None:
             if hits + misses:
                 logs["cache_hit_rate"] = round(hits / (hits + misses), 6)
+            if source.cache.staging is not None and read:
+                logs["cache_staged_rate"] = round(staged / read, 6)
             logs["cache_wait_ms"] = round(wait_ms, 3)
             logs["cache_read_mb_per_s"] = round(read_bytes / read_s / 1e6, 1) if read_s else 0.0
         logs |= {
@@ -58,14 +62,18 @@ class Speed:
             logs["features_not_stored"] = int(not_stored)
         return logs
 
-    def _reading(self, source: FeatureSource) -> tuple[int, float]:
-        """Bytes and seconds of thread time that reads took."""
+    def _reading(self, source: FeatureSource) -> tuple[int, float, int, int]:
+        """Bytes and seconds of thread time that reads took; how many features were read, and how many of a stage."""
         if source.cache is None:
-            return 0, 0.0
-        stats = source.cache.stats
-        found = stats.bytes_read - self._bytes_before, stats.read_s - self._read_s_before
-        self._bytes_before, self._read_s_before = stats.bytes_read, stats.read_s
-        return found
+            return 0, 0.0, 0, 0
+        now, before = source.cache.stats, self._stats_before
+        self._stats_before = now
+        return (
+            now.bytes_read - before.bytes_read,
+            now.read_s - before.read_s,
+            now.hits - before.hits,
+            now.staged_hits - before.staged_hits,
+        )
 
 
 def _gathered(figures: list[float], device: torch.device) -> torch.Tensor:

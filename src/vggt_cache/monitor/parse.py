@@ -56,7 +56,7 @@ Event = Bar | Metrics | Ended | Announced | Failure
 
 METRICS = {
     *("loss", "grad_norm", "learning_rate", "epoch", "samples_per_s", "slowest_rank", "slowest_rank_s"),
-    *("cache_hit_rate", "cache_wait_ms", "cache_read_mb_per_s", "encode_ms"),
+    *("cache_hit_rate", "cache_staged_rate", "cache_wait_ms", "cache_read_mb_per_s", "encode_ms"),
 }
 
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

@@ -46,6 +46,7 @@ class Progress:
     cache_hit_rate: float | None = None
     cache_hit_rate_recent: float | None = None
     cache_hit_rate_best: float | None = None
+    cache_staged_rate: float | None = None
     cache_wait_ms: float | None = None
     cache_read_mb_per_s: float | None = None
     encode_ms: float | None = None

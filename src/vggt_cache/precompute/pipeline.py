@@ -25,9 +25,10 @@ from vggt_cache.precompute.settings import QwenLimits
 from vggt_cache.precompute.stop import StopRequest
 from vggt_cache.precompute.stored import Stored
 from vggt_cache.precompute.todo import Todo
-from vggt_cache.precompute.write import FeatureWriter, shard_bytes
+from vggt_cache.precompute.write import FeatureWriter
 from vggt_cache.store import ShardWriter
 from vggt_cache.store.directory import CLAIMS_FOLDER
+from vggt_cache.store.writer import shard_bytes
 
 Decoding = dict[int, Callable[[], DecodedFrame]]
 """The frames of a claimed block, as they are asked for."""

@@ -42,9 +42,9 @@ from vggt_cache.precompute.settings import (
 from vggt_cache.precompute.stop import StopRequest
 from vggt_cache.precompute.stored import Stored
 from vggt_cache.precompute.verify import recompute_some, tell_verdicts, verify_data
-from vggt_cache.precompute.write import shard_bytes
 from vggt_cache.store import FeatureCache, create_store, list_stores
 from vggt_cache.store.directory import describe_spec
+from vggt_cache.store.writer import shard_bytes
 
 
 def precompute(settings: PrecomputeSettings, reporter: Reporter | None = None) -> int:

@@ -10,7 +10,6 @@ committed shards. Shards are committed in the order in which they were begun, so
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,23 +21,16 @@ import torch
 
 from vggt_cache.codec import INT8
 from vggt_cache.codec.quantise import quantised
-from vggt_cache.environment import size_of
 from vggt_cache.errors import OutOfMemoryError, SettingsError
 from vggt_cache.precompute.encode import is_out_of_memory
 from vggt_cache.store import ShardWriter
+from vggt_cache.store.worker import Job, Worker
 
-DEFAULT_SHARD_BYTES = 256 * 1024 * 1024
 SHARD_SECONDS = 60.0
 """A shard is handed over to be committed when it is this old, or has grown to `shard_bytes()`."""
 _WAITING_BATCHES = 4
 _WAITING_SHARDS = 1
 """Beside the one that is being committed and the one that is open: what a crash can lose at most is these three."""
-Job = Callable[[], object]
-
-
-def shard_bytes() -> int:
-    """How large a shard grows, as the environment's VGGT_CACHE_SHARD_BYTES says. Raises SettingsError."""
-    return size_of("VGGT_CACHE_SHARD_BYTES", DEFAULT_SHARD_BYTES)
 
 
 @dataclass(kw_only=True)
@@ -172,47 +164,6 @@ def _raise(error: BaseException) -> NoReturn:
             "(nvidia-smi and free show who holds it), or use a smaller --batch_size, and run the same command again"
         ) from error
     raise error
-
-
-class Worker:
-    """A thread that does jobs in the order in which they come.
-
-    It goes on after an error, whatever it is: nobody may wait for a thread that has gone. Jobs look at `error`.
-    """
-
-    def __init__(self, name: str, *, waiting: int, when_idle: Job = lambda: None) -> None:
-        """At most `waiting` jobs wait; `when_idle` is done about once a second while none does."""
-        self.error: BaseException | None = None
-        """The first that a job, or waiting for one, has raised."""
-        self._jobs: queue.Queue[Job | None] = queue.Queue(waiting)
-        self.submit = self._jobs.put
-        """Hand a job over; returns when there is a place for it."""
-        self._when_idle = when_idle
-        self._closing = False
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Returns when all jobs are done and the thread has ended. May be called again."""
-        if not self._closing:
-            self._closing = True
-            self._jobs.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        while True:
-            try:
-                try:
-                    job = self._jobs.get(timeout=1.0)
-                except queue.Empty:
-                    if self._closing and self._jobs.empty():  # the word to end was lost for want of memory
-                        return
-                    job = self._when_idle
-                if job is None:
-                    return
-                job()
-            except BaseException as error:  # also of the queue itself, which can run out of memory
-                self.error = self.error or error
 
 
 # ---------------------------------------------------------------- from the device to the host

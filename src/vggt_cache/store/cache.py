@@ -8,7 +8,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -32,10 +32,12 @@ from vggt_cache.store.direct import AUTO, DIRECT, bytes_of_table, io_of, is_larg
 from vggt_cache.store.directory import select_store
 from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem
 from vggt_cache.store.object_store import system_of
-from vggt_cache.store.record import Record, shape_of
+from vggt_cache.store.read_through import ReadThrough
+from vggt_cache.store.record import Record, RecordTable, shape_of
 from vggt_cache.store.shards import OpenShard, OpenShards, ShardFolder, ShardVanishedError
 from vggt_cache.store.siblings import Siblings
 from vggt_cache.store.snapshot import NOTHING, Snapshot, SnapshotTaker
+from vggt_cache.store.staged import Staging
 from vggt_cache.store.tensors import bytes_for, bytes_of, check_target, empty_feature
 
 if TYPE_CHECKING:
@@ -52,6 +54,8 @@ class CacheStats:
     """What a cache object has done since it was opened, in this process."""
 
     hits: int = 0
+    staged_hits: int = 0
+    """Those of the hits that were read from this machine's stage, not from the cache."""
     misses: int = 0
     bytes_read: int = 0
     read_s: float = 0.0
@@ -62,7 +66,7 @@ class FeatureCache:
     """The features of one specification, as a snapshot: what was committed when it was opened or refreshed.
 
     Safe to use from several threads, after fork, and in processes started with spawn, which get the same
-    snapshot. Nothing here writes, except `save_index`.
+    snapshot. Nothing here writes, except `save_index`; with a stage, records are kept there.
     """
 
     def __init__(
@@ -75,15 +79,19 @@ class FeatureCache:
         names: Sequence[str] | None = None,
         use_index: bool = True,
         io: str | None = None,
+        stage: Staging | None = None,
     ) -> None:
         """Use `open`. `names`: exactly these shards, instead of those that are there now."""
         self.spec, self.cache_dir = spec, cache_dir
         self._root, self.io = root, io_of(io)
+        self.staging, self.staged = stage, None if stage is None else ReadThrough(stage, spec)
+        """Where records are kept on this machine, and what reads and keeps them there."""
         self._counts = asdict(CacheStats())
         self.siblings = Siblings(self, fs)
         self._make_locks()
         store_dir = os.path.join(cache_dir, spec.short_name)
         self._shards = ShardFolder(store_dir, spec, fs=fs)
+        self._shards.on_read = None if self.staged is None else self.staged.keep
         self._taker = SnapshotTaker(store_dir, spec, self._shards, use_index=use_index)
         self._snapshot = NOTHING
         _ALIVE.add(self)
@@ -106,6 +114,7 @@ class FeatureCache:
         root: str | os.PathLike[str] | None = None,
         use_index: bool = True,
         io: str | None = None,
+        stage: Staging | None = None,
         fs: FileSystem = OPERATING_SYSTEM,
     ) -> FeatureCache:
         """Open a cache directory for reading. Creates and changes nothing.
@@ -116,11 +125,12 @@ class FeatureCache:
         `use_index=False` reads the header of every shard instead of the index, as `verify` does. `io`: `buffered` reads
         through the page cache, `direct` past it (O_DIRECT) where the file system can; `auto` past it where the cache is
         larger than the memory that is free now, so that what is read would be forgotten before it is wanted again
-        (default: the environment's VGGT_CACHE_IO, else `auto`).
+        (default: the environment's VGGT_CACHE_IO, else `auto`). `stage`: a directory on a disk of this machine where
+        features are looked for first, and kept when they had to be read from here.
 
         Raises CacheNotFoundError, NotACacheError, AmbiguousCacheError, SpecMismatchError, CacheAccessError, or
-        SettingsError. Of shards whose header is damaged only what can be proved is used, with one warning; see
-        `damaged_shards`.
+        SettingsError; CommitError where the stage cannot be made. Of shards whose header is damaged only what can be
+        proved is used, with one warning; see `damaged_shards`.
         """
         path = absolute(cache_dir)
         fs = system_of(path, fs)
@@ -132,7 +142,9 @@ class FeatureCache:
             )
         chosen = select_store(path, spec=spec, fingerprint=fingerprint, context=context, fs=fs)
         where = None if root is None else os.path.abspath(root)
-        cache = cls(path, chosen, root=where, fs=fs, use_index=use_index, io=io)
+        if stage is not None:
+            stage.prepare(path, chosen)
+        cache = cls(path, chosen, root=where, fs=fs, use_index=use_index, io=io, stage=stage)
         cache._warn_of_damage(())
         return cache
 
@@ -205,6 +217,18 @@ class FeatureCache:
         """Whether the cache has the key; its record is read and checked. Errors as for `get_by_key`."""
         return self._first_copy(key, lambda shard, record: self._feature_of(shard, record, None)) is not None
 
+    def stored(self, key: bytes) -> tuple[Record, memoryview] | None:
+        """The record of a key, and its bytes as they lie in the shard, checked, in memory of their own.
+
+        None when the key is not in the cache. Errors as for `get_by_key`.
+        """
+
+        def read(shard: OpenShard, record: Record) -> tuple[Record, memoryview]:
+            memory = bytes_of(bytes_for(shard.stored_bytes(record), None))
+            return record, shard.read_stored(record, memory)
+
+        return self._first_copy(key, read)
+
     # ------------------------------------------------------------ keys
 
     def __len__(self) -> int:
@@ -249,6 +273,11 @@ class FeatureCache:
         found = self.copies_of(key)
         return found[0][0] if found else None
 
+    @property
+    def table(self) -> RecordTable:
+        """All records of the snapshot."""
+        return self._now().table
+
     def shard_names(self) -> tuple[str, ...]:
         """Names of the shards of the snapshot, oldest first."""
         return self._snapshot.names
@@ -277,16 +306,17 @@ class FeatureCache:
 
     @property
     def stats(self) -> CacheStats:
+        """`staged_hits` counts those in other stores of the directory too, as `hits` does."""
         with self._stats_lock:
-            return CacheStats(**self._counts)
+            own = CacheStats(**self._counts)
+        return replace(own, staged_hits=own.staged_hits + self.siblings.staged_hits())
 
     def with_shards(self, names: Sequence[str]) -> FeatureCache:
         """The same cache with exactly these shards as its snapshot, as another process sees it.
 
         Raises CacheAccessError where one of them is not there.
         """
-        root, fs = self._root, self._shards.fs
-        return FeatureCache(self.cache_dir, self.spec, root=root, fs=fs, names=names, io=self.io)
+        return self._reopening(names)()
 
     def refresh(self) -> None:
         """Take in shards that were committed since. Features are lost only if their shards were removed."""
@@ -310,9 +340,14 @@ class FeatureCache:
             return self._taker.save(self._now())
 
     def close(self) -> None:
-        """Close all files; reads that are under way still end well. Any later use raises CacheAccessError."""
+        """Close all files; reads that are under way still end well. Any later use raises CacheAccessError.
+
+        What was read and is to be staged is committed first.
+        """
         self._shards.close()
         self.siblings.close()
+        if self.staged is not None:
+            self.staged.close()
 
     def __enter__(self) -> FeatureCache:
         return self
@@ -323,11 +358,18 @@ class FeatureCache:
     def __del__(self) -> None:
         if "_shards" in self.__dict__:
             self._shards.close()
+            if self.staged is not None:
+                self.staged.close(wait=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What another process needs to open the same snapshot."""
-        root, fs, names = self._root, self._shards.fs, self.shard_names()
-        return partial(FeatureCache, self.cache_dir, self.spec, root=root, fs=fs, names=names, io=self.io), ()
+        return self._reopening(self.shard_names()), ()
+
+    def _reopening(self, names: Sequence[str]) -> partial[FeatureCache]:
+        fs, io, stage = self._shards.fs, self.io, self.staging
+        return partial(
+            FeatureCache, self.cache_dir, self.spec, root=self._root, fs=fs, names=names, io=io, stage=stage
+        )
 
     def __repr__(self) -> str:
         return f"FeatureCache({self.cache_dir!r}, {self.spec.short_name}, {len(self.shard_names())} shards)"
@@ -343,7 +385,8 @@ class FeatureCache:
     @property
     def locks(self) -> tuple[threading.Lock, ...]:
         """All locks that a thread may hold while another one forks."""
-        return self._lock, self._stats_lock, self.siblings.lock, self._shards.pool.lock
+        stage = () if self.staged is None else (self.staged.lock,)
+        return self._lock, self._stats_lock, self.siblings.lock, self._shards.pool.lock, *stage
 
     # ------------------------------------------------------------ steps
 
@@ -356,6 +399,8 @@ class FeatureCache:
         self._shards.direct = self._shards.must_be_direct or (
             self.io == AUTO and is_larger_than_memory(lambda: bytes_of_table(table, self.spec))
         )
+        if self.staged is not None and self.staged.records is not None:
+            self.staged.records.shards.direct = self._shards.direct
 
     def _first_copy(self, key: bytes, read: Callable[[OpenShard, Record], T]) -> T | None:
         """What `read` makes of the copy that is served, or of an older one if the shard of that one has vanished.
@@ -367,6 +412,10 @@ class FeatureCache:
         if not copies and (elsewhere := self.siblings.find(key, self)) is not None:
             return elsewhere[0]._first_copy(elsewhere[1], read)
         for name, record in copies:
+            if self.staged is not None and (local := self.staged.read(record, read)) is not None:
+                with self._stats_lock:
+                    self._counts["staged_hits"] += 1
+                return local
             try:
                 with self._shards.opened(name) as shard:
                     return read(shard, record)
@@ -475,6 +524,8 @@ def _in_child() -> None:
     for cache in list(_ALIVE):
         cache._make_locks()
         cache._shards.pool.start_anew_in_child()
+        if cache.staged is not None:
+            cache.staged.start_anew_in_child()
 
 
 os.register_at_fork(after_in_child=_in_child)

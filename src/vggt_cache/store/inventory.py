@@ -124,10 +124,10 @@ def _describe_store(cache_dir: str, spec: FeatureSpec, fs: FileSystem) -> StoreD
     index_bytes = IndexFile(path, spec.fingerprint, fs).file_bytes()
     temp_bytes = sum(size for _, _, size in temps)
     damaged = [shard for shard in found.shards if shard.problem]
-    raw, stored = _record_bytes(found.rows, spec)
+    raw, stored = record_bytes(found.rows, spec)
     # Records of shards with a damaged header would move to a new one.
     has_problem = np.array([bool(shard.problem) for shard in found.shards], np.bool_)
-    rescued = _record_bytes(found.rows[has_problem[found.rows["shard"]]], spec)[1]
+    rescued = record_bytes(found.rows[has_problem[found.rows["shard"]]], spec)[1]
     return StoreDescription(
         spec=spec,
         path=path,
@@ -148,7 +148,7 @@ def _describe_store(cache_dir: str, spec: FeatureSpec, fs: FileSystem) -> StoreD
     )
 
 
-def _record_bytes(rows: Rows, spec: FeatureSpec) -> tuple[int, int]:
+def record_bytes(rows: Rows, spec: FeatureSpec) -> tuple[int, int]:
     """Bytes of all features as they are given out, and as they lie in the files."""
     cells = rows["h"].astype(np.int64) * rows["w"] * np.maximum(rows["frames"], 1)
     raw = cells * payload_bytes(spec, 1, 1, 1)

@@ -256,6 +256,10 @@ class RecordTable:
                     last = key
                     yield key
 
+    def served_rows(self) -> Rows:
+        """One row for each key, in order: of the copy that readers get."""
+        return self.rows.view(_WHOLE)[begins_key(self.rows)].view(ROW_DTYPE)
+
     @cached_property
     def key_count(self) -> int:
         """Number of different keys."""

@@ -154,6 +154,8 @@ class OpenShard:
         checksum = finish_checksum(hasher, self._folder.spec, record.key, *sides, codec, record.frames)
         if checksum != record.checksum:
             self._corrupt(record, "does not match its checksum")
+        if self._folder.on_read is not None:
+            self._folder.on_read(record, memory)
         return memory
 
     def _cells(self, record: Record) -> int:
@@ -208,6 +210,8 @@ class ShardFolder:
         self.path = os.path.join(store_dir, SHARDS_FOLDER)
         self.spec, self.fs = spec, fs
         self.pool, self.scratch, self.blocks = OpenShards(fs), _Scratch(), _Scratch()
+        self.on_read: Callable[[Record, memoryview], None] | None = None
+        """Called with each record that was read and checked, and its bytes in the file, which are its to read alone."""
         self.direct = self.must_be_direct = False
         """Whether records are read past the page cache, and whether the user is told where they cannot be."""
         self._packed = codec_for(coded_form(spec.feature_dtype), spec.feature_dtype)

@@ -70,6 +70,9 @@ class Siblings:
                 return store, other
         return None
 
+    def staged_hits(self) -> int:
+        return sum(store.stats.staged_hits for store in list(self._opened.values()) if store is not None)
+
     def refresh(self) -> None:
         """Take in what has been committed since, and look again for stores that were not there."""
         with self.lock:
@@ -102,5 +105,6 @@ class Siblings:
         for spec in list_stores(self._cache_dir, self._fs):
             related = spec.of_given_pixels == self._spec.of_given_pixels
             if related and spec.fingerprint.startswith(fingerprint):
-                return type(own)(self._cache_dir, spec, root=None, fs=self._fs, io=own.io)
+                stage = own.staging
+                return type(own)(self._cache_dir, spec, root=None, fs=self._fs, io=own.io, stage=stage)
         return None

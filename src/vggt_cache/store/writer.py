@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from vggt_cache.codec import NONE, codec_for, shard_codec
+from vggt_cache.environment import size_of
 from vggt_cache.errors import SettingsError, SpecMismatchError
 from vggt_cache.identity import KEY_BYTES, FeatureSpec
 from vggt_cache.store.atomic_file import PendingFile
@@ -29,7 +30,13 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 DEFAULT_MAX_RECORDS = 256
+DEFAULT_SHARD_BYTES = 256 * 1024 * 1024
 _LAST_INSTANT_MS = 2**48 - 1
+
+
+def shard_bytes() -> int:
+    """How large a shard grows, as the environment's VGGT_CACHE_SHARD_BYTES says. Raises SettingsError."""
+    return size_of("VGGT_CACHE_SHARD_BYTES", DEFAULT_SHARD_BYTES)
 
 
 class ShardWriter:
@@ -85,6 +92,11 @@ class ShardWriter:
     def bytes_written(self) -> int:
         """Bytes of records so far, as they lie in the file."""
         return self._end - self._data_start
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of the file so far, with the place that is kept for its header."""
+        return self._end
 
     @property
     def is_full(self) -> bool:

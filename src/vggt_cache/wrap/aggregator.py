@@ -22,6 +22,7 @@ from vggt_cache.pixel_cache import PixelCache
 from vggt_cache.pixels import as_levels
 from vggt_cache.place import absolute
 from vggt_cache.precompute.encode import BatchEncoder, of_one_dtype
+from vggt_cache.store.staged import Staging
 from vggt_cache.wrap.asked import Asked
 from vggt_cache.wrap.cached_module import CachedModule
 from vggt_cache.wrap.frames_seen import FramesSeen, LazyPair
@@ -55,6 +56,7 @@ class CachedAggregator(ModuleInPlace):
     offload: the weights stay on the CPU, whatever the model around them does, and are no part of its parameters; they
         are still in its state_dict. While all features are found, they are never needed.
     threads: read from the disk.
+    stage: where features are kept on a disk of this machine, and looked for first; see `FeatureCache.open`.
 
     `flush` at the end of an epoch puts all on disk for other ranks; without it that happens after a minute, or when the
     first list comes again. Raises SettingsError, CheckpointError; in a call also StoreErrors, and SpecMismatchError
@@ -74,6 +76,7 @@ class CachedAggregator(ModuleInPlace):
         feature_dtype: str | None = None,
         offload: bool = False,
         threads: int = 4,
+        stage: Staging | None = None,
     ) -> None:
         require_one_of("miss", miss, MISS)
         require_one_of("producer", producer, ("encoder", "module"))
@@ -88,7 +91,9 @@ class CachedAggregator(ModuleInPlace):
             depth = len(module.frame_blocks)  # type: ignore[arg-type]
             several = [layers] if isinstance(layers, int) else list(layers)
             self._layers, self._depth = tuple(sorted({range(depth)[layer] for layer in several})), depth
-            self._own = CachedModule(_Kept(module, self._layers), cache_dir, miss=miss, threads=threads)
+            self._own = CachedModule(
+                _Kept(module, self._layers), cache_dir, miss=miss, threads=threads, stage=stage
+            )
         else:
             self._weights = ModuleWeights(module, layers)
             self._layers, self._depth = self._weights.layers, self._weights.config.depth
@@ -98,7 +103,7 @@ class CachedAggregator(ModuleInPlace):
             self._asked.spec("joint", "float32")  # refuses wrong settings at once
         self._tokens, self._pool = tokens, pool
         self._cache_dir, self._miss = absolute(cache_dir), miss
-        self._threads = threads
+        self._threads, self._stage = threads, stage
         self._names = call_names(module)
         self._most_together = _MOST_TOGETHER
 
@@ -248,7 +253,7 @@ class CachedAggregator(ModuleInPlace):
         shelf = self._shelves.get(key)
         if shelf is None or shelf.pid != os.getpid():
             spec = self._asked.chosen(context, compute_dtype)
-            store = PixelCache(self._cache_dir, spec, fill=self._miss == "fill")
+            store = PixelCache(self._cache_dir, spec, fill=self._miss == "fill", stage=self._stage)
             shelf = Shelf(store, device, miss=self._miss, threads=self._threads)
             self._shelves[key] = shelf
         return shelf, torch.float32 if autocast else weights

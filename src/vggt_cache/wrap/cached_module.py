@@ -21,6 +21,7 @@ from vggt_cache.pixel_cache import PixelCache
 from vggt_cache.place import absolute
 from vggt_cache.store import FeatureCache
 from vggt_cache.store.object_store import system_of
+from vggt_cache.store.staged import Staging
 from vggt_cache.wrap.calls import (
     Leaves,
     flat_inputs,
@@ -50,6 +51,7 @@ class CachedModule(ModuleInPlace):
     batch: the first dimension of all tensors that go in and come out counts independent samples, each of which is
         remembered by itself, so that other batches find it; that is checked once. False: the whole call is one.
     miss: `fill` computes and stores, `encode` only computes, `error` raises MissingFeatureError.
+    stage: as for CachedAggregator.
     offload: as for CachedAggregator; a miss needs the weights where the inputs are, so it goes with miss="error".
 
     Raises SettingsError for a module that is in training mode, has parameters which require gradients, or draws random
@@ -65,11 +67,12 @@ class CachedModule(ModuleInPlace):
         miss: str = "fill",
         offload: bool = False,
         threads: int = 4,
+        stage: Staging | None = None,
     ) -> None:
         require_one_of("miss", miss, MISS)
         super().__init__(module, offload=offload)
         self._cache_dir, self._miss = absolute(cache_dir), miss
-        self._batch, self._threads = batch, threads
+        self._batch, self._threads, self._stage = batch, threads, stage
         self._known: tuple[object, CallSpec] | None = None
         self._is_probed = self._is_batch_checked = False
 
@@ -188,7 +191,8 @@ class CachedModule(ModuleInPlace):
         spec = dataclasses.replace(self._spec(), autocast=autocast)
         shelf = self._shelves.get(spec.fingerprint)
         if shelf is None or shelf.pid != os.getpid():
-            store = _CallCache(self._cache_dir, cast("FeatureSpec", spec), fill=self._miss == "fill")
+            fill = self._miss == "fill"
+            store = _CallCache(self._cache_dir, cast("FeatureSpec", spec), fill=fill, stage=self._stage)
             shelf = Shelf(store, _CPU, miss=self._miss, threads=self._threads)
             self._shelves[spec.fingerprint] = shelf
         return shelf
@@ -206,7 +210,8 @@ class _CallCache(PixelCache):
     """The same store of records by key, of module calls."""
 
     def _open(self, fill: bool) -> FeatureCache:
-        return FeatureCache(self._cache_dir, self.spec, root=None, fs=system_of(self._cache_dir))
+        fs = system_of(self._cache_dir)
+        return FeatureCache(self._cache_dir, self.spec, root=None, fs=fs, stage=self._stage)
 
 
 def _rows(leaves: Leaves) -> int:
