@@ -121,6 +121,10 @@ def _cold_values(devices: list[Values], settings: Values) -> Values:
         "over": each("{:.2f}", lambda one: one["delivery_over_device"]),
         "ahead": each("{:.2f}", lambda one: one["loop"]["ahead_over_step"]),
         "needed": each("{:.2f}", lambda one: one["loop"]["when_needed_over_step"]),
+        "past": each("{:.0f}", lambda one: one["bytes_per_s"]["past_2"] / 1e6),
+        "core": each("{:.2f}", lambda one: one["cpu_s_per_gb"]["delivery_2"]),
+        "past_core": each("{:.2f}", lambda one: one["cpu_s_per_gb"]["past_2"]),
+        "checksum": each("{:.2f}", lambda one: one["checksum_s_per_gb"]),
     }
 
 

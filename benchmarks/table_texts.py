@@ -68,9 +68,10 @@ ENGLISH: dict[str, tuple[str, str, str]] = {
     ),
     "cold_disk": (
         "the same from the machine's own disk",
-        "{delivery} MB/s, **{over}** of the disk; a step takes {ahead} x the time of one that reads nothing",
-        "{device} MB/s: long plain reads; if features were read only when the step needs them it would take "
-        "{needed} x",
+        "{delivery} MB/s, **{over}** of the disk, at {core} core-seconds a GB; past the page cache {past} MB/s at "
+        "**{past_core}**; a step takes {ahead} x the time of one that reads nothing",
+        "{device} MB/s: long plain reads; the checksum alone takes {checksum} core-seconds a GB; if features were "
+        "read only when the step needs them a step would take {needed} x",
     ),
     "object_store": (
         "features of {record} MB in a bucket of moto's server on the same machine, by {threads} threads",
@@ -199,8 +200,9 @@ CHINESE: dict[str, tuple[str, str, str]] = {
     ),
     "cold_disk": (
         "同上，本机磁盘",
-        "{delivery} MB/s，为磁盘的 **{over}**；训练一步的耗时是完全不读盘时的 {ahead} 倍",
-        "{device} MB/s：大块顺序读；若等到用时才读，一步的耗时为 {needed} 倍",
+        "{delivery} MB/s，为磁盘的 **{over}**，每 GB 用 {core} 核·秒；绕过页缓存时 {past} MB/s，每 GB 用 **{past_core}** 核·秒；"
+        "训练一步的耗时是完全不读盘时的 {ahead} 倍",
+        "{device} MB/s：大块顺序读；仅校验就要每 GB {checksum} 核·秒；若等到用时才读，一步的耗时为 {needed} 倍",
     ),
     "object_store": (
         "桶里的特征，每个 {record} MB，{threads} 个线程，同一台机器上的 moto 服务器",
