@@ -228,7 +228,7 @@ def test_a_run_and_a_dry_run_say_below_which_speed_reading_is_slower(
 ) -> None:
     """By the time of the encoder: a clock that moves while it encodes, and else stands still."""
     clock = [0.0]
-    monkeypatch.setattr("vggt_cache.precompute.estimate.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("vggt_cache.precompute.engine.time.perf_counter", lambda: clock[0])
     for name in ("lists", "joint_lists"):
         real = getattr(BatchEncoder, name)
 

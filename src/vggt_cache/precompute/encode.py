@@ -10,14 +10,38 @@ from typing import cast
 import numpy as np
 import torch
 
-from vggt_cache.encoder import Encoder
+from vggt_cache.encoder import Checkpoint, Encoder
 from vggt_cache.encoder.causal import encode_lists
 from vggt_cache.errors import OutOfMemoryError
+from vggt_cache.identity import FeatureSpec
 from vggt_cache.pixels import Pixels
+from vggt_cache.precompute.report import Reporter
 from vggt_cache.store.tensors import TORCH_DTYPES
 
 Encoded = tuple[Sequence[int], torch.Tensor]
 """Positions in the request, and their features [len, ...] (FeatureSpec.shape) on the encoder's device."""
+
+
+def load_encoder(
+    checkpoint: Checkpoint, spec: FeatureSpec, device: str, batch_size: int, reporter: Reporter
+) -> BatchEncoder:
+    """For one process of a run. Raises CheckpointError, and OutOfMemoryError where the weights do not fit."""
+    try:
+        encoder = checkpoint.load(
+            device=device, compute_dtype=spec.encoder.compute_dtype, tokens=spec.tokens, pool=spec.pool
+        )
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(device, "the encoder's weights alone") from error
+        raise
+    reporter.info("Model loaded successfully")
+    return BatchEncoder(
+        encoder,
+        batch_size,
+        lambda size: reporter.warn(f"out of memory: going on with --batch_size {size}"),
+        feature_dtype=spec.feature_dtype,
+        leave_out=True,
+    )
 
 
 class BatchEncoder:

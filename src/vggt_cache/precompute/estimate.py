@@ -5,13 +5,11 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
 from vggt_cache.codec import INT8, ITEM_BYTES, LOSSLESS, codec_for, shard_codec
 from vggt_cache.errors import DiskSpaceError
@@ -20,7 +18,8 @@ from vggt_cache.output import name_text
 from vggt_cache.pixels import Pixels
 from vggt_cache.place import absolute, is_url
 from vggt_cache.precompute.decode import DecodedFrame, read_digest
-from vggt_cache.precompute.encode import BatchEncoder, of_one_dtype
+from vggt_cache.precompute.encode import of_one_dtype
+from vggt_cache.precompute.engine import Engine
 from vggt_cache.precompute.known_keys import KnownKeys
 from vggt_cache.precompute.plan import Plan
 from vggt_cache.precompute.report import Reporter, bytes_text, count_of, seconds_text
@@ -154,7 +153,7 @@ def free_bytes(directory: str) -> float:
 
 
 def time_estimate(
-    plan: Plan, spec: FeatureSpec, pending: Sequence[int], encoder: BatchEncoder, reporter: Reporter
+    plan: Plan, spec: FeatureSpec, pending: Sequence[int], engine: Engine, reporter: Reporter
 ) -> str:
     """A sentence, extrapolated from a few pending features that are encoded twice: the first time warms up."""
     features, pixels = _measurable(plan, spec, pending, _MEASURED_LISTS, reporter)
@@ -162,7 +161,7 @@ def time_estimate(
         return "No time estimate: none of the sampled images can be read"
     lists = [plan.frames_of(feature).tolist() for feature in features]
     longest = max(lists, key=len)
-    shared_s, alone_s = (_encoder_seconds(spec, encoder, some, pixels) for some in (lists, [longest]))
+    shared_s, alone_s = (engine.seconds(some, pixels) for some in (lists, [longest]))
     (_, measured), (_, passes) = plan.passes(features), plan.passes(pending)
     return time_sentence(
         precompute_s=shared_s / measured * passes,
@@ -171,7 +170,7 @@ def time_estimate(
     )
 
 
-def break_even(need: DiskNeed, pending: Sequence[int], encoder: BatchEncoder) -> str:
+def break_even(need: DiskNeed, pending: Sequence[int], engine: Engine) -> str:
     """A sentence: the read speed below which a cache is slower than no cache, from one pending feature, encoded alone.
 
     Alone, with all frames of its list, is how training without a cache computes it.
@@ -181,12 +180,11 @@ def break_even(need: DiskNeed, pending: Sequence[int], encoder: BatchEncoder) ->
     if not features:
         return "Whether reading is faster than computing is not known: the sampled images cannot be used"
     frames = plan.frames_of(features[0]).tolist()
-    seconds = _encoder_seconds(spec, encoder, [frames], pixels)
+    seconds = engine.seconds([frames], pixels)
     height, width, _ = pixels[frames[-1]].shape
     size = need.stored_bytes(spec.shape((height // PATCH_SIZE, width // PATCH_SIZE), len(frames)))
-    device = torch.cuda.get_device_name(encoder.device) if encoder.device.type == "cuda" else "cpu"
     total = need.total_bytes(pending)
-    return pays_sentence(size, total, count_of(len(pending), need.settings.noun), seconds, device)
+    return pays_sentence(size, total, count_of(len(pending), need.settings.noun), seconds, engine.device_name)
 
 
 def pays_sentence(size: int, total: float, features: str, seconds: float, device: str) -> str:
@@ -202,18 +200,6 @@ def pays_sentence(size: int, total: float, features: str, seconds: float, device
 def megabytes(count: float) -> str:
     """In units of 10**6, as the speed of disks is told: three digits."""
     return f"{count / 1e6:.{2 if count < 1e7 else 1 if count < 1e8 else 0}f} MB"
-
-
-def _encoder_seconds(
-    spec: FeatureSpec, encoder: BatchEncoder, lists: list[list[int]], pixels: Mapping[int, Pixels]
-) -> float:
-    """Of the second of two runs: the first one warms up."""
-    for _ in range(2):
-        began_s = time.perf_counter()
-        list(spec.context_rule.encode(encoder, lists, pixels))
-        if encoder.device.type == "cuda":
-            torch.cuda.synchronize(encoder.device)
-    return time.perf_counter() - began_s
 
 
 def time_sentence(*, precompute_s: float, live_epoch_s: float, measured_passes: int) -> str:

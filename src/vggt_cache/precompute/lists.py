@@ -29,7 +29,7 @@ from vggt_cache.small_files import FileState
 
 WINDOW_BYTES = 2**30
 """Of the pixels that are held at a time; a list of more is a window of its own."""
-_OF_THE_COMMAND = ("data_root", "annotation_path", "max_samples", "verify", "recompute")
+_OF_THE_COMMAND = ("data_root", "annotation_path", "max_samples", "verify", "recompute", "engine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +73,7 @@ def precompute(
         vggt_model_path=os.fspath(encoder), cache_dir=os.fspath(cache_dir), context=context, **settings
     )
     stop = StopRequest()
-    with stop.listening():
-        job = Job(wanted, reporter or Reporter())
+    with stop.listening(), Job(wanted, reporter or Reporter()) as job:
         computed = sum(_do(job, stop, *work) for work in _plans(lists, job))
     return Precomputed(computed=computed, failures=tuple(sorted(job.reporter.failures)))
 

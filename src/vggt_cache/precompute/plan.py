@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -41,6 +41,19 @@ class Block:
 
     block_id: str
     features: Indexes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """A block, and all of the plan that is needed to compute it: small, and fit to be sent elsewhere."""
+
+    block_id: str
+    features: Sequence[int]
+    lists: Sequence[Sequence[int]]
+    """Of each feature its frames in order, by their numbers in the plan."""
+    labels: Sequence[str]
+    paths: Mapping[int, str]
+    """Of each frame."""
 
 
 class FrameSource(Protocol):
@@ -126,6 +139,17 @@ class Plan:
     def label(self, feature: int) -> str:
         """How a feature is called in messages."""
         return self.context.label(self.paths_of(feature))
+
+    def task_of(self, block: Block) -> Task:
+        features = block.features.tolist()
+        lists = [self.frames_of(feature).tolist() for feature in features]
+        return Task(
+            block_id=block.block_id,
+            features=features,
+            lists=lists,
+            labels=[self.label(feature) for feature in features],
+            paths={frame: self.frames.paths[frame] for frames in lists for frame in frames},
+        )
 
     @property
     def passes_per_epoch(self) -> int:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-from contextlib import suppress
-from functools import cached_property
+from contextlib import AbstractContextManager, suppress
+from types import TracebackType
 
 from vggt_cache.encoder import Checkpoint
 from vggt_cache.errors import CacheNotFoundError, NotACacheError, SpecMismatchError, StoreError
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.place import absolute
 from vggt_cache.precompute.digests import DigestTable
-from vggt_cache.precompute.encode import BatchEncoder, is_out_of_memory, out_of_memory
+from vggt_cache.precompute.engine import engine_of
 from vggt_cache.precompute.estimate import (
     DiskNeed,
     absent_sentence,
@@ -22,7 +22,7 @@ from vggt_cache.precompute.estimate import (
     without_absent,
 )
 from vggt_cache.precompute.known_keys import KnownKeys
-from vggt_cache.precompute.pipeline import Run
+from vggt_cache.precompute.pipeline import Tally
 from vggt_cache.precompute.plan import Plan, plan_and_tell
 from vggt_cache.precompute.report import (
     EXIT_INCOMPLETE,
@@ -37,7 +37,6 @@ from vggt_cache.precompute.settings import (
     QwenLimits,
     check_cache_dir,
     choose_compute_dtype,
-    choose_device,
 )
 from vggt_cache.precompute.stop import StopRequest
 from vggt_cache.precompute.stored import Stored
@@ -53,8 +52,7 @@ def precompute(settings: PrecomputeSettings, reporter: Reporter | None = None) -
     Raises VggtCacheError for what the user can cure; what was committed until then stays committed.
     """
     stop = StopRequest()
-    with stop.listening():
-        job = Job(settings, reporter or Reporter())
+    with stop.listening(), Job(settings, reporter or Reporter()) as job:
         if not settings.dry_run:
             data = settings.data_root or settings.annotation_path or ""
             of = f"{os.path.realpath(data)} {job.spec_of_files.short_name}"
@@ -71,30 +69,37 @@ def precompute(settings: PrecomputeSettings, reporter: Reporter | None = None) -
         return job.tell_what_it_takes() if settings.dry_run else job.execute(stop)
 
 
-class Job:
-    """Settings and encoder, for one plan after the other: `begin`, then either of the other two."""
+class Job(AbstractContextManager["Job"]):
+    """Settings and engine, for one plan after the other: `begin`, then either of the other two."""
 
     def __init__(self, settings: PrecomputeSettings, reporter: Reporter) -> None:
         self.settings = settings
         self.reporter = reporter
         shard_bytes()
         check_cache_dir(settings.cache_dir)
-        self.limits = None
+        limits = None
         if settings.model_path is not None:
-            limits = {"min_pixels": settings.min_pixels, "max_pixels": settings.max_pixels}
-            self.limits = QwenLimits.read(settings.model_path, **limits)
-        self.device = choose_device(settings.device)
-        self.checkpoint = Checkpoint.open(settings.vggt_model_path, layer=settings.wanted_layers)
+            limits = QwenLimits.read(
+                settings.model_path, min_pixels=settings.min_pixels, max_pixels=settings.max_pixels
+            )
+        checkpoint = Checkpoint.open(settings.vggt_model_path, layer=settings.wanted_layers)
+        self.engine = engine_of(settings, reporter)
         self.spec_of_files = FeatureSpec(
-            encoder=self.checkpoint.spec(choose_compute_dtype(settings.compute_dtype, self.device)),
+            encoder=checkpoint.spec(choose_compute_dtype(settings.compute_dtype, self.engine.device)),
             preprocessing=settings.preprocessing,
             context=settings.context,
             feature_dtype=settings.feature_dtype,
-            layers=self.checkpoint.layers if len(self.checkpoint.layers) > 1 else (),
+            layers=checkpoint.layers if len(checkpoint.layers) > 1 else (),
             tokens=settings.tokens,
             pool=settings.pool_size,
         )
+        self.engine.prepare(checkpoint, self.spec_of_files, limits)
         self._begun = 0
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.engine.close()
 
     def begin(self, plan: Plan, spec: FeatureSpec) -> None:
         """What is wanted next, before anything is written."""
@@ -105,29 +110,6 @@ class Job:
         self.known = KnownKeys(plan, spec, DigestTable(self.settings.cache_dir))
         self.need = DiskNeed(plan, spec, self.settings, self.reporter)
 
-    @cached_property
-    def encoder(self) -> BatchEncoder:
-        """Loaded when it is first needed: a run that finds all in the cache loads none."""
-        try:
-            encoder = self.checkpoint.load(
-                device=self.device,
-                compute_dtype=self.spec_of_files.encoder.compute_dtype,
-                tokens=self.spec_of_files.tokens,
-                pool=self.spec_of_files.pool,
-            )
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise out_of_memory(self.device, "the encoder's weights alone") from error
-            raise
-        self.reporter.info("Model loaded successfully")
-        return BatchEncoder(
-            encoder,
-            self.settings.batch_size,
-            lambda size: self.reporter.warn(f"out of memory: going on with --batch_size {size}"),
-            feature_dtype=self.spec_of_files.feature_dtype,
-            leave_out=True,
-        )
-
     def tell_what_it_takes(self) -> int:
         """A dry run: it makes no cache, and writes nothing into one that is there."""
         try:
@@ -137,8 +119,8 @@ class Job:
         except (CacheNotFoundError, NotACacheError, SpecMismatchError):
             _, possible = self._tell(None, list(range(len(self.plan))))
         if possible:
-            self.reporter.info(time_estimate(self.plan, self.spec, possible, self.encoder, self.reporter))
-            self.reporter.info(break_even(self.need, possible, self.encoder))
+            self.reporter.info(time_estimate(self.plan, self.spec, possible, self.engine, self.reporter))
+            self.reporter.info(break_even(self.need, possible, self.engine))
         self.reporter.info("Dry run: nothing was computed or written")
         return EXIT_INCOMPLETE if self.reporter.failures or self.absent else EXIT_OK
 
@@ -151,27 +133,20 @@ class Job:
             stored = Stored(self.known, cache, recompute=not settings.skip_existing)
             missing, possible = self._tell(stored, stored.all_missing())
             if possible and self._begun == 1 and self.reporter.rank == 0:
-                self.reporter.info(break_even(self.need, possible, self.encoder))
-            run = Run(
-                stored=stored,
-                reporter=self.reporter,
-                stop=stop,
-                num_workers=settings.num_workers,
-                codec=settings.codec,
-                limits=self.limits,
-            )
+                self.reporter.info(break_even(self.need, possible, self.engine))
+            tally = Tally()
             if missing:
-                run.compute(self.plan.blocks_of(missing), self.encoder)
-            self.committed = run.committed
+                tally = self.engine.compute(stored, self.plan.blocks_of(missing), stop)
+            self.committed = tally.committed
             if stop.requested:
-                return self._stopped(stop, run)
+                return self._stopped(stop)
             self._tell_mended(stored)
-            self._tell_result(run)
+            self._tell_result(tally)
             invalid = self._verify(cache) if settings.verify and self.reporter.rank == 0 else 0
             wrong = bool(settings.recompute) and recompute_some(
-                cache, self.plan, self.encoder.encoder, settings.recompute, self.reporter
+                cache, self.plan, self.engine, settings.recompute, self.reporter
             )
-        if wrong or invalid > len(run.lost):
+        if wrong or invalid > len(tally.lost):
             return EXIT_INVALID
         return EXIT_INCOMPLETE if self.reporter.failures else EXIT_OK
 
@@ -228,14 +203,14 @@ class Job:
             self.need.check(possible)
         return missing, possible
 
-    def _tell_result(self, run: Run) -> None:
+    def _tell_result(self, tally: Tally) -> None:
         settings, failures = self.settings, self.reporter.failures
-        if run.elsewhere:
+        if tally.elsewhere:
             self.reporter.info(
-                f"{run.elsewhere} more were already stored: computed by other processes, or equal to a feature under "
+                f"{tally.elsewhere} more were already stored: computed by other processes, or equal to a feature under "
                 "another path"
             )
-        self.reporter.success(f"Processed {run.committed} {settings.noun}s")
+        self.reporter.success(f"Processed {self.committed} {settings.noun}s")
         self.reporter.info(f"Cache directory: {absolute(settings.cache_dir)}")
         if failures:
             listed = os.path.join(settings.cache_dir, FAILURES_FILE) if self.reporter.lists_failures else ""
@@ -260,9 +235,9 @@ class Job:
         if mended:
             self.reporter.info(f"{count_of(len(mended), 'earlier failure')} in {FAILURES_FILE} mended since")
 
-    def _stopped(self, stop: StopRequest, run: Run) -> int:
+    def _stopped(self, stop: StopRequest) -> int:
         self.reporter.warn(
-            f"Stopped by {signal.Signals(stop.signal_number).name}: {count_of(run.committed, self.settings.noun)} of "
+            f"Stopped by {signal.Signals(stop.signal_number).name}: {count_of(self.committed, self.settings.noun)} of "
             f"this run are committed in {absolute(self.settings.cache_dir)}; run the same command again to go on"
         )
         return 128 + stop.signal_number

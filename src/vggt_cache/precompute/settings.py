@@ -87,6 +87,17 @@ class PrecomputeSettings:
     device: str = flag("auto", help="cpu, cuda or cuda:N; auto takes a GPU where there is one")
     batch_size: int = flag(8, help="frames encoded together; halved when memory runs out")
     num_workers: int = flag(4, help="processes that decode images; 0: in this one")
+    engine: str = flag(
+        "claims",
+        help="claims: this process and others like it share the work; ray: processes of a Ray cluster do it",
+        choices=("claims", "ray"),
+    )
+    ray_address: str | None = flag(
+        None, help="of the cluster (auto: the one of this machine); else RAY_ADDRESS, else a Ray of its own"
+    )
+    ray_actors: int | None = flag(
+        None, kind=int, help="processes that compute; else one for each GPU, or one for each machine without"
+    )
     max_samples: int = flag(-1, help="only the first N images (causal, joint: features); -1: all")
     skip_existing: bool = flag(True, help="do not compute what is stored already")
     verify: bool = flag(False, help="check afterwards that every feature is present and intact")
@@ -108,6 +119,11 @@ class PrecomputeSettings:
         ):
             if is_wrong:
                 raise SettingsError(f"--{name} {getattr(self, name)} {why}")
+        if self.ray_actors is not None and self.ray_actors < 1:
+            raise SettingsError(f"--ray_actors {self.ray_actors} computes nothing: give 1 or more")
+        for name in ("ray_address", "ray_actors"):
+            if getattr(self, name) is not None and self.engine != "ray":
+                raise SettingsError(f"--{name} is of --engine ray: give that too, or leave --{name} out")
         if self.layers is not None and self.layer != PrecomputeSettings.layer:
             raise SettingsError(
                 f"--layer {self.layer} and --layers {self.layers} are both given: give one of them"

@@ -21,17 +21,36 @@ from vggt_cache.store.siblings import SameTable
 SHARDS_BETWEEN_INDEXES = 64
 
 
-class Stored:
+class StoredKeys:
+    """What a store has, and what this process has in hand for it. `recompute`: all but the shards in `ignored`."""
+
+    def __init__(self, cache: FeatureCache, *, recompute: bool, ignored: Iterable[str] = ()) -> None:
+        self.cache = cache
+        self.ignored = frozenset(ignored)
+        self._recompute = recompute
+        self.own: set[bytes] = set()
+        """Keys of what this process has handed to its writer."""
+
+    def __contains__(self, key: bytes) -> bool:
+        shard = self.cache.shard_of(key)
+        if shard is None:
+            return key in self.own or (not self._recompute and key in self.cache)
+        return key in self.own or shard not in self.ignored
+
+    def by_pixels(self, key: bytes) -> tuple[bytes, FeatureSpec] | None:
+        """Where the feature is, if another store has it by the key of its frames' pixels: the key there, and whose."""
+        found = None if self._recompute else self.cache.siblings.find(key, self.cache)
+        return None if found is None else (found[1], found[0].spec)
+
+
+class Stored(StoredKeys):
     """What was there when it was made or refreshed. `recompute` counts only shards that are new since it was made."""
 
     def __init__(self, known: KnownKeys, cache: FeatureCache, *, recompute: bool) -> None:
-        self.known, self.cache = known, cache
-        self._recompute = recompute
-        self._ignored = frozenset(cache.shard_names() if recompute else ())
+        super().__init__(cache, recompute=recompute, ignored=cache.shard_names() if recompute else ())
+        self.known = known
         self.same = SameTable(cache.cache_dir)
         self._shards = SmallFolder(os.path.join(cache.cache_dir, cache.spec.short_name, SHARDS_FOLDER))
-        self.own: set[bytes] = set()
-        """Keys of what this process has handed to its writer."""
         self._indexed_shards = len(cache.shard_names())
         features = len(known.plan)
         self._keys = np.zeros((features, 2), np.uint64)
@@ -52,17 +71,6 @@ class Stored:
         `missing` may find more: what this process has in hand, and what is stored under the key of the pixels.
         """
         return self._finished[features]
-
-    def __contains__(self, key: bytes) -> bool:
-        shard = self.cache.shard_of(key)
-        if shard is None:
-            return key in self.own or (not self._recompute and key in self.cache)
-        return key in self.own or shard not in self._ignored
-
-    def by_pixels(self, key: bytes) -> tuple[bytes, FeatureSpec] | None:
-        """Where the feature is, if another store has it by the key of its frames' pixels: the key there, and whose."""
-        found = None if self._recompute else self.cache.siblings.find(key, self.cache)
-        return None if found is None else (found[1], found[0].spec)
 
     def shows_others(self, feature: int) -> bool:
         """Whether other processes will find the feature in bulk, once what is in hand here is on the disk."""
@@ -88,4 +96,4 @@ class Stored:
         features, keys = self.known.new_keys()
         self._keys[features], self._has_key[features], self._finished[features] = keys, True, False
         left = np.flatnonzero(self._has_key & ~self._finished)
-        self._finished[left] = self.cache.which_are_own(self._keys[left], not_in=self._ignored)
+        self._finished[left] = self.cache.which_are_own(self._keys[left], not_in=self.ignored)

@@ -70,10 +70,10 @@ class Todo:
         """
         self._claims, self._work, self._on_finished, self._clock_s = claims, work, on_finished, clock_s
         self._chance = np.random.default_rng(int(claims.token, 16))
-        self._blocks = sorted(blocks, key=_size_class, reverse=True)
+        self._blocks = sorted(blocks, key=size_class, reverse=True)
         self._number_of = {block.block_id: number for number, block in enumerate(self._blocks)}
         self._sizes = np.array([len(block.features) for block in self._blocks], np.int64)
-        self._classes = np.array([_size_class(block) for block in self._blocks], np.int64)
+        self._classes = np.array([size_class(block) for block in self._blocks], np.int64)
         self._features = np.concatenate([block.features for block in self._blocks])
         self._left = np.ones(len(self._blocks), np.bool_)
         """Those that were not taken here, and that nobody is known to have finished."""
@@ -214,6 +214,6 @@ class Todo:
             self._on_finished(features)
 
 
-def _size_class(block: Block) -> int:
+def size_class(block: Block) -> int:
     """Of sizes that differ by less than two times."""
     return len(block.features).bit_length()

@@ -13,13 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tqdm import tqdm
 
-from vggt_cache.encoder import Encoder
 from vggt_cache.errors import CorruptRecordError, OutOfMemoryError, StoreError
 from vggt_cache.identity import feature_key
 from vggt_cache.output import name_text
 from vggt_cache.precompute.decode import read_digest
 from vggt_cache.precompute.digests import DigestTable
-from vggt_cache.precompute.encode import BatchEncoder
+from vggt_cache.precompute.engine import Engine
 from vggt_cache.precompute.plan import Plan
 from vggt_cache.precompute.report import Reporter, count_of
 from vggt_cache.samples.paths import parts_of
@@ -74,12 +73,11 @@ def tell_verdicts(verdicts: Iterable[Verdict], total: int, reporter: Reporter, n
     return invalid
 
 
-def recompute_some(cache: FeatureCache, plan: Plan, encoder: Encoder, count: int, reporter: Reporter) -> bool:
+def recompute_some(cache: FeatureCache, plan: Plan, engine: Engine, count: int, reporter: Reporter) -> bool:
     """Compute `count` random features again, each alone; whether one is not what is stored, but for rounding.
 
     Tells the largest relative L2 error, in float64. Features that are absent or unreadable are left to `verify_data`.
     """
-    batches = BatchEncoder(encoder, 1)
     compared, worst, label = 0, 0.0, "none stored"
     for feature in random.SystemRandom().sample(range(len(plan)), min(count, len(plan))):
         decoded = [plan.frames.decode(f, cache.spec.preprocessing) for f in plan.frames_of(feature).tolist()]
@@ -93,13 +91,12 @@ def recompute_some(cache: FeatureCache, plan: Plan, encoder: Encoder, count: int
             continue
         pixels = {position: frame.pixels for position, frame in enumerate(decoded)}
         try:
-            ((_, fresh),) = cache.spec.context_rule.encode(batches, [list(pixels)], pixels)
+            reference = engine.alone(pixels).double()
         except OutOfMemoryError:
             reporter.warn(
                 f"{plan.label(feature)}: it does not fit into memory here, so it is not computed again"
             )
             continue
-        reference = fresh[0].double().cpu()
         error = float((stored.double().cpu() - reference).norm() / reference.norm().clamp(min=1e-30))
         compared += 1
         if error >= worst:
