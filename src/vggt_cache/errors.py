@@ -42,6 +42,10 @@ class OutOfMemoryError(VggtCacheError):
     """The device cannot hold even a batch of one."""
 
 
+class EngineError(VggtCacheError):
+    """Processes of a cluster do not start, or end again and again."""
+
+
 class NotFiniteError(VggtCacheError):
     """Training has come to a loss, a gradient or a weight that is no finite number."""
 
@@ -53,7 +57,10 @@ class SmallFileError(VggtCacheError):
 
     def __init__(self, path: object, reason: str) -> None:
         super().__init__(f"{path} {reason}")
-        self.reason = reason
+        self.path, self.reason = path, reason
+
+    def __reduce__(self) -> tuple[object, ...]:  # that of Exception would give one argument
+        return type(self), (self.path, self.reason)
 
 
 class FileAbsentError(SmallFileError):

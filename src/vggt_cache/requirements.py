@@ -27,6 +27,7 @@ LOWEST = {
     "accelerate": "1.3",
     "deepspeed": "0.15",
     "tensorboard": "2.17",
+    "ray": "2.55",
 }
 MONITOR = ("tqdm", "rich")
 CACHE = (*MONITOR, "torch", "safetensors", "numpy", "Pillow", "xxhash", "huggingface_hub")

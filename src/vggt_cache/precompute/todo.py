@@ -38,6 +38,22 @@ MOST_AHEAD = 3
 """Blocks that a process holds: one is encoded, the others are decoded meanwhile."""
 
 
+class Seldom:
+    """For what is to be done now and then: at most every `LOOK_EVERY_S`, and for at most `SHARE` of the time."""
+
+    def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._clock_s = clock_s
+        self._again_s = clock_s() + LOOK_EVERY_S
+
+    def do(self, job: Callable[[], object]) -> None:
+        """If it is time."""
+        begun_s = self._clock_s()
+        if begun_s >= self._again_s:
+            job()
+            now_s = self._clock_s()
+            self._again_s = now_s + max(LOOK_EVERY_S, (now_s - begun_s) / SHARE)
+
+
 class Work(Protocol):
     """What is known of the features of blocks. `stored.Stored` is it."""
 
