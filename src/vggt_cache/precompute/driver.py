@@ -133,6 +133,12 @@ class Driver:
                         self._crew.compute(worker, self._plan.task_of(block))
             if errors := self._take_in(self._crew.events(_LOOK_S)):
                 raise errors[0]
+            if self._losses >= MOST_ENDS * max(self._wanted, MOST_ENDS):
+                raise EngineError(
+                    f"{self._losses} processes of the cluster have ended one after another before anything was stored, "
+                    f"the last one because {self._lost}: see Ray's logs there (/tmp/ray/session_latest/logs), and "
+                    "whether memory and packages are the same on all machines"
+                )
             self._seldom.do(self._stored.refresh)  # which keeps the index new for the others
 
     def _commit_rest(self) -> None:
@@ -183,15 +189,8 @@ class Driver:
 
     def _lose(self, event: Event) -> None:
         """Others do again what it had not committed, but for a block with which one process after another ends."""
-        self._losses += 1
-        has_begun = event.worker in self._handout.workers
-        if self._losses >= MOST_ENDS * max(self._wanted, MOST_ENDS):
-            raise EngineError(
-                f"{self._losses} processes of the cluster have ended one after another before anything was stored, the "
-                f"last one because {event.lost}: see Ray's logs on its machine (/tmp/ray/session_latest/logs), and "
-                "whether memory and packages are the same on all of them"
-            )
-        if not has_begun:
+        self._losses, self._lost = self._losses + 1, event.lost
+        if event.worker not in self._handout.workers:
             return
         self._reporter.warn(f"a process of the cluster is lost, and others go on with its work: {event.lost}")
         if (block := self._handout.lost(event.worker)) is not None:

@@ -62,14 +62,13 @@ class RayCrew:
         ready, others = self._ray.wait(list(self._calls), timeout=seconds)
         if ready and others:
             ready += self._ray.wait(others, num_returns=len(others), timeout=0)[0]
-        events = [self._answer(one) for one in ready if one in self._calls]
-        # What an actor had told before it was lost counts.
-        events.sort(key=lambda event: (event.report is None) + (event.error is not None))
-        known = [event for event in events if event.report is not None or event.worker in self._actors]
-        for event in known:
-            if event.report is None:
-                self._drop(event.worker)
-        return known
+        answers = [self._answer(call) for call in ready]
+        events = [event for event in answers if event.report is not None]
+        # Behind what the actors had told before they ended, of each its first end, and errors last.
+        ends = {event.worker: event for event in reversed(answers) if event.report is None}
+        for worker in ends:
+            self._drop(worker)
+        return events + sorted(ends.values(), key=lambda event: event.error is not None)
 
     def ask(self, call: str, *given: object) -> Report:
         """The answer of the first actor that is there. Raises what it raises."""
