@@ -7,6 +7,7 @@ costs what it had not committed: others do that again. Of the engine it knows a 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -15,7 +16,7 @@ from vggt_cache.errors import EngineError
 from vggt_cache.precompute.handout import MOST_ENDS, Handout
 from vggt_cache.precompute.pipeline import Outcome, Tally
 from vggt_cache.precompute.plan import Block, Task
-from vggt_cache.precompute.report import Reporter, count_of, seconds_text
+from vggt_cache.precompute.report import Reporter, seconds_text
 from vggt_cache.precompute.stop import StopRequest
 from vggt_cache.precompute.stored import Stored
 from vggt_cache.precompute.todo import Seldom
@@ -97,8 +98,10 @@ class Driver:
         self._sayings, self._clock_s = sayings, clock_s
         self._plan = stored.known.plan
         self._tally = Tally()
-        self._losses = 0
-        """Since anything was saved."""
+        self._losses, self._lost = 0, ""
+        """Since anything was saved; and why the last one."""
+        self._flushing = Counter[int]()
+        """By worker, how many flushes are not answered yet."""
         self._seldom = Seldom(clock_s)
 
     def compute(self, blocks: Sequence[Block]) -> Tally:
@@ -106,7 +109,6 @@ class Driver:
 
         Raises VggtCacheError; what was committed until then stays committed.
         """
-        self._blocks = {block.block_id: block for block in blocks}
         self._handout = Handout(blocks)
         total, noun = sum(len(block.features) for block in blocks), self._stored.cache.spec.context_rule.noun
         with self._reporter.bar(total, noun) as self._bar, self._stop.deferred():
@@ -128,7 +130,7 @@ class Driver:
             for worker in self._handout.workers:
                 for block in self._handout.orders(worker):
                     if block is None:
-                        self._crew.flush(worker)
+                        self._flush(worker)
                     else:
                         self._crew.compute(worker, self._plan.task_of(block))
             if errors := self._take_in(self._crew.events(_LOOK_S)):
@@ -145,13 +147,13 @@ class Driver:
         """Nobody computes any more, and what is finished is committed. Errors add nothing to why the run ends."""
         for worker in self._handout.workers:
             self._crew.stop(worker)
-            self._crew.flush(worker)
-        left = set(self._handout.workers)
-        while left:
-            events = self._crew.events(_LOOK_S)
-            self._take_in(events)
-            left &= set(self._handout.workers)
-            left -= {event.worker for event in events if event.call == "flush"}
+            self._flush(worker)
+        while any(self._flushing[worker] for worker in self._handout.workers):
+            self._take_in(self._crew.events(_LOOK_S))
+
+    def _flush(self, worker: int) -> None:
+        self._flushing[worker] += 1
+        self._crew.flush(worker)
 
     def _take_in(self, events: Sequence[Event]) -> list[Exception]:
         for event in events:
@@ -167,6 +169,8 @@ class Driver:
                 self._handout.join(event.worker)
             elif event.call == "compute":
                 self._handout.computed(event.worker)
+            else:
+                self._flushing[event.worker] -= 1
             for outcome in event.report.outcomes:
                 self._save(event.worker, outcome)
         self._watch_silence(bool(events))
@@ -209,8 +213,8 @@ class Driver:
             self._heard_s, self._silent = now_s, False
         elif now_s - self._heard_s >= SILENCE_S and not self._silent:
             self._silent = True
-            works = count_of(len(self._handout.workers), "process").replace("processs", "processes")
             self._reporter.warn(
-                f"nothing has moved for {seconds_text(now_s - self._heard_s)}: {works} of {self._wanted} work; the "
-                "others wait for the cluster to have room, see ray status; a disk or a device of one may hang"
+                f"nothing has moved for {seconds_text(now_s - self._heard_s)}: {len(self._handout.workers)} of "
+                f"{self._wanted} processes have work, and a disk or a device of theirs may hang; the others wait for "
+                "the cluster to have room, see ray status"
             )
