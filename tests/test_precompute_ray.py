@@ -21,14 +21,15 @@ ONE_BY_ONE = {"VGGT_CACHE_SHARD_BYTES": "1"}
 """A shard for each feature: whatever is killed has committed something."""
 
 
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten episodes of 20 steps: 200 lists in ten blocks."""
-    write_dataset(tmp_path / "data", episodes=10, steps=20)
-    return tmp_path / "data"
+    folder = tmp_path_factory.mktemp("data")
+    write_dataset(folder, episodes=10, steps=20)
+    return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def arguments(data: Path, small_checkpoint: Path) -> Callable[..., list[object]]:
     def for_cache(cache_dir: Path | str, *flags: object) -> list[object]:
         named = ["--vggt_model_path", small_checkpoint, "--data_root", data, "--cache_dir", cache_dir]
@@ -51,11 +52,12 @@ def by_ray(
     return started
 
 
-@pytest.fixture
-def undisturbed(arguments, tmp_path: Path) -> dict[bytes, bytes]:
+@pytest.fixture(scope="module")
+def undisturbed(arguments, tmp_path_factory: pytest.TempPathFactory) -> dict[bytes, bytes]:
     """What a plain run stores."""
-    finish(start(arguments(tmp_path / "plain")))
-    return records(tmp_path / "plain")
+    cache_dir = tmp_path_factory.mktemp("plain") / "cache"
+    finish(start(arguments(cache_dir)))
+    return records(cache_dir)
 
 
 def records(cache_dir: Path | str) -> dict[bytes, bytes]:

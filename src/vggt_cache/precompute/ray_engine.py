@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ from vggt_cache.requirements import fault_of
 
 _OBJECT_STORE_BYTES = 128 * 2**20
 """Of a Ray of this machine alone: nothing large goes through it."""
+_ANSWER_S = 20.0
 
 
 class RayEngine:
@@ -153,6 +155,9 @@ def _connect(ray: Any, address: str) -> None:
     if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # who computes on one machine tells nobody
     try:
+        host, _, port = address.rpartition(":")
+        if port.isdigit():  # Ray itself would try for many minutes, and say nothing that is understood
+            socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
         with _signals_as_before():
             ray.init(
                 address=address,
