@@ -12,6 +12,7 @@ the order in which they begin, and each moves its process's clock. A call sees w
 on NFS a listing is up to `stale_s` old, unless the process has changed the folder since.
 
 Efficiency is the encoding time that is needed, each list once, by processes times the time until the last has ended.
+With `--engine ray` one driver hands out all blocks instead, see `sim_driver.py`.
 The start (imports, scanning, loading) is left out, and so is what processes on one machine take from each other.
 `bench_scaling.py` measures real processes against the bare encoder, which leaves the same out: its `ratio_over_bare` is
 the efficiency of two by that of one here, with its number of lists and its seconds for each.
@@ -28,7 +29,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ import numpy as np
 import numpy.typing as npt
 
 import record
+from sim_driver import drive
 from vggt_cache.precompute.claims import Claims
 from vggt_cache.precompute.plan import Block, Indexes, block_bounds
 from vggt_cache.precompute.todo import Todo
@@ -242,7 +244,7 @@ class Work:
 
 
 class Process:
-    """One process, as `precompute.pipeline.Run` goes through its blocks; each `step` is one event."""
+    """One process, as `precompute.claimed.ClaimedRun` goes through its blocks; each `step` is one event."""
 
     def __init__(
         self,
@@ -352,6 +354,18 @@ def simulate(work: Work, processes: int, storage: Storage, *, ranks: bool) -> di
     }
 
 
+def simulate_driven(work: Work, processes: int, storage: Storage) -> dict[str, float]:
+    store, clock = Store(work.lists), Clock()
+    driven = drive(work, processes, storage, store, clock)
+    return {
+        "processes": processes,
+        "lists": work.lists,
+        "blocks": driven["blocks"],
+        "wall_s": driven["wall_s"],
+        "efficiency": driven["encoding_s"] / (processes * driven["wall_s"]),
+    }
+
+
 COLUMNS = {
     "processes": "{:.0f}",
     "lists": "{:.0e}",
@@ -366,9 +380,9 @@ COLUMNS = {
 }
 
 
-def tell(storage: str, tree: int, row: dict[str, float]) -> None:
-    cells = (form.format(row[name]).rjust(len(name)) for name, form in COLUMNS.items())
-    print(f"{storage:>7}  {tree:>4}  " + "  ".join(cells), flush=True)
+def tell(engine: str, storage: str, tree: int, row: dict[str, float]) -> None:
+    cells = (form.format(row[name]).rjust(len(name)) for name, form in COLUMNS.items() if name in row)
+    print(f"{engine:>6}  {storage:>7}  {tree:>4}  " + "  ".join(cells), flush=True)
 
 
 def main() -> None:
@@ -377,6 +391,7 @@ def main() -> None:
     )
     parser.add_argument("--processes", type=int, nargs="*", default=[2, 8, 64, 512])
     parser.add_argument("--lists", type=float, nargs="*", default=[1e4, 1e5, 1e6])
+    parser.add_argument("--engine", choices=("claims", "ray"), nargs="*", default=["claims", "ray"])
     parser.add_argument("--storage", choices=STORAGES, nargs="*", default=list(STORAGES))
     parser.add_argument("--tree", type=int, nargs="*", default=[1], help="lists that share a prefix")
     parser.add_argument("--encode_s", type=float, default=0.1, help="of one list")
@@ -385,24 +400,32 @@ def main() -> None:
     parser.add_argument("--no_ranks", action="store_true", help="processes begin by chance, not by rank")
     parser.add_argument("--no_result", action="store_true", help="print the figures, write no file")
     arguments = parser.parse_args()
-    print("storage  tree  " + "  ".join(COLUMNS))
+    print("engine  storage  tree  " + "  ".join(COLUMNS))
     rows: list[dict[str, Any]] = []
     begun_s = time.perf_counter()
-    for tree in arguments.tree:
-        for storage in arguments.storage:
-            for lists in map(int, arguments.lists):
-                for processes in (one for one in arguments.processes if lists / one <= _MOST_EACH):
-                    work = Work(
-                        lists=lists,
-                        tree=tree,
-                        per_block=64 if tree == 1 else 32,
-                        encode_s=arguments.encode_s,
-                        spread=arguments.spread,
-                        shard_lists=arguments.shard_lists,
-                    )
-                    row = simulate(work, processes, STORAGES[storage], ranks=not arguments.no_ranks)
-                    tell(storage, tree, row)
-                    rows.append({"storage": storage, "tree": tree, **row})
+    for engine, tree, storage, lists, processes in product(
+        arguments.engine,
+        arguments.tree,
+        arguments.storage,
+        map(int, arguments.lists),
+        arguments.processes,
+    ):
+        if lists / processes > _MOST_EACH:
+            continue
+        work = Work(
+            lists=lists,
+            tree=tree,
+            per_block=64 if tree == 1 else 32,
+            encode_s=arguments.encode_s,
+            spread=arguments.spread,
+            shard_lists=arguments.shard_lists,
+        )
+        if engine == "ray":
+            row = simulate_driven(work, processes, STORAGES[storage])
+        else:
+            row = simulate(work, processes, STORAGES[storage], ranks=not arguments.no_ranks)
+        tell(engine, storage, tree, row)
+        rows.append({"engine": engine, "storage": storage, "tree": tree, **row})
     figures = {"rows": rows, "simulated_in_s": time.perf_counter() - begun_s}
     if arguments.no_result:
         print(json.dumps(figures))

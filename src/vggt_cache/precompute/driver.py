@@ -172,19 +172,21 @@ class Driver:
             else:
                 self._flushing[event.worker] -= 1
             for outcome in event.report.outcomes:
-                self._save(event.worker, outcome)
+                self._count(outcome)
+                self._handout.saved(event.worker, outcome.block_id)
+                self._losses = 0
+        self._note([outcome for event in events if event.report for outcome in event.report.outcomes])
         self._watch_silence(bool(events))
         return [event.error for event in events if event.error is not None]
 
-    def _save(self, worker: int, outcome: Outcome) -> None:
+    def _note(self, outcomes: Sequence[Outcome]) -> None:
+        """What was found out, of all that has come: a file server is asked once, however many there are."""
         known = self._stored.known
-        for frame, (digest, _) in outcome.digests.items():
-            known.learn(frame, digest)
-        known.table.append(outcome.rows)
-        self._stored.same.note(outcome.same)
-        self._count(outcome)
-        self._handout.saved(worker, outcome.block_id)
-        self._losses = 0
+        for outcome in outcomes:
+            for frame, (digest, _) in outcome.digests.items():
+                known.learn(frame, digest)
+        known.table.append(row for outcome in outcomes for row in outcome.rows)
+        self._stored.same.note(pair for outcome in outcomes for pair in outcome.same)
 
     def _count(self, outcome: Outcome) -> None:
         self._tally.add(outcome)
