@@ -31,6 +31,7 @@ PAIRS = {
     "docs/identity.md": "docs/identity.zh.md",
     "docs/object_stores.md": "docs/object_stores.zh.md",
     "docs/where_caches_live.md": "docs/where_caches_live.zh.md",
+    "docs/precompute_cluster.md": "docs/precompute_cluster.zh.md",
 }
 READMES, GUIDES = (pair for pair in list(PAIRS.items())[:2])
 DOCUMENTS = sorted(
@@ -205,8 +206,8 @@ def test_every_variable_that_the_guides_name_is_one_of_the_scripts(name: str) ->
 @pytest.mark.parametrize("name", READMES)
 def test_the_readmes_say_which_packages_are_installed(name: str) -> None:
     project = text_of("pyproject.toml")
-    lists = re.findall(r"^(dependencies|codec|train|cloud) = \[(.*?)\]$", project, re.MULTILINE | re.DOTALL)
-    assert len(lists) == 4
+    lists = re.findall(r"^(dependencies|codec|train|cloud|ray) = \[(.*?)\]$", project, re.MULTILINE | re.DOTALL)
+    assert len(lists) == 5
     wanted = {package for _, packages in lists for package in re.findall(r'"([^"]+)"', packages)}
     (oldest,) = re.findall(r'requires-python = ">=([\d.]+)"', project)
     assert {one for one in wanted if f"`{one}`" not in text_of(name)} == set()
