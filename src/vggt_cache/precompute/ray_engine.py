@@ -154,6 +154,8 @@ def _connect(ray: Any, address: str) -> None:
     own: dict[str, Any] = {"object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": False}
     if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # who computes on one machine tells nobody
+        # 15 else, so that whatever else runs on this machine goes first, unlike beside a plain process.
+        os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         host, _, port = address.rpartition(":")
         if port.isdigit():  # Ray itself would try for many minutes, and say nothing that is understood
