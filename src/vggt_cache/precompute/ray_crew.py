@@ -30,7 +30,7 @@ class RayCrew:
         self, ray: Any, order: Order, count: int, share: Mapping[str, float], warn: Callable[[str], object]
     ) -> None:
         """`share`: what each takes of the cluster, by Ray's names."""
-        self._ray, self._order, self._count, self._warn = ray, ray.put(order), count, warn
+        self._ray, self._order, self._count, self._warn = ray, order, count, warn
         made = ray.remote(concurrency_groups={_BESIDE: 1}, max_restarts=0, max_task_retries=0, **share)
         self._kind = made(EncodingProcess)
         self._actors: dict[int, Any] = {}
