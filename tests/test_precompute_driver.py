@@ -274,6 +274,7 @@ def test_a_stop_commits_what_is_finished_and_the_same_command_goes_on(run, tmp_p
     monkeypatch.setattr(CrewHere, "stop_after", -1)
     code, out = run("cache", "--context", "causal")
     assert (code, f"[SUCCESS] Processed {36 - done} features" in out) == (0, True)
+    assert f"[INFO] Already in the cache: {done}" in out, "digests were noted"
 
 
 @pytest.mark.usefixtures("driven")
