@@ -154,7 +154,7 @@ def _connect(ray: Any, address: str) -> None:
     own: dict[str, Any] = {"object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": False}
     if address == "local":
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # who computes on one machine tells nobody
-        # 15 else, so that whatever else runs on this machine goes first, unlike beside a plain process.
+        # Else it is 15, and whatever runs on this machine goes first, as it does not beside a plain process.
         os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         host, _, port = address.rpartition(":")
