@@ -206,7 +206,9 @@ def test_every_variable_that_the_guides_name_is_one_of_the_scripts(name: str) ->
 @pytest.mark.parametrize("name", READMES)
 def test_the_readmes_say_which_packages_are_installed(name: str) -> None:
     project = text_of("pyproject.toml")
-    lists = re.findall(r"^(dependencies|codec|train|cloud|ray) = \[(.*?)\]$", project, re.MULTILINE | re.DOTALL)
+    lists = re.findall(
+        r"^(dependencies|codec|train|cloud|ray) = \[(.*?)\]$", project, re.MULTILINE | re.DOTALL
+    )
     assert len(lists) == 5
     wanted = {package for _, packages in lists for package in re.findall(r'"([^"]+)"', packages)}
     (oldest,) = re.findall(r'requires-python = ">=([\d.]+)"', project)
