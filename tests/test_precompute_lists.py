@@ -240,7 +240,7 @@ def test_a_run_and_a_dry_run_say_below_which_speed_reading_is_slower(
     fill([paths], context=context, dry_run=dry)
     (line,) = re.findall(r"\[INFO\] A sample reads (.*)", capsys.readouterr().out)
     size = frames * 3 * 4 * 2 * 384 * 4
-    assert line.startswith(f"{size / 1e6:.2f} MB, 1 feature are ")
+    assert line.startswith(f"{size / 1e6:.2f} MB, 1 feature is ")
     assert "the encoder takes 500.0 ms for a sample on cpu" in line
     assert f"reads more than {size / 0.5 / 1e6:.2f} MB/s" in line
 
