@@ -22,8 +22,8 @@ from vggt_cache.precompute.settings import QwenLimits
 from vggt_cache.precompute.stop import StopRequest
 from vggt_cache.precompute.stored import Stored
 from vggt_cache.precompute.todo import Todo
-from vggt_cache.precompute.write import shard_bytes
 from vggt_cache.store.directory import CLAIMS_FOLDER
+from vggt_cache.store.writer import shard_bytes
 
 
 @dataclass(kw_only=True)

@@ -33,8 +33,8 @@ from vggt_cache.precompute.report import Reporter
 from vggt_cache.precompute.settings import PrecomputeSettings, QwenLimits
 from vggt_cache.precompute.stop import StopRequest
 from vggt_cache.precompute.stored import Stored
-from vggt_cache.precompute.write import shard_bytes
 from vggt_cache.requirements import fault_of
+from vggt_cache.store.writer import shard_bytes
 
 _OBJECT_STORE_BYTES = 128 * 2**20
 """Of a Ray of this machine alone: nothing large goes through it."""
