@@ -200,8 +200,8 @@ CHINESE: dict[str, tuple[str, str, str]] = {
     ),
     "cold_disk": (
         "同上，本机磁盘",
-        "{delivery} MB/s，为磁盘的 **{over}**，每 GB 用 {core} 核·秒；绕过页缓存时 {past} MB/s，每 GB 用 **{past_core}** 核·秒；"
-        "训练一步的耗时是完全不读盘时的 {ahead} 倍",
+        "{delivery} MB/s，为磁盘的 **{over}**，每 GB 用 {core} 核·秒；"
+        "绕过页缓存时 {past} MB/s，每 GB 用 **{past_core}** 核·秒；训练一步的耗时是完全不读盘时的 {ahead} 倍",
         "{device} MB/s：大块顺序读；仅校验就要每 GB {checksum} 核·秒；若等到用时才读，一步的耗时为 {needed} 倍",
     ),
     "object_store": (
