@@ -1,0 +1,98 @@
+"""What runs on clients, in forked processes; arguments and results are JSON. The cache lies on the server."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from store_kit import equal, make_feature, make_key, save_index, write_shard
+from trials import listing_races
+from trials.small_runs import LoadedCheckpoint, Scene, stored
+from trials.toy_encoder import ToyCheckpoint
+from vggt_cache.errors import CacheAccessError, CommitError, CorruptRecordError
+from vggt_cache.store import FeatureCache, prune
+
+MOUNT = Path("/mnt/cache")
+CACHE = MOUNT / "cache"
+say: Callable[[Any], None] = print
+"""Tell the host something while the job goes on; each job has its own."""
+
+
+def mount(version: str, server: str, export: str) -> None:
+    """As people do: hard, attributes cached for as long as it is usual."""
+    source = f"{server}:{'/cache' if version.startswith('4') else export}"
+    options = f"vers={version},hard,proto=tcp"
+    subprocess.run(["mount.nfs", source, str(MOUNT), "-o", options], check=True, stdout=sys.stderr)
+
+
+def unmount() -> None:
+    subprocess.run(["umount", str(MOUNT)], check=True, stdout=sys.stderr)
+
+
+def forget() -> None:
+    """What is cached of files and folders goes, as on a client that has not seen them for long."""
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+
+
+
+# ---------------------------------------------------------------- commits
+
+
+def write_for(seconds: float, first: int) -> int:
+    """Commit one shard after the other, and tell each number when its commit has returned; how many there were."""
+    ends_s, random, number = time.monotonic() + seconds, Random(first), first
+    while time.monotonic() < ends_s:
+        numbers = range(number, number + random.choice((1, 1, 2, 8)))
+        write_shard(CACHE, numbers)
+        say([list(numbers), time.time()])
+        number = numbers.stop
+        time.sleep(random.uniform(0.0, 0.3))
+    return number - first
+
+
+def watch_for(seconds: float) -> dict[str, Any]:
+    """A reader that refreshes: shards come and stay, features are right; when each shard was first seen."""
+    ends_s, seen, reads = time.monotonic() + seconds, {}, 0
+    with FeatureCache.open(CACHE, context="frame") as cache:
+        while time.monotonic() < ends_s:
+            cache.refresh()
+            names = cache.shard_names()
+            assert set(seen) <= set(names), f"the snapshot forgot {set(seen) - set(names)}"
+            new = [name for name in names if name not in seen]
+            seen |= dict.fromkeys(new, time.time())
+            reads += _read_all(cache, only=new)
+            time.sleep(0.02)
+    return {"seen": seen, "reads": reads}
+
+
+def _read_all(cache: FeatureCache, only: Sequence[str] | None = None) -> int:
+    """Every feature is the one that belongs to its key."""
+    count = 0
+    for number in _numbers(cache):
+        if only is None or cache.shard_of(make_key(number)) in only:
+            assert equal(cache.get_by_key(make_key(number)), make_feature(number)), f"{number} is wrong"
+            count += 1
+    return count
+
+
+_NUMBERS: dict[bytes, int] = {}
+
+
+def _numbers(cache: FeatureCache) -> list[int]:
+    """The numbers whose keys the cache has; they come in rows that begin at whole millions."""
+    if not _NUMBERS:
+        _NUMBERS.update({make_key(n): n for first in range(0, 4_000_000, 1_000_000) for n in range(first, first + 3000)})
+    return [_NUMBERS[key] for key in cache]
+
+
+def find(numbers: Sequence[int]) -> list[int]:
+    """Those of the numbers that a cache opened now does not have. All that it has is right."""
+    with FeatureCache.open(CACHE, context="frame") as cache:
+        _read_all(cache)
+        return [number for number in numbers if make_key(number) not in cache]
