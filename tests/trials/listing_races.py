@@ -89,13 +89,13 @@ def listed_while_replaced(seed: int, folder: Path, *, openings: int = OPENINGS) 
     for _ in range(openings):
         fs = InterruptedListing(replacer, random)
         with FeatureCache.open(folder, fs=fs) as cache:
-            _check(cache)
+            check(cache)
             cache.refresh()
-            _check(cache)
+            check(cache)
     return 2 * openings
 
 
-def _check(cache: FeatureCache) -> None:
+def check(cache: FeatureCache) -> None:
     lost = [number for number in KEYS if make_key(number) not in cache]
     assert not lost, f"{lost} are committed and were not found in {cache.shard_names()}"
     assert cache.damaged_shards == ()

@@ -417,8 +417,7 @@ class FeatureCache:
                     self._counts["staged_hits"] += 1
                 return local
             try:
-                with self._shards.opened(name) as shard:
-                    return read(shard, record)
+                return self._read_from(name, record, read)
             except ShardVanishedError as error:
                 # An older copy of the same feature may still be there. Kept as text: the error would keep this frame,
                 # which keeps the error, and with both the cache and its files.
@@ -433,6 +432,16 @@ class FeatureCache:
         if vanished:
             raise ShardVanishedError(vanished)
         return None
+
+    def _read_from(self, name: str, record: Record, read: Callable[[OpenShard, Record], T]) -> T:
+        try:
+            with self._shards.opened(name) as shard:
+                return read(shard, record)
+        except ShardVanishedError:
+            # A file server that was restored knows the file, but not by the handle that was kept open.
+            self._shards.pool.forget(name)
+            with self._shards.opened(name) as shard:
+                return read(shard, record)
 
     def _feature_of(self, shard: OpenShard, record: Record, out: torch.Tensor | None) -> torch.Tensor:
         shard.stored_bytes(record)  # a record that cannot be there gets no memory

@@ -413,8 +413,8 @@ class ShardFolder:
 
 
 def _refusal(path: str, error: OSError) -> CacheAccessError:
-    """A shard that is gone may be told when it is opened, or, in a bucket, only when it is read."""
-    if isinstance(error, FileNotFoundError):
+    """A shard that is gone may be told when it is opened, or, in a bucket or over NFS (ESTALE), when it is read."""
+    if error.errno in (errno.ENOENT, errno.ESTALE):
         return ShardVanishedError(
             f"{path} is no longer there, although this process has seen it: it was removed, by `vggt-cache prune` or "
             "by hand; open the cache again, or call refresh()"
@@ -506,6 +506,13 @@ class OpenShards:
             unused = shard.users == 0
         if unused:
             shard.close()
+
+    def forget(self, name: str) -> None:
+        """Open it anew when it is needed again."""
+        with self.lock:
+            shard = self._shards.pop(name, None)
+        if shard is not None:
+            self.give_back(shard)
 
     def _pop_idle(self, count: int) -> list[OpenShard]:
         names = [name for name, shared in self._shards.items() if shared.users == 1][: max(0, count)]

@@ -5,6 +5,7 @@ Nothing here touches the mount, so that orders arrive while the server cannot be
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import selectors
@@ -15,6 +16,8 @@ import tty
 from typing import Any
 
 LINE = "/dev/ttyS0"
+SHOWN_AFTER_S = 200.0
+"""A job that has not ended by then writes down where it is."""
 
 
 def main() -> None:
@@ -57,6 +60,8 @@ def _obey(order: dict[str, Any], jobs: Any, waiting: selectors.BaseSelector, run
 
 
 def _work(order: dict[str, Any], jobs: Any, writing: int) -> None:
+    faulthandler.dump_traceback_later(SHOWN_AFTER_S)
+
     def say(what: Any) -> None:
         _send(writing, {"id": order["id"], "said": what})
 

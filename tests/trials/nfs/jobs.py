@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from store_kit import equal, make_feature, make_key, save_index, write_shard
+from store_kit import SPEC, equal, make_feature, make_key, save_index, write_shard
 from trials import listing_races
-from trials.small_runs import LoadedCheckpoint, Scene, stored
+from trials.small_runs import Scene, small_checkpoint, stored
 from trials.toy_encoder import ToyCheckpoint
-from vggt_cache.errors import CacheAccessError, CommitError, CorruptRecordError
-from vggt_cache.store import FeatureCache, prune
+from vggt_cache.errors import CorruptRecordError, ShardFormatError
+from vggt_cache.store import FeatureCache
 
 MOUNT = Path("/mnt/cache")
 CACHE = MOUNT / "cache"
@@ -91,8 +94,85 @@ def _numbers(cache: FeatureCache) -> list[int]:
     return [_NUMBERS[key] for key in cache]
 
 
+def commit(first: int, count: int) -> str:
+    """One shard; its name."""
+    return write_shard(CACHE, range(first, first + count))
+
+
 def find(numbers: Sequence[int]) -> list[int]:
     """Those of the numbers that a cache opened now does not have. All that it has is right."""
     with FeatureCache.open(CACHE, context="frame") as cache:
         _read_all(cache)
         return [number for number in numbers if make_key(number) not in cache]
+
+
+# ---------------------------------------------------------------- listings
+
+
+def replace_for(seconds: float, seed: int) -> int:
+    """Commit, prune and convert without end; how often."""
+    ends_s, count, random = time.monotonic() + seconds, 0, Random(seed)
+    replacer = listing_races.Replacer(CACHE, random)
+    replacer.commit()
+    for number in range(listing_races.BYSTANDERS):
+        (CACHE / SPEC.short_name / "shards" / f"{number:0200}").touch()
+    if seed % 2:
+        save_index(CACHE)
+    say("begun")
+    while time.monotonic() < ends_s:
+        replacer.work()
+        count += 1
+    return count
+
+
+def list_for(seconds: float) -> int:
+    """Open and refresh: every feature is found each time, and is right where its shard is still there."""
+    ends_s, count = time.monotonic() + seconds, 0
+    while time.monotonic() < ends_s:
+        with FeatureCache.open(CACHE, spec=SPEC) as cache:
+            for _ in range(10):
+                listing_races.check(cache)
+                cache.refresh()
+                say(1)
+        count += 10
+    return count
+
+
+# ---------------------------------------------------------------- damage
+
+
+def examine(count: int, use_index: bool) -> dict[str, list[int]]:
+    """Of the numbers up to `count` those that are told to be damaged, and those that are not there; no others are wrong."""
+    damaged, absent = [], []
+    with warnings.catch_warnings(), FeatureCache.open(CACHE, spec=SPEC, use_index=use_index) as cache:
+        for number in range(count):
+            try:
+                feature = cache.get_by_key(make_key(number))
+            except (CorruptRecordError, ShardFormatError):
+                damaged.append(number)
+                continue
+            if feature is None:
+                absent.append(number)
+            else:
+                assert equal(feature, make_feature(number)), f"{number} is wrong"
+        hidden = [name for name, _ in cache.damaged_shards]
+    return {"damaged": damaged, "absent": absent, "hidden": hidden}
+
+
+# ---------------------------------------------------------------- runs
+
+
+def run(cache: str, expected: str, flags: Sequence[str], small: bool, pause_s: float, ttl_s: float) -> str:
+    """`precompute` on data and cache of the server; what it said."""
+    os.environ["VGGT_CACHE_CLAIM_TTL_S"] = str(ttl_s)
+    folder = Path(tempfile.mkdtemp())
+    (folder / "data").symlink_to(MOUNT / "data")
+    checkpoint = small_checkpoint() if small else ToyCheckpoint(pause_s=pause_s)
+    scene = Scene(folder=folder, checkpoint=checkpoint, flags=tuple(flags), expected={}, seconds=0.0)
+    end = scene.start(MOUNT / cache).well()
+    return end.said[-2000:]
+
+
+def digest(cache: str) -> dict[str, str]:
+    """All that is stored, by key, as checksums; nothing may be damaged."""
+    return {key.hex(): hashlib.sha256(data).hexdigest() for key, data in stored(MOUNT / cache).items()}

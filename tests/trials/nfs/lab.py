@@ -59,6 +59,7 @@ def run_apart(*arguments: str) -> dict[str, Any]:
         [*spaces, sys.executable, "-m", "trials.nfs.alone", *arguments],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path},
     )  # fmt: skip
+    print(done.stderr[-3000:])
     assert done.returncode == 0, done.stderr[-6000:]
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
