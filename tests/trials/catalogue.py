@@ -28,9 +28,12 @@ from trials import (
     stopped_runs,
     system_calls,
 )
+from trials.nfs import over_nfs
 from trials.registry import PRECOMPUTE, Trial
 
 EXAMPLES_PER_SEED = 50
+NFS = "NFS 4.1, NFS 3"
+"""Even seeds, odd seeds."""
 
 
 def _simulated(run: Callable[[int], Any]) -> Callable[[int, Path], int]:
@@ -146,6 +149,30 @@ _ALL = (
     Trial(
         name="spawned_readers", count=1_000_000, run=processes.read_spawned,
         about="a read, compared bit by bit, in one of 4 processes started with spawn",
+    ),
+    Trial(
+        name="nfs_commits", count=2_000, run=over_nfs("commits"), file_system=NFS,
+        about="a commit of one of two clients that commit at once; found by both, every refresh checked bit by bit",
+    ),
+    Trial(
+        name="nfs_listings", count=20_000, run=over_nfs("listings"), file_system=NFS,
+        about="a store opened or refreshed by one client while another commits, prunes and converts its shards",
+    ),
+    Trial(
+        name="nfs_damage", count=200, run=over_nfs("damage"), file_system=NFS,
+        about="a bit of a shard flipped on the server; two clients read all records, from memory and anew",
+    ),
+    Trial(
+        name="nfs_restarts", count=16, run=over_nfs("restarts"), file_system=NFS,
+        about="the server killed and started again, within its grace period or not, while both clients commit and read",
+    ),
+    Trial(
+        name="nfs_runs", count=24, exercises=PRECOMPUTE, run=over_nfs("runs"), file_system=NFS,
+        about="a run of precompute shared by two clients, one killed or its machine off; keys and bits of a single run",
+    ),
+    Trial(
+        name="nfs_outages", count=4, exercises=PRECOMPUTE, run=over_nfs("outages"), file_system=NFS,
+        about="the same; one client cannot reach the server for a minute, longer than its lease and its claims last",
     ),
     Trial(
         name="killed_runs", count=200, exercises=PRECOMPUTE, run=killed_runs.killed_runs,

@@ -12,18 +12,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
+
+import torch
 
 from small_data import write_dataset
 from store_kit import SPEC
 from trials import small_runs
-from trials.nfs.lab import LEASE_S, Client, Job, Lab
+from trials.nfs.lab import LEASE_S, SAFE, Client, Job, Lab
+from trials.nfs.transfers import READING, RECORD_BYTES, WRITING
 from trials.small_runs import small_checkpoint
 from trials.toy_encoder import ToyCheckpoint
-from vggt_cache.store import FeatureCache, create_store
+from vggt_cache.store import create_store
 
 MILLION = 1_000_000
 RECORDS, PER_SHARD, FLIPS = 30, 6, 25
 RESTARTS, RUNS = 4, 6
+RECORDS_READ, WANTED, CHUNKS, ROUNDS = 40, 12, 16, 5
 TTL_S, OUTAGE_S = 6.0, 60.0
 
 
@@ -85,7 +90,9 @@ def damage(lab: Lab, random: Random) -> int:
             client.call("forget")
             found = client.call("examine", count=RECORDS, use_index=number % 2 == 0)
             told = {*found["damaged"], *found["absent"]}
-            assert told or found["hidden"] or number % 2 == 0, f"nobody was told of a damage in {shards[which]}"
+            assert told or found["hidden"] or number % 2 == 0, (
+                f"nobody was told of a damage in {shards[which]}"
+            )
             assert told <= set(range(which * PER_SHARD, (which + 1) * PER_SHARD)), found
         client.call("forget")
         found = client.call("examine", count=RECORDS, use_index=False)
@@ -124,7 +131,7 @@ def restarts(lab: Lab, random: Random) -> int:
         for _ in range(RESTARTS):
             time.sleep(random.uniform(0.5, 6.0))
             lab.server.kill()
-            time.sleep(random.choice((0.0, random.uniform(0.0, 5.0))))
+            time.sleep(random.uniform(0.0, 5.0))
             lab.server.start()
             time.sleep(random.choice((0.0, LEASE_S + 5.0)))  # within its grace period, or behind it
 
@@ -184,10 +191,8 @@ def runs(lab: Lab, random: Random) -> int:
             jobs[which].kill()
         elif how == "machine":
             lab.clients[which].crash()
-        began_s = time.monotonic()
         for job in jobs if how == "nothing" else [jobs[1 - which]]:
             job.result()
-        print("run", how, time.monotonic() - began_s, _copies(lab, cache), len(scene.expected), file=sys.stderr)
         if how == "machine":
             lab.clients[which].boot()
             lab.clients[which].wait()
@@ -195,31 +200,61 @@ def runs(lab: Lab, random: Random) -> int:
     return RUNS
 
 
-def _copies(lab: Lab, cache: str) -> int:
-    with FeatureCache.open(lab.export / cache, use_index=False) as opened:
-        return sum(len(opened.copies_of(key)) for key in opened)
-
-
 def outages(lab: Lab, random: Random) -> int:
     """A client is cut off from the server for a minute in the middle of a run that two share."""
     scene = Scene.make(lab, random, small=False, pause_s=0.5)
     jobs = [scene.start(client, "cache") for client in lab.clients]
     which = random.randrange(2)
-    time.sleep(random.uniform(2.0, 10.0))
+    while len(list(lab.export.glob("cache/**/*.alive"))) < 2:
+        time.sleep(0.2)
+    time.sleep(random.uniform(2.0, 12.0))
     with lab.clients[which].cut_off():
         time.sleep(OUTAGE_S)
-        print("other", jobs[1-which].answers.qsize(), file=sys.stderr)
     for job in jobs:
-        print(job.end(), file=sys.stderr)
-    print("copies", _copies(lab, "cache"), len(scene.expected), file=sys.stderr)
+        job.result()
     scene.check("cache")
     return 1
 
 
+# ---------------------------------------------------------------- measuring
+
+
+def transfers(lab: Lab, random: Random) -> list[dict[str, Any]]:
+    """Every way of `transfers` in turn, several rounds; the rows that `bench_nfs.py` makes figures of."""
+    with (lab.export / "raw").open("wb") as file:
+        for _ in range(RECORDS_READ):
+            file.write(random.randbytes(RECORD_BYTES))
+    client, rows = lab.clients[0], []
+    for _ in range(ROUNDS):
+        for threads in (1, 4):
+            for way in random.sample(READING, len(READING)):
+                few = way == "mapped"
+                wanted = {
+                    "records": RECORDS_READ,
+                    "wanted": 2 if few else WANTED,
+                    "seed": random.randrange(1000),
+                }
+                rows.append(
+                    {
+                        "way": way,
+                        "threads": threads,
+                        **client.call("read", way=way, threads=threads, **wanted),
+                    }
+                )
+                rows[-1]["megabytes_per_s"] = wanted["wanted"] * RECORD_BYTES / 1e6 / rows[-1].pop("seconds")
+        alone = client.call("write", way="late", chunks=CHUNKS, pause_s=0.0)["seconds"] / CHUNKS
+        for way in random.sample(WRITING, len(WRITING)):
+            for pauses in (0, 1):
+                row = client.call("write", way=way, chunks=CHUNKS, pause_s=pauses * alone)
+                rows.append({"way": way, "pauses": pauses, **row})
+    return rows
+
+
 def main() -> None:
     name, seed, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
-    lab = Lab(folder, "3" if seed % 2 else "4.1")
-    print(json.dumps({"trials": globals()[name](lab, Random(seed))}))
+    torch.set_num_threads(1)  # so that forked processes can compute
+    lab = Lab(folder, "3" if seed % 2 else "4.1", card=sys.argv[4] if len(sys.argv) > 4 else SAFE)
+    print(json.dumps(globals()[name](lab, Random(seed))))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,8 @@ for wanted in kernel/fs/nfs/nfsv3.ko kernel/fs/nfs/nfsv4.ko; do
     for module in $order; do busybox insmod "$module" 2>/dev/null; done  # some are there already
 done
 ip link set lo up
-ip addr add "$ADDRESS/24" dev vec0
-ip link set vec0 up
+ip addr add "$ADDRESS/24" dev "$CARD"
+ip link set "$CARD" up
 mkdir -p /var/lib/nfs/sm /var/lib/nfs/sm.bak
 hostname "client-$ADDRESS"
 rpcbind

@@ -13,6 +13,7 @@ import signal
 import sys
 import traceback
 import tty
+from contextlib import suppress
 from typing import Any
 
 LINE = "/dev/ttyS0"
@@ -47,13 +48,16 @@ def main() -> None:
 def _obey(order: dict[str, Any], jobs: Any, waiting: selectors.BaseSelector, running: Any) -> None:
     if "kill" in order:
         if order["kill"] in running:
-            os.killpg(running[order["kill"]][0], signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has just ended
+                os.killpg(running[order["kill"]][0], signal.SIGKILL)
         return
     reading, writing = os.pipe()
     process = os.fork()
     if process == 0:
         os.setpgid(0, 0)
         _work(order, jobs, writing)
+    with suppress(OSError):  # both do it, since either may be late
+        os.setpgid(process, process)
     os.close(writing)
     running[order["id"]] = process, reading
     waiting.register(reading, selectors.EVENT_READ, {"id": order["id"], "rest": b"", "told": False})

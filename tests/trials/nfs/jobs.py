@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import faulthandler
 import hashlib
 import os
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from store_kit import SPEC, equal, make_feature, make_key, save_index, write_shard
 from trials import listing_races
+from trials.nfs.transfers import read, write  # noqa: F401 (jobs too)
 from trials.small_runs import Scene, small_checkpoint, stored
 from trials.toy_encoder import ToyCheckpoint
 from vggt_cache.errors import CorruptRecordError, ShardFormatError
@@ -41,7 +43,6 @@ def unmount() -> None:
 def forget() -> None:
     """What is cached of files and folders goes, as on a client that has not seen them for long."""
     Path("/proc/sys/vm/drop_caches").write_text("3")
-
 
 
 # ---------------------------------------------------------------- commits
@@ -90,7 +91,9 @@ _NUMBERS: dict[bytes, int] = {}
 def _numbers(cache: FeatureCache) -> list[int]:
     """The numbers whose keys the cache has; they come in rows that begin at whole millions."""
     if not _NUMBERS:
-        _NUMBERS.update({make_key(n): n for first in range(0, 4_000_000, 1_000_000) for n in range(first, first + 3000)})
+        _NUMBERS.update(
+            {make_key(n): n for first in range(0, 4_000_000, 1_000_000) for n in range(first, first + 3000)}
+        )
     return [_NUMBERS[key] for key in cache]
 
 
@@ -133,7 +136,6 @@ def list_for(seconds: float) -> int:
             for _ in range(10):
                 listing_races.check(cache)
                 cache.refresh()
-                say(1)
         count += 10
     return count
 
@@ -142,7 +144,7 @@ def list_for(seconds: float) -> int:
 
 
 def examine(count: int, use_index: bool) -> dict[str, list[int]]:
-    """Of the numbers up to `count` those that are told to be damaged, and those that are not there; no others are wrong."""
+    """Of the numbers up to `count` those that are told to be damaged, and that are not there; no other is wrong."""
     damaged, absent = [], []
     with warnings.catch_warnings(), FeatureCache.open(CACHE, spec=SPEC, use_index=use_index) as cache:
         for number in range(count):
@@ -162,15 +164,17 @@ def examine(count: int, use_index: bool) -> dict[str, list[int]]:
 # ---------------------------------------------------------------- runs
 
 
-def run(cache: str, expected: str, flags: Sequence[str], small: bool, pause_s: float, ttl_s: float) -> str:
+def run(cache: str, flags: Sequence[str], small: bool, pause_s: float, ttl_s: float) -> str:
     """`precompute` on data and cache of the server; what it said."""
+    faulthandler.cancel_dump_traceback_later()  # its thread would be missing in the process that this one forks
     os.environ["VGGT_CACHE_CLAIM_TTL_S"] = str(ttl_s)
-    folder = Path(tempfile.mkdtemp())
-    (folder / "data").symlink_to(MOUNT / "data")
+    folder = Path("/mnt/tmp/scene")  # the same on all clients: images are known by their paths
+    folder.mkdir(exist_ok=True)
+    with suppress(FileExistsError):
+        (folder / "data").symlink_to(MOUNT / "data")
     checkpoint = small_checkpoint() if small else ToyCheckpoint(pause_s=pause_s)
     scene = Scene(folder=folder, checkpoint=checkpoint, flags=tuple(flags), expected={}, seconds=0.0)
-    end = scene.start(MOUNT / cache).well()
-    return end.said[-2000:]
+    return scene.start(MOUNT / cache).well().said[-2000:]
 
 
 def digest(cache: str) -> dict[str, str]:
