@@ -1,8 +1,8 @@
 """Reading and writing over NFS: what read-ahead, the page cache and early writing are worth where a server answers.
 
-Theory. Records of 6 MiB are wanted, one of several in a file, and none is in memory. The store reads a record in
-pieces, through the page cache, and the kernel reads ahead of it: over a network that keeps several requests under way, and
-fetches bytes behind the record that nobody wants. POSIX_FADV_RANDOM takes the reading ahead away: fewer bytes, and one
+Theory. Records of 6 MiB are wanted, one of several in a file, and none is in memory. The store reads a record
+in pieces, through the page cache, and the kernel reads ahead of it: over a network that keeps several requests under way,
+and fetches bytes behind the record that nobody wants. POSIX_FADV_RANDOM takes the reading ahead away: fewer bytes, and one
 request at a time for each piece, unless a whole record is asked for in one call. O_DIRECT fetches what is asked for and
 nothing else, without a copy in memory. A file that is mapped is fetched page fault by page fault. `fetched` counts what
 the client's kernel had from the server (/proc/self/mountstats) over what was wanted.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -250,11 +252,20 @@ def transfers(lab: Lab, random: Random) -> list[dict[str, Any]]:
     return rows
 
 
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(1)
+
+
 def main() -> None:
     name, seed, folder = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)  # so that forked processes can compute
     lab = Lab(folder, "3" if seed % 2 else "4.1", card=sys.argv[4] if len(sys.argv) > 4 else SAFE)
-    print(json.dumps(globals()[name](lab, Random(seed))))
+    for one in name.split(","):
+        began_s = time.monotonic()
+        print(json.dumps(globals()[one](lab, Random(seed))), flush=True)
+        print(one, time.monotonic() - began_s, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
