@@ -11,7 +11,7 @@ import pytest
 
 from store_kit import equal, make_feature, make_key, no_descriptor_leaks, shard_path, write_shard
 from vggt_cache.errors import CacheAccessError
-from vggt_cache.store import FeatureCache, FileSystem
+from vggt_cache.store import FeatureCache, FileSystem, prune
 
 
 class Forgetful(FileSystem):
@@ -80,3 +80,33 @@ def test_a_shard_that_is_removed_while_its_header_is_read_does_not_keep_a_cache_
     with FeatureCache.open(tmp_path, context="frame", fs=Pruned()) as cache:
         assert cache.shard_names() == (new,)
         assert equal(cache.get_by_key(make_key(0)), make_feature(0))
+
+
+@pytest.mark.parametrize("use_index", [True, False])
+def test_a_reader_that_is_overtaken_by_prune_again_and_again_finds_all_in_the_end(
+    tmp_path: Path, use_index: bool
+) -> None:
+    class Overtaken(FileSystem):
+        """Whatever shard it wants to look at was replaced a moment before."""
+
+        rounds = 20
+
+        def open_file(self, name: str, *, dir_fd: int) -> int:
+            self._replace(name)
+            return super().open_file(name, dir_fd=dir_fd)
+
+        def stat(self, name: str, *, dir_fd: int) -> os.stat_result:
+            self._replace(name)
+            return super().stat(name, dir_fd=dir_fd)
+
+        def _replace(self, name: str) -> None:
+            if self.rounds and name.endswith(".safetensors"):
+                self.rounds -= 1
+                write_shard(tmp_path, range(3))
+                prune(tmp_path, dry_run=False)
+
+    write_shard(tmp_path, range(3))
+    fs = Overtaken()
+    with FeatureCache.open(tmp_path, context="frame", fs=fs, use_index=use_index) as cache:
+        fs.rounds = 0
+        assert all(equal(cache.get_by_key(make_key(number)), make_feature(number)) for number in range(3))

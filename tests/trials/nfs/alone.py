@@ -29,7 +29,7 @@ from vggt_cache.store import create_store
 
 MILLION = 1_000_000
 RECORDS, PER_SHARD, FLIPS = 30, 6, 25
-RESTARTS, RUNS = 4, 6
+RESTARTS, RUNS = 4, 4
 RECORDS_READ, WANTED, CHUNKS, ROUNDS = 40, 12, 16, 5
 TTL_S, OUTAGE_S = 6.0, 60.0
 

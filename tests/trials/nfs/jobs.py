@@ -16,7 +16,7 @@ from random import Random
 from typing import Any
 
 from store_kit import SPEC, equal, make_feature, make_key, save_index, write_shard
-from trials import listing_races
+from trials import children, listing_races
 from trials.nfs.transfers import read, write  # noqa: F401 (jobs too)
 from trials.small_runs import Scene, small_checkpoint, stored
 from trials.toy_encoder import ToyCheckpoint
@@ -167,6 +167,7 @@ def examine(count: int, use_index: bool) -> dict[str, list[int]]:
 def run(cache: str, flags: Sequence[str], small: bool, pause_s: float, ttl_s: float) -> str:
     """`precompute` on data and cache of the server; what it said."""
     faulthandler.cancel_dump_traceback_later()  # its thread would be missing in the process that this one forks
+    children.STUCK_S = 500.0  # a server that was away is found again after a minute or two
     os.environ["VGGT_CACHE_CLAIM_TTL_S"] = str(ttl_s)
     folder = Path("/mnt/tmp/scene")  # the same on all clients: images are known by their paths
     folder.mkdir(exist_ok=True)
