@@ -1,11 +1,11 @@
 """Reading and writing over NFS: what read-ahead, the page cache and early writing are worth where a server answers.
 
-Theory. Records of 6 MiB are wanted, one of several in a file, and none is in memory. The store reads a record
-in pieces, through the page cache, and the kernel reads ahead of it: over a network that keeps several requests under way,
-and fetches bytes behind the record that nobody wants. POSIX_FADV_RANDOM takes the reading ahead away: fewer bytes, and one
-request at a time for each piece, unless a whole record is asked for in one call. O_DIRECT fetches what is asked for and
-nothing else, without a copy in memory. A file that is mapped is fetched page fault by page fault. `fetched` counts what
-the client's kernel had from the server (/proc/self/mountstats) over what was wanted.
+Theory. Records of 6 MiB are wanted, one of several in a file, and none is in memory. The store reads a record in
+pieces, through the page cache, and the kernel reads ahead of it: over a network that keeps several requests under
+way, and fetches bytes behind the record that nobody wants. POSIX_FADV_RANDOM takes the reading ahead away: fewer
+bytes, and one request at a time for each piece, unless a whole record is asked for in one call. O_DIRECT fetches
+what is asked for and nothing else, without a copy in memory. A file that is mapped is fetched page fault by page
+fault. `fetched` counts what the client's kernel had from the server (/proc/self/mountstats) over what was wanted.
 
 A shard that is written goes to the server when the kernel likes, in fsync at the latest. A hint after every 4 MiB lets
 the sending begin while the next features are computed. Both are tried: the time of the writes alone, and with pauses
@@ -43,8 +43,8 @@ def main() -> int:
     try:
         require()
     except Unavailable as reason:
-        print(f"not on this machine: {reason}", file=sys.stderr)
-        return 1
+        print(f"not on this machine: {reason}")
+        return 0
     figures: dict[str, Any] = {}
     for seed, version in enumerate(("4.1", "3")):
         with tempfile.TemporaryDirectory(prefix="vggt-nfs-") as folder:

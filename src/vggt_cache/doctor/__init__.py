@@ -30,8 +30,8 @@ LOW_INODES = 1000
 _MOUNT_KINDS = (
     ("ext2 ext3 ext4 xfs btrfs zfs f2fs apfs", "ok", "a local disk: other machines cannot see a cache here"),
     ("nfs nfs4", "ok",
-     "a network file system: other machines see a new shard only after their attribute cache expires (3 to 60 s, "
-     "mount option actimeo), and a training job should start after precompute has ended"),
+     "a network file system: other machines see a new shard when they next open or refresh the cache, and a training "
+     "job should start after precompute has ended"),
     ("lustre gpfs beegfs ceph wekafs", "ok",
      "a cluster file system: all nodes see a commit at once, and many small files are slow, which shards avoid"),
     ("tmpfs ramfs", "warn", "main memory: a cache here takes RAM and is lost when the machine restarts"),

@@ -16,8 +16,8 @@ from vggt_cache.store.record import RecordTable, join_rows
 from vggt_cache.store.shards import ShardFolder
 
 MAX_LISTINGS = 64
-"""How often the folder is listed while shards go on to vanish. A reader that a network makes slow may be overtaken often;
-each time somebody has replaced shards, so this ends with their work."""
+"""How often the folder is listed while shards go on to vanish. A reader that a network makes slow may be overtaken
+often, but each time somebody has replaced shards, so this ends with their work."""
 _FEW_SHARDS = 64
 """So many headers are read sooner than a whole index."""
 
