@@ -181,6 +181,11 @@ class Scene:
             assert client.call("digest", cache=cache) == self.expected, f"{client.name} finds something else"
 
 
+def _end_well(job: Job) -> None:
+    end = job.result()
+    assert end["status"] == 0, end["said"]
+
+
 def runs(lab: Lab, random: Random) -> int:
     """Two clients share the work of one run; one of them may be killed, or its machine switched off."""
     for number in range(RUNS):
@@ -194,7 +199,7 @@ def runs(lab: Lab, random: Random) -> int:
         elif how == "machine":
             lab.clients[which].crash()
         for job in jobs if how == "nothing" else [jobs[1 - which]]:
-            job.result()
+            _end_well(job)
         if how == "machine":
             lab.clients[which].boot()
             lab.clients[which].wait()
@@ -203,7 +208,11 @@ def runs(lab: Lab, random: Random) -> int:
 
 
 def outages(lab: Lab, random: Random) -> int:
-    """A client is cut off from the server for a minute in the middle of a run that two share."""
+    """A client is cut off from the server for a minute in the middle of a run that two share.
+
+    The other one does all of it. The first ends as well, or, as its locks are lost with its lease, with a sentence; it
+    is well when it is run again.
+    """
     scene = Scene.make(lab, random, small=False, pause_s=0.5)
     jobs = [scene.start(client, "cache") for client in lab.clients]
     which = random.randrange(2)
@@ -212,8 +221,11 @@ def outages(lab: Lab, random: Random) -> int:
     time.sleep(random.uniform(2.0, 12.0))
     with lab.clients[which].cut_off():
         time.sleep(OUTAGE_S)
-    for job in jobs:
-        job.result()
+    _end_well(jobs[1 - which])
+    end = jobs[which].result()
+    assert end["status"] == 0 or ("[ERROR]" in end["said"] and "Traceback" not in end["said"]), end["said"]
+    scene.check("cache")
+    _end_well(scene.start(lab.clients[which], "cache"))
     scene.check("cache")
     return 1
 

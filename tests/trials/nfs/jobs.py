@@ -164,8 +164,8 @@ def examine(count: int, use_index: bool) -> dict[str, list[int]]:
 # ---------------------------------------------------------------- runs
 
 
-def run(cache: str, flags: Sequence[str], small: bool, pause_s: float, ttl_s: float) -> str:
-    """`precompute` on data and cache of the server; what it said."""
+def run(cache: str, flags: Sequence[str], small: bool, pause_s: float, ttl_s: float) -> dict[str, Any]:
+    """`precompute` on data and cache of the server: how it ended, and what it said."""
     faulthandler.cancel_dump_traceback_later()  # its thread would be missing in the process that this one forks
     children.STUCK_S = 500.0  # a server that was away is found again after a minute or two
     os.environ["VGGT_CACHE_CLAIM_TTL_S"] = str(ttl_s)
@@ -175,7 +175,8 @@ def run(cache: str, flags: Sequence[str], small: bool, pause_s: float, ttl_s: fl
         (folder / "data").symlink_to(MOUNT / "data")
     checkpoint = small_checkpoint() if small else ToyCheckpoint(pause_s=pause_s)
     scene = Scene(folder=folder, checkpoint=checkpoint, flags=tuple(flags), expected={}, seconds=0.0)
-    return scene.start(MOUNT / cache).well().said[-2000:]
+    end = scene.start(MOUNT / cache).end()
+    return {"status": end.status, "said": end.said[-2000:]}
 
 
 def digest(cache: str) -> dict[str, str]:
