@@ -69,7 +69,7 @@ def test_everything_imports_and_trains_with_the_lowest_declared_versions(python:
     extras = PROJECT["optional-dependencies"]
     training = [name for name in (*extras["train"], *extras["lora"]) if "deepspeed" not in name]
     torch = [name for name in PROJECT["dependencies"] if name.startswith("torch>=")]
-    install(python, *lowest(*torch, *training), "pytest", "psutil")
+    install(python, *lowest(*torch, *training), "pytest", "psutil", "hypothesis")
     import_everything(python, "vggt_cache", "janusvln")
     run = [
         python,
