@@ -52,7 +52,7 @@ MUTANTS = (
     ),
     Mutant(
         name="no checksum",
-        function="shards.OpenShard.read_stored",
+        function="shards.OpenShard._read_checked",
         calls={"finish_checksum": "record.checksum"},
     ),
     Mutant(
