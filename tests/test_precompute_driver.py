@@ -9,7 +9,6 @@ import copy
 import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 from unittest import mock
 
@@ -23,7 +22,7 @@ from small_data import SIZE, write_annotations, write_dataset, write_episode
 from trials.toy_encoder import ToyCheckpoint, toy_encoder
 from vggt_cache import FeatureCache
 from vggt_cache.cli import main
-from vggt_cache.errors import CommitError, SettingsError, SmallFileError, VggtCacheError
+from vggt_cache.errors import CommitError, SettingsError, SmallFileError
 from vggt_cache.precompute import engine as engine_module
 from vggt_cache.precompute import ray_actor
 from vggt_cache.precompute import run as run_module
@@ -186,15 +185,19 @@ def driven(monkeypatch):
     """Of a cluster's process nothing is left when it ends; those in this one are ended here."""
     made: list[EncodingProcess] = []
     begin = EncodingProcess.__init__
-    monkeypatch.setattr(
-        EncodingProcess, "__init__", lambda process, order: (made.append(process), begin(process, order))[1]
-    )
+
+    def noted(process: EncodingProcess, order: Order) -> None:
+        made.append(process)
+        begin(process, order)
+
+    monkeypatch.setattr(EncodingProcess, "__init__", noted)
     monkeypatch.setattr(run_module, "engine_of", DrivenHere)
     yield
     for process in made:
         if "_pipeline" in vars(process):
-            with suppress(VggtCacheError):
-                process._pipeline._writer.close()
+            writer = process._pipeline._writer
+            writer._writing.close()
+            writer._committing.close()
 
 
 @pytest.fixture
