@@ -180,8 +180,8 @@ class DrivenHere(engine_module.ThisProcess):
         return Driver(crew, stored, self._reporter, stop, Sayings(self._reporter)).compute(blocks)
 
 
-@pytest.fixture
-def driven(monkeypatch):
+@pytest.fixture(autouse=True)
+def workers_end(monkeypatch):
     """Of a cluster's process nothing is left when it ends; those in this one are ended here."""
     made: list[EncodingProcess] = []
     begin = EncodingProcess.__init__
@@ -191,13 +191,17 @@ def driven(monkeypatch):
         begin(process, order)
 
     monkeypatch.setattr(EncodingProcess, "__init__", noted)
-    monkeypatch.setattr(run_module, "engine_of", DrivenHere)
     yield
     for process in made:
         if "_pipeline" in vars(process):
             writer = process._pipeline._writer
             writer._writing.close()
             writer._committing.close()
+
+
+@pytest.fixture
+def driven(monkeypatch):
+    monkeypatch.setattr(run_module, "engine_of", DrivenHere)
 
 
 @pytest.fixture
