@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -75,7 +76,11 @@ def leave(exit_code: int) -> NoReturn:
     torchrun reports a finished run as failed (github.com/pytorch/pytorch/pull/179291). After an error there is
     a second reason: torch would wait five seconds for each worker of a loader that was left. Nor are exit handlers
     called then: one that wants to hear of the other ranks would wait for ever.
+
+    Where another rank has ended sooner with an exit code of its own, torchrun sends SIGTERM, which must not cut this
+    short, nor change what the run has come to.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if exit_code == 0 or exit_code in EXIT_CODES.values():
         atexit._run_exitfuncs()  # loggers of experiments finish there
     sys.stdout.flush()
