@@ -42,7 +42,7 @@ check_settings() {
   done
   [[ $VGGT_CACHE_MISS =~ ^(encode|fill|error)$ ]] \
     || refuse "VGGT_CACHE_MISS is '$VGGT_CACHE_MISS', and encode, fill and error are known: give one of them"
-  [[ ${VGGT_CACHE_IO:-auto} =~ ^(auto|direct|buffered)$ ]] \
+  [[ $VGGT_CACHE_IO =~ ^(auto|direct|buffered)$ ]] \
     || refuse "VGGT_CACHE_IO is '$VGGT_CACHE_IO', and auto, direct and buffered are known: give one of them"
 }
 
@@ -247,7 +247,7 @@ train() {
   echo "$summary" | tee "$log"
 
   # These are read by libraries: exported, so that an edited line counts too.
-  export VGGT_CACHE_DIR VGGT_CACHE_FINGERPRINT VGGT_CACHE_STAGE VGGT_CACHE_STAGE_LIMIT DS_CONFIG OMP_NUM_THREADS PYTHONUNBUFFERED=1
+  export VGGT_CACHE_DIR VGGT_CACHE_FINGERPRINT VGGT_CACHE_IO VGGT_CACHE_STAGE VGGT_CACHE_STAGE_LIMIT DS_CONFIG OMP_NUM_THREADS PYTHONUNBUFFERED=1
   OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(threads_of_a_process)}
   # Where torchrun is told to end itself, as by scancel; its own 30 s are too short for a checkpoint.
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}

@@ -24,6 +24,7 @@ OUTPUT_DIR="${OUTPUT_DIR:-./outputs/vln_h800_8gpu}"
 VGGT_CACHE_DIR="${VGGT_CACHE_DIR:-}"                   # empty: VGGT runs in every step
 VGGT_CACHE_FINGERPRINT="${VGGT_CACHE_FINGERPRINT:-}"   # first digits of one, where the directory holds several caches
 VGGT_CACHE_MISS="${VGGT_CACHE_MISS:-encode}"           # a feature is missing: encode, fill (and put it back), or error
+VGGT_CACHE_IO="${VGGT_CACHE_IO:-auto}"                 # how features are read: auto, buffered (page cache), or direct (past it)
 VGGT_CACHE_STAGE="${VGGT_CACHE_STAGE:-}"               # directory on a local disk, where features are kept and looked for first
 VGGT_CACHE_STAGE_LIMIT="${VGGT_CACHE_STAGE_LIMIT:-}"   # of all that lies there, such as 2TB; empty: all but a tenth of its disk
 VGGT_MODEL_PATH="${VGGT_MODEL_PATH:-facebook/VGGT-1B}" # need not exist when every feature is in the cache

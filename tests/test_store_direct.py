@@ -104,8 +104,6 @@ def test_what_is_read_leaves_nothing_in_the_page_cache(tmp_path: Path) -> None:
         name = write_shard(cache_dir, NUMBERS, IN_BLOCKS)
         paths[io] = shard_path(cache_dir, name, IN_BLOCKS)
         with opened(cache_dir, io) as cache:
-            record = cache.record_of(make_key(1))
-            assert record is not None
             drop(paths[io])
             assert holds(cache, NUMBERS)
     assert bytes_in_page_cache(paths["direct"]) == 0
@@ -167,7 +165,7 @@ def test_a_file_system_that_refuses_is_read_through_the_page_cache(tmp_path: Pat
 def test_auto_says_nothing_where_a_file_system_refuses(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vggt_cache.store.cache.is_larger_than_memory", lambda weigh: True)
+    monkeypatch.setattr("vggt_cache.store.cache.is_larger_than_memory", lambda size_bytes: True)
     write_shard(tmp_path, NUMBERS, IN_BLOCKS)
     fs = failing("reopen_direct", errno.EINVAL)
     with warnings.catch_warnings():
@@ -213,9 +211,9 @@ def test_auto_reads_past_the_page_cache_where_a_cache_is_larger_than_free_memory
     weighed: list[int] = []
 
     def with_memory_of(free_bytes: int) -> list[str]:
-        def is_larger(weigh: Any) -> bool:
-            weighed.append(weigh())
-            return weighed[-1] > free_bytes
+        def is_larger(size_bytes: int) -> bool:
+            weighed.append(size_bytes)
+            return size_bytes > free_bytes
 
         monkeypatch.setattr("vggt_cache.store.cache.is_larger_than_memory", is_larger)
         fs = TracedFileSystem()
@@ -230,12 +228,12 @@ def test_auto_reads_past_the_page_cache_where_a_cache_is_larger_than_free_memory
 
 
 def test_what_is_larger_than_memory_is_asked_of_the_system() -> None:
-    assert not direct.is_larger_than_memory(lambda: 1)
-    assert direct.is_larger_than_memory(lambda: 10**15)
+    assert not direct.is_larger_than_memory(1)
+    assert direct.is_larger_than_memory(10**15)
 
 
 def test_buffered_never_reads_past_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vggt_cache.store.cache.is_larger_than_memory", lambda weigh: True)
+    monkeypatch.setattr("vggt_cache.store.cache.is_larger_than_memory", lambda size_bytes: True)
     write_shard(tmp_path, NUMBERS, IN_BLOCKS)
     fs = TracedFileSystem()
     with opened(tmp_path, "buffered", fs=fs) as cache:
@@ -278,7 +276,7 @@ def test_threads_and_other_processes_read_in_the_same_way(tmp_path: Path) -> Non
 
 def test_another_way_of_reading_is_refused(tmp_path: Path) -> None:
     write_shard(tmp_path, NUMBERS)
-    with pytest.raises(SettingsError, match="io is 'mmap', and there are auto, direct, buffered"):
+    with pytest.raises(SettingsError, match="io is 'mmap', which is not one of auto, direct, buffered"):
         opened(tmp_path, "mmap")
 
 

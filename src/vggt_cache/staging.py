@@ -28,8 +28,7 @@ from vggt_cache.precompute.stop import StopRequest
 from vggt_cache.samples.paths import map_in_order
 from vggt_cache.store import FeatureCache
 from vggt_cache.store.directory import describe_spec, select_store
-from vggt_cache.store.inventory import record_bytes
-from vggt_cache.store.record import Record, Rows, stored_length, unpack_rows
+from vggt_cache.store.record import Record, Rows, record_bytes, stored_length, unpack_rows
 from vggt_cache.store.staged import StagedRecords, Staging
 
 
@@ -118,7 +117,7 @@ class _Copying:
     def _copy(self, missing: Rows, threads: int) -> tuple[int, bool]:
         """How many were copied, and whether the limit was reached. Raises CommitError."""
         copied = 0
-        total = int(record_bytes(missing, self.cache.spec)[1])
+        total = record_bytes(missing, self.cache.spec)[1]
         with ThreadPoolExecutor(threads) as pool, _bar(total) as bar:
             try:
                 for record, stored in map_in_order(pool, self._read, self._in_order(missing), 2 * threads):
@@ -165,7 +164,7 @@ def shortfall_of(cache: FeatureCache, local: StagedRecords, features: int) -> st
     Raises CacheAccessError.
     """
     rows = cache.table.served_rows()
-    needed = features * int(record_bytes(rows, cache.spec)[1]) // max(1, len(rows))
+    needed = features * record_bytes(rows, cache.spec)[1] // max(1, len(rows))
     place = local.place_bytes()
     if place >= needed:
         return ""

@@ -397,7 +397,7 @@ class FeatureCache:
     def _choose_io(self) -> None:
         table = self._snapshot.table
         self._shards.direct = self._shards.must_be_direct or (
-            self.io == AUTO and is_larger_than_memory(lambda: bytes_of_table(table, self.spec))
+            self.io == AUTO and is_larger_than_memory(bytes_of_table(table, self.spec))
         )
         if self.staged is not None and self.staged.records is not None:
             self.staged.records.shards.direct = self._shards.direct

@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 import numpy as np
 
-from vggt_cache.errors import SettingsError
+from vggt_cache.errors import require_one_of
 from vggt_cache.identity import FeatureSpec
 from vggt_cache.store.filesystem import FileSystem
 from vggt_cache.store.format import ALIGNMENT_BYTES
-from vggt_cache.store.record import RecordTable, stored_length, unpack_rows
+from vggt_cache.store.record import RecordTable, record_bytes
 
 AUTO, DIRECT, BUFFERED = IO_MODES = ("auto", "direct", "buffered")
 _RECORDS_WEIGHED = 1000
@@ -25,13 +25,11 @@ _RECORDS_WEIGHED = 1000
 def io_of(io: str | None) -> str:
     """How a cache is read: as asked, else as the environment's VGGT_CACHE_IO says. Raises SettingsError."""
     said = io or os.environ.get("VGGT_CACHE_IO") or AUTO
-    if said not in IO_MODES:
-        where = "io" if io else "VGGT_CACHE_IO"
-        raise SettingsError(f"{where} is {said!r}, and there are {', '.join(IO_MODES)}: give one of them")
+    require_one_of("io" if io else "VGGT_CACHE_IO", said, IO_MODES)
     return said
 
 
-def is_larger_than_memory(weigh: Callable[[], int]) -> bool:
+def is_larger_than_memory(size_bytes: int) -> bool:
     """Whether so many bytes are more than this machine could keep in its page cache; where that is unknown, no.
 
     Whoever reads a cache that fits into memory a second time finds it there, many times faster than any disk.
@@ -41,14 +39,13 @@ def is_larger_than_memory(weigh: Callable[[], int]) -> bool:
             available = next(line for line in file if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return False
-    return weigh() > 1024 * int(available.split()[1])
+    return size_bytes > 1024 * int(available.split()[1])
 
 
 def bytes_of_table(table: RecordTable, spec: FeatureSpec) -> int:
     """Bytes of all records in their files, about: as a thousand of them, spread over the keys, are on average."""
     rows = table.rows[:: max(1, len(table.rows) // _RECORDS_WEIGHED)]
-    weighed = sum(stored_length(spec, record) for _, record in unpack_rows(rows))
-    return weighed * len(table.rows) // max(1, len(rows))
+    return record_bytes(rows, spec)[1] * len(table.rows) // max(1, len(rows))
 
 
 def is_in_blocks(target: memoryview, offset: int) -> bool:

@@ -19,7 +19,7 @@ from vggt_cache.store.directory import survey
 from vggt_cache.store.filesystem import OPERATING_SYSTEM, FileSystem, accessing, is_regular, released_after
 from vggt_cache.store.index import INDEX_FOLDER, IndexFile
 from vggt_cache.store.object_store import system_of
-from vggt_cache.store.record import Rows, begins_key, payload_bytes, sort_rows
+from vggt_cache.store.record import Rows, begins_key, record_bytes, sort_rows
 from vggt_cache.store.shards import SHARDS_FOLDER, ShardEntry, ShardFolder
 
 TEMP_MIN_AGE_S = 24 * 3600.0
@@ -146,14 +146,6 @@ def _describe_store(cache_dir: str, spec: FeatureSpec, fs: FileSystem) -> StoreD
         + sum(shard.file_bytes for shard in damaged if not shard.foreign)
         - rescued,
     )
-
-
-def record_bytes(rows: Rows, spec: FeatureSpec) -> tuple[int, int]:
-    """Bytes of all features as they are given out, and as they lie in the files."""
-    cells = rows["h"].astype(np.int64) * rows["w"] * np.maximum(rows["frames"], 1)
-    raw = cells * payload_bytes(spec, 1, 1, 1)
-    stored = rows["stored"].astype(np.int64)
-    return int(raw.sum()), int(np.where(stored > 0, stored, raw).sum())
 
 
 def dead_temp_files(store_dir: str, min_age_s: float, fs: FileSystem) -> Iterator[tuple[str, str, int]]:

@@ -159,6 +159,14 @@ def begins_key(rows: Rows) -> npt.NDArray[np.bool_]:
     return np.append(True, ~same)[: len(rows)]
 
 
+def record_bytes(rows: Rows, spec: FeatureSpec) -> tuple[int, int]:
+    """Bytes of all features as they are given out, and as they lie in the files."""
+    cells = rows["h"].astype(np.int64) * rows["w"] * np.maximum(rows["frames"], 1)
+    raw = cells * payload_bytes(spec, 1, 1, 1)
+    stored = rows["stored"].astype(np.int64)
+    return int(raw.sum()), int(np.where(stored > 0, stored, raw).sum())
+
+
 def key_array(keys: Iterable[bytes]) -> npt.NDArray[np.uint64]:
     """Keys of 16 bytes as [n, 2] (high, low), the form in which many are looked for at once."""
     return np.frombuffer(b"".join(keys), ">u8").reshape(-1, 2).astype("<u8")
