@@ -217,7 +217,8 @@ training_flags() {
 check_and_describe() {
   "$python" -m vggt_cache.cluster preflight --model_path "$MODEL_PATH" --vggt_model_path "$VGGT_MODEL_PATH" \
     --data_root "$DATA_ROOT" --annotation_path "$ANNOTATION_PATH" --data_path "$DATA_PATH" --output_dir "$OUTPUT_DIR" \
-    --cache_dir "$VGGT_CACHE_DIR" --cache_miss "$VGGT_CACHE_MISS" --ds_config "$DS_CONFIG" --device "$device" \
+    --cache_dir "$VGGT_CACHE_DIR" --cache_miss "$VGGT_CACHE_MISS" --stage "$VGGT_CACHE_STAGE" \
+    --stage_limit "$VGGT_CACHE_STAGE_LIMIT" --ds_config "$DS_CONFIG" --device "$device" \
     --report_to "$REPORT_TO" --optim "$OPTIM" --lr_scheduler_type "$LR_SCHEDULER_TYPE" --nodes "$NNODES" --processes "$NPROC_PER_NODE" \
     --batch_size "$PER_DEVICE_BATCH_SIZE" --accumulation "$GRAD_ACCUM_STEPS"
   if [[ $NNODES -gt 1 ]]; then

@@ -232,6 +232,10 @@ def test_a_signal_goes_to_the_processes_that_train_and_not_to_torchrun(tmp_path:
         ),
         ({"VGGT_CACHE_DIR": "/not/here"}, "there is no directory /not/here, so there is no cache to read"),
         ({"VGGT_CACHE_DIR": "data"}, "VGGT_CACHE_DIR data holds no feature cache"),
+        (
+            {"VGGT_CACHE_DIR": "data", "VGGT_CACHE_STAGE": "stage", "VGGT_CACHE_STAGE_LIMIT": "2X"},
+            "the limit of what is staged is '2X', which is not a size",
+        ),
         ({"DS_CONFIG": "scripts/zero9.json"}, "DS_CONFIG scripts/zero9.json cannot be read"),
         ({"DS_CONFIG": "data/train.jsonl"}, "DS_CONFIG data/train.jsonl is no DeepSpeed configuration"),
         ({"OUTPUT_DIR": "model/config.json"}, "OUTPUT_DIR model/config.json cannot be written"),

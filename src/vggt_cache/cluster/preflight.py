@@ -27,6 +27,7 @@ from vggt_cache.requirements import TRAINER, fault_of
 from vggt_cache.store import list_stores
 from vggt_cache.store.object_store import system_of
 from vggt_cache.store.shards import ShardFolder
+from vggt_cache.store.staged import Staging
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -43,6 +44,8 @@ class Launch:
     output_dir: str
     cache_dir: str
     cache_miss: str
+    stage: str
+    stage_limit: str
     ds_config: str
     """A DeepSpeed configuration, or `none`."""
     device: str
@@ -143,6 +146,8 @@ def _features(launch: Launch) -> str:
                 "to train on: set VGGT_CACHE_DIR to a cache, or VGGT_MODEL_PATH to VGGT-1B"
             )
         return f"computed live by {encoder} in every step (VGGT_CACHE_DIR is not set)"
+    if launch.stage:
+        Staging(local_dir=launch.stage, limit=launch.stage_limit or None)
     if launch.cache_miss == "error":
         missing = "a missing feature ends the run"
     elif has_encoder:
